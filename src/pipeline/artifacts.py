@@ -1,0 +1,352 @@
+"""The store: whole artifacts or none, whatever dies in between.
+
+    <root>/<run>/<stage>/                           an artifact; its manifest.json was written last
+    <root>/<run>/.<stage>.<fingerprint>.partial/    where the stage works and resumes from
+    <root>/<run>/.<stage>.<fingerprint>.old/        the artifact that a publication is replacing
+    <root>/<run>/.<stage>.lock                      held (flock) by whoever works on the stage
+
+Publishing: everything is synced to disk, the manifest is written, the old artifact is moved aside, the partial folder
+takes its name, the old one goes. Killed between any two of these, `heal` (run by the next holder of the lock) finishes
+or undoes it. The kernel drops a dead holder's lock. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ArtifactError, ConfigError, MachineError, MissingInputError
+from pipeline.recipe import NAME
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+NOT_OF_THE_ARTIFACT = ("checkpoints",)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A whole artifact of the store, or a model folder from outside (then `manifest` is empty)."""
+
+    reference: str
+    path: Path
+    kind: str
+    fingerprint: str
+    manifest: Mapping[str, Any]
+
+    @property
+    def model(self) -> Path:
+        """The Hugging Face folder: weights, tokenizer, chat template."""
+        return self.path / "model" if self.manifest else self.path
+
+    @property
+    def stage(self) -> str:
+        """The type of the stage that made it (`sft`), empty for a model from outside."""
+        return str(self.manifest.get("stage", ""))
+
+    @property
+    def tokenizer_hash(self) -> str:
+        return tokenizer_hash(self.model)
+
+    @property
+    def template_hash(self) -> str:
+        return template_hash(self.model)
+
+
+class Store:
+    """All artifacts under one root."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    def folder(self, run: str, stage: str) -> Path:
+        """Where the artifact lies; ConfigError for a name that could leave the root."""
+        for name in (run, stage):
+            if not NAME.fullmatch(name):
+                raise ConfigError(f"{name!r} is no name of a run or stage", where=str(self.root))
+        return self.root / run / stage
+
+    def find(self, run: str, stage: str) -> Artifact | None:
+        """The artifact, or None where there is no whole one."""
+        path = self.folder(run, stage)
+        return read_artifact(path, f"{run}/{stage}") if (path / MANIFEST).exists() else None
+
+    def artifact(self, run: str, stage: str) -> Artifact:
+        """The artifact; ArtifactError where there is no whole one."""
+        found = self.find(run, stage)
+        if found is None:
+            raise ArtifactError(f"no artifact {run}/{stage}", where=str(self.root), mend="llmpipe status")
+        return found
+
+    def resolve(self, reference: str) -> Artifact:
+        """The artifact or outside model that `run/stage`, a path or `hub:org/name` names."""
+        if reference.startswith("hub:"):
+            return hub_model(reference)
+        if reference.startswith(("./", "../", "/")):
+            return outside_model(Path(reference).absolute())
+        run, _, stage = reference.partition("/")
+        if not stage:
+            raise ConfigError(f"{reference!r} is no reference", mend="write run/stage, ./folder or hub:org/name")
+        return self.artifact(run, stage)
+
+    def partial(self, run: str, stage: str, fingerprint: str) -> Path:
+        """The folder in which the stage works, made if need be."""
+        path = self.folder(run, stage).parent / f".{stage}.{fingerprint[:16]}.partial"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @contextmanager
+    def hold(self, run: str, stage: str, waiting: Callable[[str], None]) -> Iterator[None]:
+        """Hold the stage's lock; `waiting` is told once who has it. Heals a half-done publication."""
+        path = self.folder(run, stage).parent / f".{stage}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting(os.read(descriptor, 200).decode() or "another process")
+                while not _try_lock(descriptor):
+                    time.sleep(0.2)
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+            self.heal(run, stage)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def publish(self, partial: Path, run: str, stage: str, manifest: Mapping[str, Any]) -> Artifact:
+        """Make `partial` the artifact. Call on rank 0, after a barrier, with the lock held."""
+        files = {str(p.relative_to(partial)): p for p in _files(partial)}
+        for path in files.values():
+            path.chmod(0o644)  # safetensors writes 0600, which another user of the store could not read
+            _sync(path)
+        listed = {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in files.items()}
+        write_json(partial / MANIFEST, {**manifest, "schema_version": SCHEMA_VERSION, "files": listed})
+        self._swap(partial, run, stage)
+        shutil.rmtree(self.folder(run, stage) / "checkpoints", ignore_errors=True)
+        return self.artifact(run, stage)
+
+    def _swap(self, partial: Path, run: str, stage: str) -> None:
+        final = self.folder(run, stage)
+        if final.exists():
+            old = json.loads((final / MANIFEST).read_text())["fingerprint"] if (final / MANIFEST).exists() else "none"
+            aside = final.parent / f".{stage}.{old[:16]}.old"
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
+        partial.rename(final)
+        _sync(final.parent)
+        for aside in final.parent.glob(f".{stage}.*.old"):
+            shutil.rmtree(aside)
+
+    def heal(self, run: str, stage: str) -> None:
+        """Finish or undo a publication that was cut off. Call with the lock held."""
+        final = self.folder(run, stage)
+        for partial in final.parent.glob(f".{stage}.*.partial"):
+            if (partial / MANIFEST).exists():
+                self._swap(partial, run, stage)
+        for aside in final.parent.glob(f".{stage}.*.old"):
+            if final.exists():
+                shutil.rmtree(aside)
+            else:
+                aside.rename(final)
+
+    def bless(self, artifact: Artifact, fingerprint: str, why: str) -> Artifact:
+        """Let `artifact` stand for `fingerprint` too (`--keep`), on its own record."""
+        record = {"fingerprint": fingerprint, "why": why, "time": now()}
+        manifest = dict(artifact.manifest) | {"blessed": [*artifact.manifest.get("blessed", []), record]}
+        write_json(artifact.path / MANIFEST, manifest)
+        return read_artifact(artifact.path, artifact.reference)
+
+    def garbage(self) -> list[tuple[Path, int, str]]:
+        """Folders that nothing uses: (path, bytes, why). One that a live process works in is left out."""
+        found = []
+        for path in sorted(self.root.glob("*/.*")):
+            name, _, end = path.name[1:].rpartition(".")
+            if end not in ("partial", "old") or _is_held(path.parent / f".{name.rpartition('.')[0]}.lock"):
+                continue
+            why = "an unfinished stage that would be resumed" if end == "partial" else "a replaced artifact"
+            found.append((path, sum(p.stat().st_size for p in path.rglob("*") if p.is_file()), why))
+        return found
+
+
+def read_artifact(path: Path, reference: str) -> Artifact:
+    """The artifact in folder `path`; ArtifactError for a manifest that cannot be read."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["schema_version"] > SCHEMA_VERSION:
+            raise ArtifactError("written by a newer llmpipe", where=str(path), mend="pip install -U llmpipe")
+        return Artifact(reference, path, manifest["kind"], manifest["fingerprint"], manifest)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"broken manifest ({error!r})", where=str(path / MANIFEST), mend="--force") from error
+
+
+def changed_files(artifact: Artifact) -> list[str]:
+    """The files of the artifact that are missing or whose bytes have changed, re-read from disk."""
+    wrong = []
+    for name, listed in artifact.manifest["files"].items():
+        path = artifact.path / name
+        if not path.exists():
+            wrong.append(f"{name}: missing")
+        elif sha256(path, cached=False) != listed["sha256"]:
+            wrong.append(f"{name}: bytes changed")
+    return wrong
+
+
+def outside_model(path: Path) -> Artifact:
+    """A model folder of Hugging Face's layout, or another store's artifact, by its path."""
+    if (path / MANIFEST).exists():
+        return read_artifact(path, str(path))
+    if not (path / "config.json").exists():
+        raise MissingInputError("no model folder: it has neither manifest.json nor config.json", where=str(path))
+    architectures = json.loads((path / "config.json").read_text()).get("architectures") or [""]
+    kind = "reward-model" if architectures[0].endswith("ForSequenceClassification") else "causal-lm"
+    return Artifact(str(path), path, kind, content_hash(path), {})
+
+
+def hub_model(reference: str) -> Artifact:
+    """A model of the hub, from the local cache if it is there; MissingInputError where it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = reference.removeprefix("hub:").partition("@")
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+    except LocalEntryNotFoundError:
+        try:
+            folder = Path(snapshot_download(name, revision=revision or None))
+        except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+            what = f"the hub's {name} is neither in the local cache nor to be had: {error}".splitlines()[0]
+            raise MissingInputError(what, where=reference, mend="a local folder works too: ./folder") from error
+    kind = outside_model(folder).kind
+    return Artifact(reference, folder, kind, _digest(["hub", name, folder.name]), {})
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """Hash of what decides the tokens: model, added tokens, pre-tokeniser, normaliser; not padding or truncation."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return ""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return _digest({key: content.get(key) for key in ("model", "added_tokens", "pre_tokenizer", "normalizer")})
+
+
+def template_hash(folder: Path) -> str:
+    """Hash of the chat template's text; empty where the folder has none."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return _digest(file.read_text(encoding="utf-8"))
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_text()).get("chat_template") if config.exists() else None
+    return _digest(template) if template else ""
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a file, or of a folder's names and contents; where it lies does not count."""
+    if path.is_file():
+        return sha256(path)
+    return _digest([[str(p.relative_to(path)), sha256(p)] for p in _files(path)])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+digest = _digest
+
+
+def _hash_cache() -> Path:
+    home = os.environ.get("LLMPIPE_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llmpipe"
+    )
+    return Path(home) / "sha256"
+
+
+def sha256(path: Path, *, cached: bool = True) -> str:
+    """Hash of the file's bytes, remembered by device, inode, time of change and size."""
+    stat = path.stat()
+    key = f"{stat.st_dev}-{stat.st_ino}-{stat.st_mtime_ns}-{stat.st_size}"
+    note = _hash_cache() / key[-2:] / key
+    if cached and stat.st_size > 65536 and note.exists():
+        return note.read_text()
+    value = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            value.update(chunk)
+    if stat.st_size > 65536 and time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        temporary = note.with_name(f"{note.name}.{os.getpid()}")
+        temporary.write_text(value.hexdigest())
+        temporary.replace(note)
+    return value.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all, and on disk when it returns."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def need_disk(folder: Path, bytes_needed: int, what: str) -> None:
+    """MachineError before the work starts, rather than a full disk in the middle of it."""
+    free = shutil.disk_usage(folder).free
+    if free < bytes_needed:
+        raise MachineError(
+            f"{what} needs {bytes_needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",
+            where=str(folder),
+            mend="free some (`llmpipe gc`), or --artifacts on another disk",
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of an artifact, sorted; checkpoints and the manifest itself are no part of it."""
+    kept = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and parts[0] not in NOT_OF_THE_ARTIFACT and parts != (MANIFEST,):
+            kept.append(path)
+    return kept
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_held(lock: Path) -> bool:
+    if not lock.exists():
+        return False
+    descriptor = os.open(lock, os.O_RDWR)
+    try:
+        return not _try_lock(descriptor)
+    finally:
+        os.close(descriptor)

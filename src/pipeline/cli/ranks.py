@@ -1,0 +1,42 @@
+"""A stage under torchrun or `accelerate launch`: this process is already one rank of several.
+
+Rank 0 takes the lock, decides and tells the others, so that no two ranks see a different store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from pipeline.cli.session import Session
+from pipeline.launch import execute, wait_line, world_size_from_outside
+from pipeline.lineage import survey
+
+
+def run_as_rank(session: Session, name: str, force: bool) -> bool:
+    """Run the stage as one of the ranks; False where it stands. Collective."""
+    import torch
+
+    from pipeline.cli.run import inputs_of
+
+    on_cpu = not torch.cuda.is_available()
+    state = PartialState(cpu=True) if on_cpu else PartialState()
+    run, processes = session.recipe.run, world_size_from_outside()
+    with contextlib.ExitStack() as held:
+        if state.is_main_process:
+            held.enter_context(session.store.hold(run, name, wait_line(run, name)))
+        standing = survey(session.recipe, session.store)[name]
+        decision = [force or standing.state != "stands"]
+        broadcast_object_list(decision)
+        if not decision[0]:
+            return False
+        if force and standing.state == "stands" and state.is_main_process:
+            shutil.rmtree(session.store.partial(run, name, standing.fingerprint))
+        partial = session.store.partial(run, name, standing.fingerprint)
+        state.wait_for_everyone()
+        quiet = session.launch.quiet
+        execute(standing, inputs_of(session, standing), session.store, run, partial, processes, quiet, last=False)
+    return True

@@ -1,0 +1,168 @@
+"""`llmpipe run` and the stage commands: walk the graph, skip what stands, run the rest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Collection
+from typing import Any
+
+from pipeline.artifacts import Artifact
+from pipeline.cli.session import Session
+from pipeline.errors import ConfigError
+from pipeline.launch import run_stage, wait_line, world_size_from_outside
+from pipeline.lineage import Standing, survey
+from pipeline.progress import clock
+from pipeline.reading import meant
+
+
+def run_graph(
+    session: Session, *, until: str | None, keep: Collection[str], force: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Run every stage of the recipe (or those that `until` needs) that does not stand."""
+    recipe = session.recipe
+    if until is not None and until not in recipe.nodes:
+        raise ConfigError(f"--until {until}: no such stage{meant(until, recipe.nodes)}", where=recipe.name)
+    names = recipe.ancestors(until) if until else list(recipe.nodes)
+    _run(session, names, keep=keep, force=force, dry_run=dry_run, as_json=as_json)
+
+
+def run_one(
+    session: Session,
+    type_name: str,
+    only: str | None,
+    *,
+    keep: Collection[str],
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Run the one stage of this type; what it takes must stand."""
+    name = _pick(session, type_name, only)
+    standings = survey(session.recipe, session.store, keep)
+    for parent in session.recipe.nodes[name].parents(session.recipe.nodes):
+        if standings[parent].state != "stands" and not dry_run:
+            why = "; ".join(standings[parent].reasons) or "it has not run"
+            raise ConfigError(
+                f"`{name}` takes `{parent}`, which does not stand ({why})",
+                where=session.recipe.name,
+                mend=f"llmpipe run {session.named} --until {name}",
+            )
+    _run(session, [name], keep=keep, force=force, dry_run=dry_run, as_json=as_json)
+
+
+def _pick(session: Session, type_name: str, only: str | None) -> str:
+    names = [node.name for node in session.recipe.nodes.values() if node.stage.type == type_name]
+    if only is not None:
+        if only not in names:
+            raise ConfigError(f"--stage {only}: no {type_name} stage{meant(only, names)}", where=session.recipe.name)
+        return only
+    if len(names) == 1 or type_name in names:
+        return type_name if type_name in names else names[0]
+    what = f"several {type_name} stages: {', '.join(names)}" if names else f"no {type_name} stage"
+    mend = f"llmpipe {type_name} {session.named} --stage {names[0]}" if names else ""
+    raise ConfigError(f"the recipe has {what}", where=session.recipe.name, mend=mend)
+
+
+def _run(
+    session: Session, names: list[str], *, keep: Collection[str], force: bool, dry_run: bool, as_json: bool
+) -> None:
+    start = time.monotonic()
+    standings = survey(session.recipe, session.store, keep)
+    if dry_run:
+        _say_plan(standings, names, force, as_json)
+        return
+    width = max(map(len, names))
+    ran = []
+    for name in names:
+        standing = survey(session.recipe, session.store)[name]
+        if standing.state == "stands" and not force:
+            _say(session, f"{name:<{width}}  stands ({_made(standing)})")
+            continue
+        if _hold_and_run(session, name, force, width):
+            ran.append(name)
+    standings = survey(session.recipe, session.store)
+    if as_json:
+        print(json.dumps(_results(session, standings, names), indent=1))
+    elif not session.launch.quiet:
+        from pipeline.cli.closing import close
+
+        close(session, standings, names, ran, time.monotonic() - start)
+
+
+def _hold_and_run(session: Session, name: str, force: bool, width: int) -> bool:
+    """Run the stage with its lock held; False if another process has made it meanwhile."""
+    run = session.recipe.run
+    if world_size_from_outside() > 1:
+        from pipeline.cli.ranks import run_as_rank
+
+        return run_as_rank(session, name, force)
+    with session.store.hold(run, name, wait_line(run, name)):
+        standing = survey(session.recipe, session.store)[name]
+        if standing.state == "stands" and not force:
+            _say(session, f"{name:<{width}}  stands (made meanwhile by another process)")
+            return False
+        if force and standing.state == "stands":
+            shutil.rmtree(session.store.partial(run, name, standing.fingerprint))
+        why = "; ".join(standing.reasons) or ("again (--force)" if force else "")
+        resumed = " from where it stopped" if standing.is_begun else ""
+        _say(session, f"{name:<{width}}  runs{resumed}{f': {why}' if why else ''}")
+        run_stage(standing, inputs_of(session, standing), session.store, run, session.launch)
+    made = session.store.artifact(run, name)
+    _say(session, f"{name:<{width}}  done in {clock(made.manifest['seconds'])}  {_figures(made)}")
+    return True
+
+
+def inputs_of(session: Session, standing: Standing) -> dict[str, Artifact | list[Artifact] | None]:
+    """Role -> the artifact, the list of them, or None."""
+    found: dict[str, Artifact | list[Artifact] | None] = {}
+    node = standing.node
+    for role, refs in node.inputs.items():
+        own = session.recipe.nodes
+        artifacts = [session.store.resolve(f"{session.recipe.run}/{ref}" if ref in own else ref) for ref in refs]
+        found[role] = artifacts if node.is_list[role] else (artifacts[0] if artifacts else None)
+    return found
+
+
+def _say(session: Session, text: str) -> None:
+    if not session.launch.quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _made(standing: Standing) -> str:
+    assert standing.artifact is not None
+    manifest = standing.artifact.manifest
+    return f"made {manifest['created']}, {standing.fingerprint[:12]}"
+
+
+def _figures(artifact: Artifact) -> str:
+    shown = [f"{key} {value:.4g}" for key, value in artifact.manifest["metrics"].items() if key != "flops"]
+    return "  ".join(shown[:4])
+
+
+def _say_plan(standings: dict[str, Standing], names: list[str], force: bool, as_json: bool) -> None:
+    rows = []
+    for name in names:
+        standing = standings[name]
+        will_run = force or standing.state != "stands"
+        why = "; ".join(standing.reasons) or ("" if standing.state != "missing" else "has not run")
+        rows.append({"stage": name, "state": standing.state, "runs": will_run, "why": why})
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        why = f": {row['why']}" if row["why"] else ""
+        print(f"{row['stage']:<12} {'would run' if row['runs'] else 'stands'}{why}")
+
+
+def _results(session: Session, standings: dict[str, Standing], names: list[str]) -> dict[str, Any]:
+    stages = []
+    for name in names:
+        artifact = standings[name].artifact
+        assert artifact is not None
+        manifest = artifact.manifest
+        kept = ("kind", "fingerprint", "metrics", "tokens", "flops", "seconds", "resumed_from")
+        stages.append({"stage": name, "path": str(artifact.path), **{key: manifest[key] for key in kept}})
+    return {"run": session.recipe.run, "artifacts": str(session.store.root), "stages": stages}

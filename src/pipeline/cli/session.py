@@ -1,0 +1,52 @@
+"""What every command on a recipe shares: the recipe, the store, and how to launch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.artifacts import Store
+from pipeline.cli.stages import find_recipe, load_stage
+from pipeline.graph import Recipe, build
+from pipeline.launch import Launch
+from pipeline.reading import Document, read_recipe
+
+
+@dataclass(frozen=True)
+class Session:
+    """A recipe over a store."""
+
+    recipe: Recipe
+    document: Document
+    store: Store
+    launch: Launch
+    named: str
+    """The recipe as the user named it, for the commands that are suggested."""
+
+    @property
+    def shown_recipe(self) -> str:
+        """` RECIPE` for a suggested command, nothing for the default."""
+        return "" if self.named == "demo" else f" {self.named}"
+
+
+def artifacts_root(artifacts: Path | None) -> Path:
+    """--artifacts, else LLMPIPE_ARTIFACTS, else ./artifacts."""
+    return artifacts or Path(os.environ.get("LLMPIPE_ARTIFACTS") or "artifacts")
+
+
+def open_session(
+    recipe: str,
+    *,
+    run: str | None = None,
+    artifacts: Path | None = None,
+    overrides: Sequence[str] = (),
+    launch: Launch | None = None,
+) -> Session:
+    """Read and validate the recipe; raises RecipeError or MissingInputError before anything heavy loads."""
+    path, base = find_recipe(recipe)
+    document = read_recipe(path, [*overrides, *([f"run={run}"] if run else [])], base=base)
+    store = Store(artifacts_root(artifacts))
+    built = build(document, load_stage, store)
+    return Session(built, document, store, launch or Launch(), recipe)

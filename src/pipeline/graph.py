@@ -1,0 +1,291 @@
+"""The graph of a recipe: named stages, references between them, every default in its place.
+
+All that can be found wrong without loading a model is found here, with the file, the line and a suggestion:
+unknown stages, unknown references, kinds that do not fit, cycles, missing files, a reward model of another tokenizer.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from pipeline.artifacts import Store, outside_model, tokenizer_hash
+from pipeline.errors import ArtifactError, MissingInputError, RecipeError
+from pipeline.reading import Document, meant, validate
+from pipeline.recipe import NAME, USER_CODE, DataEntry, Section, Stage, StageConfig, field, is_data
+
+LoadStage = Callable[[str, Path], Stage]
+"""(type as the recipe wrote it, folder its path starts at) -> the stage; raises RecipeError's parents."""
+
+
+class RecipeFile(Section):
+    """The top level of a recipe."""
+
+    run: str = field("demo", "name of the run: its folder under the artifacts")
+    seed: int = field(0, "seed of every stage that sets none", ge=0)
+    stages: dict[str, dict[str, Any] | None] = field(..., "name -> the stage's fields")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stage of a recipe, resolved."""
+
+    name: str
+    stage: Stage
+    config: StageConfig
+    inputs: Mapping[str, tuple[str, ...]]
+    """Role -> references (names of this recipe, `run/stage`, absolute paths, `hub:`); () where there is none."""
+    is_list: Mapping[str, bool]
+    origins: Mapping[str, str]
+    """Field -> where its value came from: `default`, `recipe.yaml:7`, `--set …`, `LLMPIPE_SET …`."""
+
+    def parents(self, names: Mapping[str, Any]) -> list[str]:
+        """The stages of the recipe that this one takes, each once."""
+        return list(dict.fromkeys(ref for refs in self.inputs.values() for ref in refs if ref in names))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe; `nodes` in an order in which they can run."""
+
+    name: str
+    run: str
+    seed: int
+    nodes: Mapping[str, Node]
+
+    def descendants(self, name: str) -> set[str]:
+        """All stages that take what `name` makes, directly or not."""
+        found: set[str] = set()
+        for node in self.nodes.values():
+            if found.union({name}) & set(node.parents(self.nodes)):
+                found.add(node.name)
+        return found
+
+    def ancestors(self, name: str) -> list[str]:
+        """All stages that `name` needs, in running order, itself last."""
+        needed = {name}
+        for node in reversed(list(self.nodes.values())):
+            if node.name in needed:
+                needed.update(node.parents(self.nodes))
+        return [other for other in self.nodes if other in needed]
+
+
+def build(document: Document, load_stage: LoadStage, store: Store) -> Recipe:
+    """The recipe in `document`, validated as a whole. Raises RecipeError or MissingInputError."""
+    top = validate(RecipeFile, document.values, document, ())
+    for name, key in [(top.run, ("run",)), *((stage, ("stages", stage)) for stage in top.stages)]:
+        if not NAME.fullmatch(name):
+            raise RecipeError(
+                f"{name!r} is no name: letters, digits, '.', '_' and '-', at most 64, a letter or digit first",
+                where=document.place(*key),
+            )
+    stages = {name: _stage(document, name, values or {}, load_stage) for name, values in top.stages.items()}
+    if not stages:
+        raise RecipeError("no stages", where=document.place("stages"))
+    nodes = {name: _node(document, name, stages, top.seed, store) for name in stages}
+    nodes = _inherit(document, nodes)
+    recipe = Recipe(document.name, top.run, top.seed, _ordered(document, nodes))
+    for node in recipe.nodes.values():
+        _check_tokenizers(document, recipe, node, store)
+    return recipe
+
+
+def _stage(document: Document, name: str, values: Mapping[str, Any], load_stage: LoadStage) -> Stage:
+    key = ("stages", name, "stage") if "stage" in values else ("stages", name)
+    base = Path.cwd() if document.is_set(*key) else document.base
+    try:
+        return load_stage(str(values.get("stage", name)), base)
+    except RecipeError as error:
+        raise RecipeError(error.what, where=error.where or document.place(*key), mend=error.mend) from error
+
+
+def _node(document: Document, name: str, stages: Mapping[str, Stage], seed: int, store: Store) -> Node:
+    stage = stages[name]
+    key = ("stages", name)
+    values = {k: v for k, v in (document.values["stages"][name] or {}).items() if k != "stage"}
+    config = validate(stage.config, values, document, key)
+    origins = {
+        field_name: document.place(*key, field_name) if field_name in values else "default"
+        for field_name in stage.config.model_fields
+    }
+    if "seed" not in values:
+        config = config.model_copy(update={"seed": seed})
+        origins["seed"] = document.place("seed") if "seed" in document.values else "default"
+    inputs: dict[str, tuple[str, ...]] = {}
+    is_list: dict[str, bool] = {}
+    updates: dict[str, Any] = {}
+    for role, kind in stage.inputs.items():
+        value = getattr(config, role)
+        is_list[role] = isinstance(value, tuple)
+        refs = value if isinstance(value, tuple) else () if value is None else (value,)
+        if origins[role] == "default":
+            refs = _present(document, name, role, refs, stages, stage)
+        resolved = tuple(_reference(document, (*key, role), ref, kind, stages, store) for ref in refs)
+        inputs[role] = tuple(ref for ref in resolved if not USER_CODE.fullmatch(ref))
+        updates[role] = resolved if is_list[role] else (resolved[0] if resolved else None)
+    updates |= _paths(document, key, stage, config)
+    return Node(name, stage, config.model_copy(update=updates), inputs, is_list, origins)
+
+
+def _present(
+    document: Document, name: str, role: str, refs: tuple[str, ...], stages: Mapping[str, Stage], stage: Stage
+) -> tuple[str, ...]:
+    """A default reference that the recipe lacks: none where the field may be null, else an error."""
+    absent = [ref for ref in refs if ref not in stages]
+    annotation = str(stage.config.model_fields[role].annotation)
+    if absent and "None" not in annotation:
+        raise RecipeError(
+            f"`{role}` is `{absent[0]}` by default, and the recipe has no such stage",
+            where=document.place("stages", name),
+            mend=f"set {name}.{role} to a stage of the recipe, run/stage, ./folder or hub:org/name",
+        )
+    return tuple(ref for ref in refs if ref in stages)
+
+
+def _reference(
+    document: Document, key: tuple[str, ...], ref: str, kind: str, stages: Mapping[str, Stage], store: Store
+) -> str:
+    """`ref` checked: it exists, it is one thing only, and it is of the kind the stage takes."""
+    where = document.place(*key)
+    base = Path.cwd() if document.is_set(*key) else document.base
+    role = f"`{key[-1]}`"
+    if ref in stages:
+        if stages[ref].kind != kind:
+            raise RecipeError(f"{role} takes a {kind}, and `{ref}` makes a {stages[ref].kind}", where=where)
+        return ref
+    if USER_CODE.fullmatch(ref) or ref.startswith(("./", "../", "/")):
+        file, _, member = ref.rpartition(":") if USER_CODE.fullmatch(ref) else (ref, "", "")
+        path = Path(file) if file.startswith("/") else (base / file).resolve()
+        if not path.exists():
+            raise MissingInputError(f"{role}: nothing at {path}", where=where)
+        if not member:
+            outside_model(path)
+        return f"{path}:{member}" if member else str(path)
+    if ref.startswith("hub:"):
+        return ref
+    run, slash, stage_name = ref.partition("/")
+    if slash and NAME.fullmatch(run) and NAME.fullmatch(stage_name):
+        try:
+            found = store.artifact(run, stage_name)
+        except ArtifactError as error:
+            raise MissingInputError(
+                f"{role}: no artifact {ref} under {store.root}",
+                where=where,
+                mend=f"hub:{ref} for a model of the hub, ./{ref} for a folder",
+            ) from error
+        if found.kind != kind:
+            raise RecipeError(f"{role} takes a {kind}, and {ref} is a {found.kind}", where=where)
+        return ref
+    raise RecipeError(f"{role}: no stage `{ref}`{meant(ref, stages)}", where=where)
+
+
+def _paths(document: Document, key: tuple[str, str], stage: Stage, config: StageConfig) -> dict[str, Any]:
+    """The config's data entries and user files with absolute paths; MissingInputError where nothing is there."""
+    updates: dict[str, Any] = {}
+    for name in stage.config.model_fields:
+        value = getattr(config, name)
+        base = Path.cwd() if document.is_set(*key, name) else document.base
+        if is_data(stage.config, name) and value:
+            entries = enumerate(value)
+            updates[name] = tuple(_entry(e, base, document.place(*key, name, i)) for i, e in entries)
+        elif isinstance(value, str) and USER_CODE.fullmatch(value) and name not in stage.inputs:
+            file, _, member = value.rpartition(":")
+            path = (base / file).resolve()
+            if not path.exists():
+                raise MissingInputError(f"`{name}`: no file {path}", where=document.place(*key, name))
+            updates[name] = f"{path}:{member}"
+    return updates
+
+
+def _entry(entry: DataEntry, base: Path, where: str) -> DataEntry:
+    if entry.source == "pydocs" or entry.source.startswith("hub:"):
+        return entry
+    path = str((base / Path(entry.source).expanduser()).absolute())
+    if not Path(path).exists() and not glob.glob(path, recursive=True):
+        mend = f"hub:{entry.source} for a dataset of the hub" if entry.source.count("/") == 1 else ""
+        raise MissingInputError(f"no file or folder {path}", where=where, mend=mend)
+    return entry.model_copy(update={"source": path})
+
+
+def _inherit(document: Document, nodes: dict[str, Node]) -> dict[str, Node]:
+    """Fill the fields whose default is the data of another stage (`ppo.data`: the sft stage's)."""
+    filled = dict(nodes)
+    for node in nodes.values():
+        for name, purpose in node.stage.defaults.items():
+            if getattr(node.config, name) is not None and node.origins[name] != "default":
+                continue
+            giver = next((a for a in _along_init(node, nodes) if a.stage.trains_on == purpose), None)
+            if giver is None and node.stage.config.model_fields[name].default in (None, PydanticUndefined):
+                raise RecipeError(
+                    f"`{name}` is required here: no stage along `init` trains on {purpose}",
+                    where=document.place("stages", node.name),
+                    mend=f"add {node.name}.{name}: [a path, a glob, pydocs or hub:org/name]",
+                )
+            if giver is not None:
+                value = getattr(giver.config, "data")  # noqa: B009
+                config = filled[node.name].config.model_copy(update={name: value})
+                origins = {**filled[node.name].origins, name: f"default: the data of `{giver.name}`"}
+                filled[node.name] = Node(node.name, node.stage, config, node.inputs, node.is_list, origins)
+    return filled
+
+
+def _along_init(node: Node, nodes: Mapping[str, Node]) -> Iterator[Node]:
+    seen = {node.name}
+    while node.inputs.get("init") and node.inputs["init"][0] in nodes:
+        node = nodes[node.inputs["init"][0]]
+        if node.name in seen:
+            return
+        seen.add(node.name)
+        yield node
+
+
+def _ordered(document: Document, nodes: Mapping[str, Node]) -> dict[str, Node]:
+    """The nodes with parents first, in the recipe's order where that is free; RecipeError on a cycle."""
+    done: dict[str, Node] = {}
+    while len(done) < len(nodes):
+        ready = [n for n in nodes.values() if n.name not in done and all(p in done for p in n.parents(nodes))]
+        if not ready:
+            left = [name for name in nodes if name not in done]
+            path = [left[0]]
+            while path[-1] not in path[:-1]:
+                path.append(next(p for p in nodes[path[-1]].parents(nodes) if p in left))
+            loop = path[path.index(path[-1]) :]
+            where = document.place("stages", loop[0])
+            raise RecipeError(f"the stages go round in a circle: {' → '.join(reversed(loop))}", where=where)
+        done[ready[0].name] = ready[0]
+    return done
+
+
+def _check_tokenizers(document: Document, recipe: Recipe, node: Node, store: Store) -> None:
+    """A policy and the reward model that scores it must speak the same tokens."""
+    rewards = [r for role, refs in node.inputs.items() if node.stage.inputs[role] == "reward-model" for r in refs]
+    for reward in rewards:
+        for init in node.inputs.get("init", ()):
+            left, right = (tokenizer_root(recipe, ref, store) for ref in (init, reward))
+            if left and right and left != right and left.partition(":")[0] == right.partition(":")[0]:
+                raise RecipeError(
+                    f"the reward model `{reward}` has another tokenizer ({right}) than `{init}` ({left})",
+                    where=document.place("stages", node.name, "reward"),
+                    mend="train a reward model from the same base",
+                )
+
+
+def tokenizer_root(recipe: Recipe, ref: str, store: Store) -> str:
+    """What decides the tokenizer of `ref`: `stage:NAME` of this recipe or `hash:…` from outside; "" if unknown."""
+    while ref in recipe.nodes:
+        node = recipe.nodes[ref]
+        if node.stage.kind == "tokens":
+            return f"stage:{ref}"
+        above = node.inputs.get("tokens") or node.inputs.get("init")
+        if not above:
+            return ""
+        ref = above[0]
+    if ref.startswith("hub:"):
+        return ""
+    folder = Path(ref) if ref.startswith("/") else store.artifact(*ref.split("/")).model
+    return f"hash:{tokenizer_hash(folder)[:12]}"

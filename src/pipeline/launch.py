@@ -1,0 +1,343 @@
+"""One stage as one process or many, under accelerate.
+
+The command's process imports torch once and forks a child for every stage (a fresh state in a tenth of a second); with
+several processes it forks one child a rank and gives them the variables that accelerate and torch.distributed read.
+Started by torchrun or `accelerate launch` (WORLD_SIZE is set) the process itself is a rank and forks nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+
+from pipeline.artifacts import Artifact, Store, need_disk, now, template_hash, tokenizer_hash
+from pipeline.errors import ConfigError, Halt, Interrupted, PipelineError, Stopped, TrainingError
+from pipeline.fingerprint import PACKAGES, reached
+from pipeline.lineage import Standing
+
+STRATEGIES = ("auto", "single", "ddp")
+VERSIONS_OF = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "llmpipe")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How stages are started; none of it changes a result beyond float order."""
+
+    num_processes: int | None = None
+    strategy: str = "auto"
+    quiet: bool = False
+
+    def processes(self) -> int:
+        """How many processes: what was asked for, else one a GPU, else one."""
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(f"--strategy is one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
+        if self.num_processes is not None:
+            if self.num_processes < 1:
+                raise ConfigError("--num-processes is at least 1")
+            if self.strategy == "single" and self.num_processes > 1:
+                raise ConfigError("--strategy single is one process", mend="--strategy ddp")
+            return self.num_processes
+        if self.strategy == "single":
+            return 1
+        import torch
+
+        return max(1, torch.cuda.device_count())  # asks the driver, opens no context
+
+
+def world_size_from_outside() -> int:
+    """Ranks that torchrun or `accelerate launch` started, 0 when neither did."""
+    return int(os.environ.get("WORLD_SIZE", "0"))
+
+
+def run_stage(standing: Standing, inputs: Mapping[str, Any], store: Store, run: str, launch: Launch) -> None:
+    """Run the stage to its published artifact; call with its lock held. Raises what the stage raised."""
+    partial = store.partial(run, standing.node.name, standing.fingerprint)
+    need_disk(partial, 256 * 2**20, f"{run}/{standing.node.name}")
+    _preload(standing.node.stage.file)
+    processes = launch.processes()
+
+    def work(rank: int) -> None:
+        execute(standing, inputs, store, run, partial, processes, launch.quiet)
+
+    if sys.platform != "linux" and processes == 1:
+        work(0)
+        return
+    _fork(work, processes)
+
+
+def _preload(stage_file: Path) -> None:
+    """Import what the stage will need before forking, so that it is imported once a command."""
+    import pipeline.runtime
+
+    if PACKAGES / "pipeline" / "trainer.py" in reached(stage_file):
+        import pipeline.trainer  # noqa: F401
+
+
+def _fork(work: Callable[[int], None], processes: int) -> None:
+    """Run `work(rank)` in forked children and wait; a child's failure becomes the exception it reported."""
+    port = _free_port() if processes > 1 else 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    children: dict[int, int] = {}
+    for rank in range(processes):
+        pid = os.fork()
+        if pid == 0:
+            _child(work, rank, processes, port)
+        children[pid] = rank
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for pid in children:
+            os.kill(pid, number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        failed = _wait(children)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if failed:
+        raise ChildFailed(failed)
+
+
+class ChildFailed(PipelineError):
+    """A stage's process failed and has said why; carries its exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("the stage failed")
+        self.exit_code = code
+
+
+def _child(work: Callable[[int], None], rank: int, processes: int, port: int) -> None:
+    """The life of a forked child; never returns."""
+    code = 1
+    try:
+        _die_with_parent()
+        if processes > 1:
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(processes),
+                LOCAL_WORLD_SIZE=str(processes),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+                ACCELERATE_USE_CPU="" if _has_gpu() else "true",
+            )
+        work(rank)
+        code = 0
+    except PipelineError as error:
+        code = error.exit_code
+        if rank == 0 or not isinstance(error, Halt):
+            say_error(error)
+    except BaseException as error:
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        say_error(error)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(children: dict[int, int]) -> int:
+    """Wait for all children; the first failure stops the others. Returns its exit code, 0 if there was none."""
+    failed = 0
+    while children:
+        try:
+            pid, status = os.wait()
+        except InterruptedError:
+            continue
+        rank = children.pop(pid, None)
+        code = os.waitstatus_to_exitcode(status)
+        if rank is None or code == 0:
+            continue
+        if code < 0:
+            say_error(
+                TrainingError(
+                    f"the stage's process {pid} was killed by {signal.Signals(-code).name}",
+                    mend="run the same command again to go on from its last checkpoint"
+                    + (" (out of memory? a smaller batch helps)" if code == -9 else ""),
+                )
+            )
+            code = 1
+        if not failed and code not in (Stopped.exit_code, Interrupted.exit_code):
+            for other in children:
+                os.kill(other, signal.SIGKILL)  # they would wait for the dead rank for ever
+        failed = failed or code
+    return failed
+
+
+def execute(
+    standing: Standing,
+    inputs: Mapping[str, Any],
+    store: Store,
+    run: str,
+    partial: Path,
+    processes: int,
+    quiet: bool,
+    *,
+    last: bool = True,
+) -> None:
+    """In the process that works: set up the runtime, run the stage, publish on rank 0.
+
+    `last` says that this process does nothing after it, so that the ranks part here.
+    """
+    from pipeline.progress import Stop
+    from pipeline.runtime import Runtime, default_threads
+
+    node = standing.node
+    halt = Stop()
+    halt.listen()
+    runtime = Runtime.start(
+        partial, seed=node.config.seed, threads=default_threads(processes), world_size=processes, quiet=quiet
+    )
+    runtime.halt = halt
+    if runtime.is_main:
+        _write_config(partial / "config.yaml", to_jsonable_python(node.config))
+    runtime.barrier()
+    figures = node.stage.run(node.config, inputs, partial, runtime)
+    runtime.barrier()
+    if runtime.is_main:
+        runtime.metrics.sync()
+        (partial / "metrics.jsonl").touch()
+        store.publish(partial, run, node.name, _manifest(standing, inputs, run, partial, figures, runtime))
+    runtime.barrier()
+    if processes > 1 and last:
+        import torch
+
+        torch.distributed.destroy_process_group()
+
+
+def _manifest(
+    standing: Standing,
+    inputs: Mapping[str, Any],
+    run: str,
+    partial: Path,
+    figures: Mapping[str, float],
+    runtime: Any,
+) -> dict[str, Any]:
+    node = standing.node
+    parents = {
+        role: [{"reference": a.reference, "fingerprint": a.fingerprint} for a in _each(value)]
+        for role, value in inputs.items()
+    }
+    return {
+        "stage": node.stage.type,
+        "name": node.name,
+        "run": run,
+        "kind": node.stage.kind,
+        "fingerprint": standing.fingerprint,
+        "parts": standing.parts,
+        "config": to_jsonable_python(node.config),
+        "inputs": parents,
+        "tokenizer_hash": tokenizer_hash(partial / "model"),
+        "template_hash": template_hash(partial / "model"),
+        "metrics": {name: float(value) for name, value in figures.items()},
+        "tokens": runtime.metrics.tokens,
+        "flops": figures.get("flops", 0.0),
+        "seconds": round(runtime.metrics.seconds(), 3),
+        "resumed_from": runtime.checkpoints.resumed_from,
+        "processes": runtime.world_size,
+        "threads": runtime.threads,
+        "device": _device(runtime.device),
+        "versions": versions(),
+        "git_commit": _git_commit(),
+        "created": now(),
+    }
+
+
+def _each(value: Any) -> list[Artifact]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes a stage."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _device(device: Any) -> str:
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)"
+
+
+def _git_commit() -> str:
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=PACKAGES.parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip()
+
+
+def _write_config(path: Path, values: Mapping[str, Any]) -> None:
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    with path.open("w", encoding="utf-8") as file:
+        yaml.dump(json.loads(json.dumps(values)), file)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux for SIGTERM when the launching process dies: the stage then saves and ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.device_count() > 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def say_error(error: BaseException) -> None:
+    """The error as a user reads it: what, where, the mend; a traceback only with LLMPIPE_DEBUG=1."""
+    if os.environ.get("LLMPIPE_DEBUG") == "1":
+        traceback.print_exception(error)
+        return
+    if isinstance(error, Halt):
+        print(f"{error}", file=sys.stderr)
+    elif isinstance(error, PipelineError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        print(
+            f"error: {type(error).__name__}: {error}\n  at {frame.filename}:{frame.lineno}\n"
+            "  mend: this is a fault of llmpipe or of a file of yours; LLMPIPE_DEBUG=1 shows the whole story",
+            file=sys.stderr,
+        )
+    sys.stderr.flush()
+
+
+def wait_line(run: str, stage: str) -> Callable[[str], None]:
+    """What is said while another process works on the same stage."""
+    began = time.strftime("%H:%M:%S")
+    return lambda who: print(f"  {began} waiting for {who}, which works on {run}/{stage}", file=sys.stderr, flush=True)

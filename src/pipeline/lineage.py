@@ -1,0 +1,90 @@
+"""What of a recipe stands, what is stale and why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic_core import to_jsonable_python
+
+from pipeline.artifacts import Artifact, Store, digest, sha256
+from pipeline.data.sources import source_fingerprint
+from pipeline.errors import ConfigError
+from pipeline.fingerprint import differences, fingerprint, stage_parts
+from pipeline.graph import Node, Recipe
+from pipeline.recipe import DataEntry, is_data
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one stage of a recipe stands in the store."""
+
+    node: Node
+    fingerprint: str
+    """What the stage would make now; of what stands, the artifact's own."""
+    parts: dict[str, Any]
+    state: Literal["stands", "stale", "missing"]
+    reasons: tuple[str, ...]
+    artifact: Artifact | None
+    is_begun: bool
+    """Whether a partial folder of this fingerprint waits to be resumed."""
+
+
+def survey(recipe: Recipe, store: Store, keep: Collection[str] = ()) -> dict[str, Standing]:
+    """Every stage's standing, in running order. `keep` names stale stages that shall stand as they are."""
+    unknown = [name for name in keep if name not in recipe.nodes]
+    if unknown:
+        raise ConfigError(f"--keep {unknown[0]}: the recipe has no such stage", where=recipe.name)
+    found: dict[str, Standing] = {}
+    for node in recipe.nodes.values():
+        found[node.name] = _standing(recipe, node, store, found, node.name in keep)
+    return found
+
+
+def _standing(recipe: Recipe, node: Node, store: Store, found: dict[str, Standing], keep: bool) -> Standing:
+    inputs = {
+        role: [found[ref].fingerprint if ref in found else store.resolve(ref).fingerprint for ref in refs]
+        for role, refs in node.inputs.items()
+    }
+    parts = stage_parts(node.stage, node.config, _data(node), inputs)
+    planned = fingerprint(parts)
+    artifact = store.find(recipe.run, node.name)
+    is_begun = (store.folder(recipe.run, node.name).parent / f".{node.name}.{planned[:16]}.partial").exists()
+    if artifact is None:
+        return Standing(node, planned, parts, "missing", (), None, is_begun)
+    blessed = [record["fingerprint"] for record in artifact.manifest.get("blessed", [])]
+    if planned in (artifact.fingerprint, *blessed):
+        return Standing(node, artifact.fingerprint, parts, "stands", (), artifact, is_begun)
+    reasons = tuple(_reasons(node, artifact, parts))
+    if keep:
+        artifact = store.bless(artifact, planned, "; ".join(reasons))
+        return Standing(node, artifact.fingerprint, parts, "stands", (), artifact, is_begun)
+    return Standing(node, planned, parts, "stale", reasons, artifact, is_begun)
+
+
+def _reasons(node: Node, artifact: Artifact, parts: dict[str, Any]) -> list[str]:
+    if artifact.stage != node.stage.type:
+        return [f"{node.name}.stage {artifact.stage} → {node.stage.type}"]
+    defaults = {
+        name: None if info.is_required() else to_jsonable_python(info.default)
+        for name, info in node.stage.config.model_fields.items()
+    }
+    reasons = differences(node.name, artifact.manifest["parts"], parts, defaults)
+    refs = {f"input: {role}": ", ".join(names) for role, names in node.inputs.items()}
+    return [f"{reason} ({refs[reason]})" if refs.get(reason) else reason for reason in reasons]
+
+
+def _data(node: Node) -> dict[str, Any]:
+    """Field -> what its sources hold, by content; a source's path does not count, its other options do."""
+    found = {}
+    for name in node.stage.config.model_fields:
+        entries = getattr(node.config, name)
+        if is_data(node.stage.config, name) and entries:
+            found[name] = [_entry(entry) for entry in entries]
+    return found
+
+
+def _entry(entry: DataEntry) -> str:
+    options = entry.model_dump(exclude={"source"}, exclude_defaults=True)
+    return digest({"content": source_fingerprint(entry, hash_file=sha256), "options": options})

@@ -1,0 +1,195 @@
+"""Read a recipe: YAML 1.2 and `--set`, with the file and the line of every value kept for the errors.
+
+A `Source` says where a value came from. Values are plain Python (dict, list, str, int, float, bool, None); what they
+must be is decided by the stage's config, and a value that does not fit is reported at its own line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.errors import MissingInputError, RecipeError
+
+Config = TypeVar("Config", bound=BaseModel)
+Key = tuple[str | int, ...]
+
+
+@dataclass
+class Document:
+    """A recipe as written: its values, and for every key path the place it came from."""
+
+    name: str
+    base: Path
+    """Relative paths of the recipe start here; those of `--set` at the current folder."""
+    values: dict[str, Any]
+    places: dict[Key, str] = field(default_factory=dict)
+
+    def place(self, *key: str | int) -> str:
+        """`file:line` of the value, or of the nearest mapping around it that has one."""
+        for end in range(len(key), -1, -1):
+            if key[:end] in self.places:
+                return self.places[key[:end]]
+        return self.name
+
+    def is_set(self, *key: str | int) -> bool:
+        """Whether the value came from `--set` or the environment (its paths are relative to the current folder)."""
+        return self.place(*key).startswith(("--set", "LLMPIPE_SET"))
+
+
+def read_recipe(path: Path, overrides: Iterable[str] = (), *, base: Path | None = None) -> Document:
+    """The recipe at `path`, with `LLMPIPE_SET` and then `overrides` (`stage.field=value`) laid over it.
+
+    Raises RecipeError (file and line) for what is no YAML, a duplicate key, or a `--set` that leads nowhere.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise MissingInputError(f"no recipe there ({error.strerror})", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"not UTF-8 text ({error.reason})", where=str(path)) from error
+    document = Document(name=_shown(path), base=base or path.resolve().parent, values={})
+    tree = _parse(text, document.name)
+    if not isinstance(tree, dict):
+        raise RecipeError("a recipe is a mapping with the key `stages`", where=f"{document.name}:1")
+    document.values = _plain(tree, (), document)
+    document.places.setdefault((), f"{document.name}:1")
+    for assignment in shlex.split(os.environ.get("LLMPIPE_SET", "")):
+        _assign(document, assignment, f"LLMPIPE_SET {assignment}")
+    for assignment in overrides:
+        _assign(document, assignment, f"--set {assignment}")
+    return document
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _parse(text: str, where: str) -> Any:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.constructor import DuplicateKeyError
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    yaml = YAML(typ="rt", pure=True)
+    try:
+        return yaml.load(text)
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = str(error.problem).split(" with value")[0].replace("found ", "")
+        raise RecipeError(problem, where=f"{where}:{line}", mend="keep one of the two") from error
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"not YAML: {error.problem}", where=f"{where}:{line}") from error
+    except YAMLError as error:
+        raise RecipeError(f"not YAML: {error}", where=where) from error
+
+
+def _plain(node: Any, key: Key, document: Document) -> Any:
+    """Plain Python out of ruamel's nodes, noting the line of every key and item."""
+    marks: Any = cast("Any", node).lc if isinstance(node, dict | list) else None
+    if isinstance(node, dict):
+        for name in node:
+            line = marks.key(name)[0] + 1
+            document.places[(*key, str(name))] = f"{document.name}:{line}"
+        return {str(name): _plain(value, (*key, str(name)), document) for name, value in node.items()}
+    if isinstance(node, list):
+        for index in range(len(node)):
+            document.places[(*key, index)] = f"{document.name}:{marks.item(index)[0] + 1}"
+        return [_plain(value, (*key, index), document) for index, value in enumerate(node)]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node if node is None else str(node)
+
+
+def _assign(document: Document, assignment: str, where: str) -> None:
+    """Lay `a.b=value` over the document; the value is read as YAML."""
+    path, equals, text = assignment.partition("=")
+    keys: Key = tuple(int(part) if part.isdigit() else part for part in path.strip().split("."))
+    if not equals or not all(str(part) for part in keys):
+        raise RecipeError("write it as stage.field=value", where=where)
+    if len(keys) > 1:
+        keys = ("stages", *keys)
+    node: Any = document.values
+    for depth, part in enumerate(keys[:-1]):
+        if isinstance(node, dict) and node.get(str(part)) is None and (str(part) in node or depth > 1):
+            node[str(part)] = {}  # a stage or section that was left empty
+        try:
+            node = node[part] if isinstance(node, list) and isinstance(part, int) else node[str(part)]
+        except (KeyError, IndexError, TypeError) as error:
+            known = list(node) if isinstance(node, dict) else []
+            raise RecipeError(f"there is no {part!r}{meant(str(part), known)}", where=where) from error
+    last, value = keys[-1], _plain(_parse(text, where), keys, document)
+    if isinstance(node, dict):
+        node[str(last)] = value
+    elif isinstance(node, list) and isinstance(last, int) and last < len(node):
+        node[last] = value
+    else:
+        raise RecipeError(f"{'.'.join(map(str, keys[:-1]))} holds no fields", where=where)
+    for old in [key for key in document.places if key[: len(keys)] == keys]:
+        del document.places[old]
+    document.places[keys] = where
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """`; did you mean \\`learning_rate\\`?`, or the known names where none is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean `{near[0]}`?"
+    return f"; there are {', '.join(names)}" if 0 < len(names) <= 30 else ""
+
+
+def validate(kind: type[Config], values: Mapping[str, Any], document: Document, key: Key) -> Config:
+    """`values` as the config `kind`; RecipeError at the line of the first value that does not fit."""
+    try:
+        return kind.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+        location = tuple(part for part in first["loc"] if not _is_tag(part))
+        raise RecipeError(_explain(first, location, kind), where=document.place(*key, *location)) from error
+
+
+def _is_tag(part: str | int) -> bool:
+    """Whether a step of pydantic's location names a branch of a union rather than a key."""
+    return isinstance(part, str) and (part in {"str", "int", "float", "bool"} or "[" in part or part.endswith("Config"))
+
+
+def _explain(error: Any, location: Key, kind: type[BaseModel]) -> str:
+    name = ".".join(map(str, location))
+    if error["type"] == "extra_forbidden":
+        return f"unknown key `{name}`{meant(str(location[-1]), _fields_at(kind, location[:-1]))}"
+    if error["type"] == "missing":
+        return f"`{name}` is required"
+    got = error["input"]
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"`{name}`: {message[:1].lower()}{message[1:]} (got {json.dumps(got, default=str)[:80]})"
+
+
+def _fields_at(kind: type[BaseModel], location: Key) -> list[str]:
+    """The field names of the (nested) model at `location`, for suggestions."""
+    for part in location:
+        if isinstance(part, int) or part not in kind.model_fields:
+            continue
+        nested = _models_in(kind.model_fields[part].annotation)
+        if nested:
+            kind = nested[0]
+    return list(kind.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    arguments = getattr(annotation, "__args__", ())
+    return [found for argument in arguments for found in _models_in(argument)]

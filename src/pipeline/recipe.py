@@ -1,0 +1,164 @@
+"""What a stage declares of itself and what a recipe says of it: frozen, strict, documented fields.
+
+A stage's config subclasses `StageConfig`; its fields are made by `field`, which takes the unit and says whether
+the value changes the result (hashed into the fingerprint) or only the running of it (`run_only`).
+Reading a recipe file is in `reading.py`, the graph of its stages in `graph.py`. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from pipeline.errors import ConfigError
+
+KINDS = ("tokens", "causal-lm", "reward-model", "rows", "evaluation")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+USER_CODE = re.compile(r"(\./|/).*\.py:[A-Za-z_]\w*")
+"""A function or class in a user's file: `./rewards.py:exact`, `./gpt.py:GPT`."""
+
+Scalar = str | int | float | bool | None
+
+
+def field(
+    default: Any,
+    doc: str,
+    *,
+    unit: str = "",
+    run_only: bool = False,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """A documented field of a stage's config.
+
+    `default` of `...` makes it required. `unit` is printed beside the value. `run_only` says that the value
+    changes only the running (how often to save, how often to log) and never the result.
+    """
+    extra: dict[str, Any] = {"unit": unit, "run_only": run_only}
+    return Field(default, description=doc, json_schema_extra=extra, ge=ge, gt=gt, le=le, lt=lt)
+
+
+class Section(BaseModel):
+    """A frozen mapping inside a recipe: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class StageConfig(Section):
+    """What every stage can be told."""
+
+    seed: int = field(0, "seed of everything random in the stage; the recipe's `seed` unless set", ge=0)
+
+
+class DataEntry(Section):
+    """One source of documents or rows."""
+
+    source: str = field(..., "a path, a glob, `pydocs`, or `hub:org/name`")
+    split: str | None = field(None, "split of a hub dataset, such as `train`")
+    name: str | None = field(None, "configuration of a hub dataset")
+    revision: str | None = field(None, "revision of a hub dataset")
+    format: str | None = field(None, "layout of the rows; recognised by their keys where unset")
+    text_field: str = field("text", "field that holds the text of a document in jsonl and parquet")
+    weight: float = field(1.0, "how often its rows are drawn, relative to the other sources", gt=0)
+    limit: int | None = field(None, "take only the first rows", unit="rows", gt=0)
+
+
+def _as_entries(value: Any) -> Any:
+    items = value if isinstance(value, list | tuple) else [value]
+    return tuple({"source": item} if isinstance(item, str) else item for item in items)
+
+
+Data = Annotated[tuple[DataEntry, ...], BeforeValidator(_as_entries)]
+"""A list of sources; a lone string or mapping is a list of one."""
+
+
+Ref = Annotated[str, "a reference: a stage of the recipe, run/stage, ./folder or hub:org/name"]
+
+
+class PeftConfig(Section):
+    """LoRA adapters; names and defaults are peft's `LoraConfig`'s."""
+
+    r: int = field(16, "rank of the update", gt=0)
+    lora_alpha: int = field(32, "the update is scaled by lora_alpha / r", gt=0)
+    lora_dropout: float = field(0.0, "dropout on the adapter's input", ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = field("all-linear", "modules that get an adapter")
+    use_rslora: bool = field(False, "scale by lora_alpha / sqrt(r)")
+
+
+ConfigClass = type[StageConfig]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's module, as the table of stages hands it over."""
+
+    type: str
+    """Its name in the table (`ppo`), or the path of the user's file as the recipe wrote it."""
+    file: Path
+    config: ConfigClass
+    inputs: Mapping[str, str]
+    """Role -> kind. A field of the config by the role's name holds the reference or a list of them."""
+    kind: str
+    result_version: int
+    defaults: Mapping[str, str]
+    """Field -> what the data of the nearest stage along `init` must be for (`demonstrations`)."""
+    trains_on: str
+    run: Callable[..., dict[str, float]]
+
+    @classmethod
+    def of(cls, module: ModuleType, type_name: str) -> Stage:
+        """Read the stage's contract off its module; ConfigError says what is missing."""
+        members = vars(module)
+        where = str(module.__file__)
+        configs = [
+            value
+            for value in members.values()
+            if inspect.isclass(value) and issubclass(value, StageConfig) and value.__module__ == module.__name__
+        ]
+        if len(configs) != 1:
+            raise ConfigError(
+                f"a stage's file defines one subclass of StageConfig, this one {len(configs)}",
+                where=where,
+                mend="`llmpipe eject ppo` writes a stage file to start from",
+            )
+        missing = [name for name in ("INPUTS", "KIND", "run") if name not in members]
+        if missing or members["KIND"] not in KINDS:
+            what = f"no {', '.join(missing)}" if missing else f"KIND is none of {', '.join(KINDS)}"
+            raise ConfigError(f"not a whole stage: {what}", where=where, mend="see docs/stages.md")
+        return cls(
+            type=type_name,
+            file=Path(where),
+            config=configs[0],
+            inputs=members["INPUTS"],
+            kind=members["KIND"],
+            result_version=members.get("RESULT_VERSION", 1),
+            defaults=members.get("DEFAULTS", {}),
+            trains_on=members.get("TRAINS_ON", ""),
+            run=members["run"],
+        )
+
+
+def is_run_only(config: type[BaseModel], name: str) -> bool:
+    """Whether the field changes only the running of the stage, not its result."""
+    extra = config.model_fields[name].json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("run_only"))
+
+
+def unit_of(config: type[BaseModel], name: str) -> str:
+    """The field's unit, empty where it has none."""
+    extra = config.model_fields[name].json_schema_extra
+    return str(extra.get("unit", "")) if isinstance(extra, dict) else ""
+
+
+def is_data(config: type[BaseModel], name: str) -> bool:
+    """Whether the field holds data entries."""
+    return "DataEntry" in str(config.model_fields[name].annotation)

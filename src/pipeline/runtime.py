@@ -1,0 +1,148 @@
+"""What a stage runs in: device, precision, ranks, randomness, the wish to stop, metrics and checkpoints.
+
+Randomness is derived, never carried: every generator comes from (seed, what it is for, step, rank), so that a
+checkpoint holds no random state and another world size or a resume changes nothing that it should not.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+import transformers
+from accelerate import Accelerator, PartialState
+
+from pipeline.checkpoint import Checkpoints
+from pipeline.errors import Halt, MachineError, Stopped
+from pipeline.progress import Bar, Metrics, Stop, bar
+
+if TYPE_CHECKING:
+    from torch import Generator
+
+
+def derive_seed(*keys: int | str) -> int:
+    """A seed below 2^63, a pure function of the keys."""
+    text = "\x1f".join(f"{type(key).__name__}:{key}" for key in keys)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def has_amx() -> bool:
+    """Whether the CPU has tiles for bf16 products (six times fp32 here; AVX-512 bf16 alone is not worth autocast)."""
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and "amx_bf16" in cpu.read_text()
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether autocast to bf16 is the faster choice on this device."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return device.type == "cpu" and has_amx()
+
+
+@dataclass
+class Runtime:
+    """Handed to a stage's `run`, one in every process."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    seed: int
+    bf16: bool
+    threads: int
+    metrics: Metrics
+    checkpoints: Checkpoints
+    halt: Stop = field(default_factory=Stop)
+    quiet: bool = False
+
+    @classmethod
+    def start(cls, out: Path, *, seed: int, threads: int, world_size: int = 1, quiet: bool = False) -> Runtime:
+        """Join the other ranks and set up this process. `world_size` is what was asked for: fewer is an error."""
+        transformers.utils.logging.disable_progress_bar()
+        on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+        state = PartialState(cpu=True) if on_cpu else PartialState()
+        if state.num_processes != world_size:
+            raise MachineError(
+                f"{world_size} processes were asked for and {state.num_processes} came up",
+                mend="--num-processes 1, or accelerate's own launcher",
+            )
+        rank = state.process_index
+        metrics = Metrics(out / "metrics.jsonl", is_main=rank == 0)
+        barrier = state.wait_for_everyone if world_size > 1 else lambda: None
+        checkpoints = Checkpoints(out / "checkpoints", metrics, rank == 0, threads, barrier)
+        newest = checkpoints.peek()
+        if newest is not None:  # other thread counts give other bits
+            checkpoints.threads = threads = newest.threads
+        torch.set_num_threads(threads)
+        torch.manual_seed(derive_seed(seed, "process", rank))
+        device = torch.device(state.device)
+        return cls(
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            bf16=bf16_pays(device),
+            threads=threads,
+            metrics=metrics,
+            checkpoints=checkpoints,
+            quiet=quiet,
+        )
+
+    @functools.cached_property
+    def accelerator(self) -> Accelerator:
+        """Accelerate's handle, in full precision: autocast is the stage's. Stages on TRL's trainers never make it."""
+        return Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes and speaks."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """One line on stderr, from rank 0."""
+        if self.is_main and not self.quiet:
+            print(f"  {text}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def progress(self, phase: str, total: int | None, unit: str = "steps") -> Iterator[Bar]:
+        """A bar (or plain lines) for one phase."""
+        with bar(phase, total, unit, quiet=self.quiet or not self.is_main) as shown:
+            yield shown
+
+    def generator(self, *keys: int | str) -> Generator:
+        """A CPU generator that is a pure function of the stage's seed and the keys."""
+        return torch.Generator().manual_seed(derive_seed(self.seed, *keys))
+
+    def stop_requested(self) -> bool:
+        """Whether to stop after this step, agreed over all ranks. A collective: call it on every rank, once a step."""
+        if self.world_size == 1:
+            return self.halt.asked is not None
+        flag = torch.tensor([float(self.halt.asked is not None)], device=self.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def check_stop(self) -> None:
+        """Raise if asked to stop: for phases with nothing to save."""
+        if self.halt.asked is not None:
+            raise self.halt.asked("stopped before there was anything to save", mend="run the same command again")
+
+    def stop(self, step: int) -> NoReturn:
+        """Raise, after the stage has saved its state at `step`."""
+        kind: type[Halt] = self.halt.asked or Stopped
+        raise kind(f"stopped at step {step:,} and saved", mend="run the same command again to go on from there")
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.checkpoints.barrier()
+
+
+def default_threads(processes: int) -> int:
+    """Threads a process may use: the cores this process may run on, shared out."""
+    return max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1

@@ -1,0 +1,321 @@
+"""pretrain: a causal language model from scratch (or further from a base) on token shards.
+
+The own loop: the trunk runs once, head and loss go in chunks (Wijmans et al. 2024 call the idea cut cross-entropy), one
+host sync a logging interval. The model is a Llama (Touvron et al. 2023) with tied embeddings. Sample order is a pure
+function of (seed, position), so that a checkpoint is weights, moments and a step.
+
+Departures: the projections into the residual stream start at zero; embeddings have a learning rate of their own; the
+final model is saved before it is evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import ConfigError, MismatchError, TrainingError
+from pipeline.recipe import Section, StageConfig, field
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from pipeline.data.packing import Windows
+    from pipeline.runtime import Runtime
+
+
+class ModelConfig(Section):
+    """The model to build; sizes left out follow from the depth."""
+
+    architecture: Literal["llama"] = field("llama", "family of transformers models")
+    depth: int = field(4, "transformer blocks; the one dial", gt=0)
+    hidden_size: int | None = field(None, "width; 64 × depth unless set", gt=0)
+    intermediate_size: int | None = field(None, "width of the MLP; 8/3 × hidden_size, to a multiple of 32", gt=0)
+    num_attention_heads: int | None = field(None, "heads of 64 channels unless set", gt=0)
+    num_key_value_heads: int | None = field(None, "heads of keys and values; as many as heads unless set", gt=0)
+    tie_word_embeddings: bool = field(True, "one matrix for the input embedding and the head")
+
+
+class PretrainConfig(StageConfig):
+    """What pretrain can be told."""
+
+    tokens: str = field("tokenize", "the token shards")
+    init: str | None = field(None, "a base model to go on from; a new one is built unless set")
+    model: ModelConfig = field(ModelConfig(), "the model to build; ignored with `init`")
+    context_length: int = field(256, "tokens of a sample", unit="tokens", gt=1)
+    per_device_train_batch_size: int = field(8, "samples a device and micro-step", gt=0)
+    gradient_accumulation_steps: int = field(1, "micro-steps an optimiser step", gt=0)
+    max_steps: int = field(1000, "optimiser steps", unit="steps", gt=0)
+    optimizer: Literal["adamw", "muon"] = field("adamw", "muon: Muon on the blocks' matrices, AdamW on the rest")
+    learning_rate: float = field(3e-3, "peak rate of matrices and norms", gt=0)
+    embedding_learning_rate: float | None = field(None, "peak rate of the embedding; learning_rate unless set", gt=0)
+    lr_scheduler_type: Literal["cosine", "linear", "wsd", "constant"] = field("cosine", "shape after the warmup")
+    warmup_steps: float = field(0.02, "steps of warmup, or their share when below 1", ge=0)
+    decay_share: float = field(0.3, "wsd: share of the steps in which the rate falls", gt=0, le=1)
+    min_lr_share: float = field(0.0, "the last rate, as a share of the peak", ge=0, le=1)
+    adam_beta1: float = field(0.9, "AdamW's decay of the mean", ge=0, lt=1)
+    adam_beta2: float = field(0.95, "AdamW's decay of the square", ge=0, lt=1)
+    adam_epsilon: float = field(1e-8, "AdamW's epsilon", gt=0)
+    weight_decay: float = field(0.1, "on matrices only, never on embeddings and norms", ge=0)
+    max_grad_norm: float = field(1.0, "clip the gradient's norm to this", gt=0)
+    bf16: bool | None = field(None, "autocast to bf16; where the hardware gains by it unless set")
+    eval_documents: int = field(400, "held-out documents of the bits per byte", unit="documents", gt=0)
+    eval_steps: int = field(500, "optimiser steps between evaluations", unit="steps", gt=0, run_only=True)
+    logging_steps: int = field(20, "optimiser steps between lines of metrics", unit="steps", gt=0, run_only=True)
+    save_steps: int = field(200, "optimiser steps between checkpoints", unit="steps", gt=0, run_only=True)
+
+
+INPUTS = {"tokens": "tokens", "init": "causal-lm"}
+KIND = "causal-lm"
+RESULT_VERSION = 1
+
+
+def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
+    """Train to `max_steps`; returns held-out bits per byte and what it took."""
+    from pipeline.data.packing import Windows
+    from pipeline.data.shards import TokenFile
+    from pipeline.data.tokenizers import load_tokenizer
+    from pipeline.model.build import flops_per_token, save_model
+
+    # 1. data
+    tokens = inputs["tokens"]
+    train, valid = TokenFile(tokens.path / "train.ds"), TokenFile(tokens.path / "valid.ds")
+    windows = Windows(train.tokens, config.context_length, config.seed)
+    tokenizer = load_tokenizer(tokens.model)
+
+    # 2. model and optimizers, from the checkpoint if there is one
+    model = _model(config, inputs, len(tokenizer), runtime).to(runtime.device)
+    loop = _Loop(config, model, windows, runtime)
+    step = loop.resume()
+
+    # 3. train
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * runtime.world_size
+    epochs = config.max_steps * batch / windows.count
+    runtime.say(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.max_steps:,} steps of "
+        f"{batch} × {config.context_length} tokens ({epochs:.2f} epochs), {'bf16' if loop.bf16 else 'fp32'}"
+    )
+    _train(config, loop, step, valid, runtime)
+
+    # 4. save, then evaluate
+    if runtime.is_main:
+        save_model(model, out / "model", tokens.model, [train.metadata.separator_id], tokenizer.pad_token_id)
+    runtime.barrier()
+    bits = loop.bits_per_byte(valid, config.eval_documents)
+    seen = config.max_steps * batch * config.context_length
+    runtime.metrics.log(config.max_steps, seen, bits_per_byte=bits)
+    return {
+        "bits_per_byte": bits,
+        "epochs": epochs,
+        "parameters": float(sum(p.numel() for p in model.parameters())),
+        "flops": flops_per_token(model, config.context_length) * seen,
+    }
+
+
+def _model(config: PretrainConfig, inputs: dict[str, Any], vocab: int, runtime: Runtime) -> PreTrainedModel:
+    """The base model to go on from, or a new one with weights drawn from the seed."""
+    from transformers import LlamaForCausalLM
+
+    from pipeline.model.build import check_vocabulary, initialise, llama_config, load_causal_lm
+
+    base = inputs.get("init")
+    if base is not None:
+        if base.tokenizer_hash != inputs["tokens"].tokenizer_hash:
+            raise MismatchError(
+                f"the shards are of another tokenizer than {base.reference}",
+                where="pretrain.tokens",
+                mend=f"tokenize with it: --set tokenize.tokenizer={base.model}",
+            )
+        model = load_causal_lm(base.model)
+        check_vocabulary(model, vocab, "pretrain.init")
+        if model.config.max_position_embeddings < config.context_length:
+            raise ConfigError(
+                f"{config.context_length} is more than the base's context of {model.config.max_position_embeddings}",
+                where="pretrain.context_length",
+                mend=f"--set pretrain.context_length={model.config.max_position_embeddings}",
+            )
+        return model
+    shape = config.model
+    width = shape.hidden_size or 64 * shape.depth
+    heads = shape.num_attention_heads or max(1, width // 64)
+    built = llama_config(
+        depth=shape.depth,
+        width=width,
+        heads=heads,
+        kv_heads=shape.num_key_value_heads or heads,
+        mlp_width=shape.intermediate_size or 32 * math.ceil(width * 8 / 3 / 32),
+        context=config.context_length,
+        vocab=vocab,
+        tied=shape.tie_word_embeddings,
+    )
+    model = LlamaForCausalLM(built)
+    initialise(model, runtime.generator("model"))
+    return model
+
+
+def _train(config: PretrainConfig, loop: _Loop, step: int, valid: Any, runtime: Runtime) -> None:
+    """Optimiser steps from `step` to the end, with metrics, evaluations, checkpoints and an ear for signals."""
+    from pipeline.model.build import flops_per_token
+
+    tokens_a_step = loop.batch * config.context_length
+    flops = flops_per_token(loop.model, config.context_length)
+    began, first = time.monotonic(), step
+    with runtime.progress("pretrain", config.max_steps) as bar:
+        bar.start_at(step)
+        while step < config.max_steps:
+            loop.step(step)
+            step += 1
+            if step % config.logging_steps == 0 or step == config.max_steps:
+                figures = loop.figures(step)
+                speed = (step - first) * tokens_a_step / (time.monotonic() - began)
+                shown = {"loss": figures["loss"], "lr": figures["learning_rate"], "tok/s": speed}
+                runtime.metrics.log(
+                    step, step * tokens_a_step, **figures, tokens_per_second=speed, flops_per_second=speed * flops
+                )
+                bar.advance(step - bar.done, **shown)
+            if step % config.eval_steps == 0 and step < config.max_steps:
+                bits = loop.bits_per_byte(valid, config.eval_documents)
+                runtime.metrics.log(step, step * tokens_a_step, bits_per_byte=bits)
+                runtime.say(f"step {step:,}: {bits:.3f} bits per byte, held out")
+            stopping = runtime.stop_requested()
+            if step % config.save_steps == 0 or stopping or step == config.max_steps:
+                loop.save(step)
+            if stopping and step < config.max_steps:
+                runtime.stop(step)
+
+
+class _Loop:
+    """Model, optimizers and data of the loop, and what one step does with them."""
+
+    def __init__(self, config: PretrainConfig, model: PreTrainedModel, windows: Windows, runtime: Runtime) -> None:
+        import torch
+
+        from pipeline.model.build import trunk_and_head
+        from pipeline.model.optim import build_optimizers, warmup_steps
+
+        self.config, self.model, self.windows, self.runtime = config, model, windows, runtime
+        self.bf16 = runtime.bf16 if config.bf16 is None else config.bf16
+        self.trunk, self.head = trunk_and_head(model)
+        self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * runtime.world_size
+        self.warmup = warmup_steps(config.warmup_steps, config.max_steps)
+        self.optimizers = build_optimizers(
+            model,
+            kind=config.optimizer,
+            learning_rate=config.learning_rate,
+            embedding_rate=config.embedding_learning_rate or config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+        self.loss = torch.zeros((), device=runtime.device)
+        self.grad_norm = torch.zeros((), device=runtime.device)
+        self.counted = 0
+
+    def resume(self) -> int:
+        """Put back the newest checkpoint; the step it was made at, 0 without one."""
+        from pipeline.checkpoint import load_optimizer
+        from pipeline.model.build import load_parameters
+
+        checkpoint = self.runtime.checkpoints.latest()
+        if checkpoint is None:
+            return 0
+        tensors = checkpoint.tensors()
+        load_parameters(self.model, tensors, "model")
+        for index, optimizer in enumerate(self.optimizers):
+            load_optimizer(optimizer, f"optimizer{index}", tensors, checkpoint.state["optimizers"][index])
+        self.runtime.say(f"resumed at step {checkpoint.step:,}")
+        return checkpoint.step
+
+    def save(self, step: int) -> None:
+        """A checkpoint of `step`: weights, moments; the data's position is the step itself."""
+        from pipeline.checkpoint import optimizer_tensors
+        from pipeline.model.build import unique_parameters
+
+        tensors = {f"model.{name}": tensor for name, tensor in unique_parameters(self.model).items()}
+        states = []
+        for index, optimizer in enumerate(self.optimizers):
+            moments, state = optimizer_tensors(optimizer, f"optimizer{index}")
+            tensors |= moments
+            states.append(state)
+        self.runtime.checkpoints.save(step, tensors, {"optimizers": states})
+
+    def step(self, step: int) -> None:
+        """One optimiser step on this rank's share of the global batch."""
+        import torch
+
+        from pipeline.model.losses import cross_entropy_sum
+        from pipeline.model.optim import learning_rate_share, set_learning_rate
+
+        config = self.config
+        set_learning_rate(
+            self.optimizers,
+            learning_rate_share(
+                step, config.max_steps, self.warmup, config.lr_scheduler_type, config.decay_share, config.min_lr_share
+            ),
+        )
+        own = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        first = step * self.batch + self.runtime.rank * own
+        for micro in range(config.gradient_accumulation_steps):
+            start = first + micro * config.per_device_train_batch_size
+            rows = torch.from_numpy(self.windows.batch(range(start, start + config.per_device_train_batch_size)))
+            rows_BT = rows.to(self.runtime.device, non_blocking=True)
+            with self.autocast():
+                hidden_BTD = self.trunk(rows_BT[:, :-1], use_cache=False).last_hidden_state
+                nats = cross_entropy_sum(hidden_BTD.flatten(0, 1), self.head, rows_BT[:, 1:].flatten())
+            loss = nats / (self.batch * config.context_length)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.loss += loss.detach()
+        self._reduce()
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.counted += 1
+
+    def _reduce(self) -> None:
+        """Sum the gradients over the ranks: every rank's loss is already divided by the whole batch's tokens."""
+        import torch
+
+        if self.runtime.world_size > 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(flat)
+            start = 0
+            for gradient in gradients:
+                gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+                start += gradient.numel()
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Mean loss since the last call, in nats a token; TrainingError if it is not finite."""
+        import torch
+
+        total = self.loss.clone()
+        if self.runtime.world_size > 1:
+            torch.distributed.all_reduce(total)
+        loss = total.item() / max(1, self.counted)
+        self.loss.zero_()
+        self.counted = 0
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss}",
+                where=f"step {step:,}",
+                mend="a lower learning_rate or a longer warmup; the last checkpoint is kept",
+            )
+        rate = self.optimizers[0].param_groups[-1]["lr"]
+        return {"loss": loss, "learning_rate": rate, "grad_norm": float(self.grad_norm)}
+
+    def autocast(self) -> torch.autocast:
+        """bf16 products with fp32 weights, or nothing."""
+        import torch
+
+        return torch.autocast(self.runtime.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+    def bits_per_byte(self, valid: Any, documents: int) -> float:
+        """Held-out bits per UTF-8 byte over the first documents of the held-out file."""
+        from pipeline.model.held_out import bits_per_byte
+
+        with self.autocast():
+            length, device = self.config.context_length, self.runtime.device
+            return bits_per_byte(self.trunk, self.head, valid, length, documents, device)
