@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -128,11 +129,11 @@ class Store:
         files = {str(p.relative_to(partial)): p for p in _files(partial)}
         for path in files.values():
             path.chmod(0o644)  # safetensors writes 0600, which another user of the store could not read
+        for path in {*files.values(), *(path.parent for path in files.values())}:
             _sync(path)
         listed = {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in files.items()}
         write_json(partial / MANIFEST, {**manifest, "schema_version": SCHEMA_VERSION, "files": listed})
         self._swap(partial, run, stage)
-        shutil.rmtree(self.folder(run, stage) / "checkpoints", ignore_errors=True)
         return self.artifact(run, stage)
 
     def _swap(self, partial: Path, run: str, stage: str) -> None:
@@ -144,20 +145,26 @@ class Store:
             final.rename(aside)
         partial.rename(final)
         _sync(final.parent)
-        for aside in final.parent.glob(f".{stage}.*.old"):
-            shutil.rmtree(aside)
+        self._tidy(run, stage)
 
     def heal(self, run: str, stage: str) -> None:
         """Finish or undo a publication that was cut off. Call with the lock held."""
         final = self.folder(run, stage)
-        for partial in final.parent.glob(f".{stage}.*.partial"):
+        for partial in _siblings(final, "partial"):
             if (partial / MANIFEST).exists():
                 self._swap(partial, run, stage)
-        for aside in final.parent.glob(f".{stage}.*.old"):
-            if final.exists():
-                shutil.rmtree(aside)
-            else:
+        for aside in _siblings(final, "old"):
+            if not final.exists():
                 aside.rename(final)
+        self._tidy(run, stage)
+
+    def _tidy(self, run: str, stage: str) -> None:
+        """Drop what a publication leaves behind: the artifact it replaced, and the checkpoints."""
+        final = self.folder(run, stage)
+        for aside in _siblings(final, "old"):
+            shutil.rmtree(aside)
+        for name in NOT_OF_THE_ARTIFACT if (final / MANIFEST).exists() else ():
+            shutil.rmtree(final / name, ignore_errors=True)
 
     def bless(self, artifact: Artifact, fingerprint: str, why: str) -> Artifact:
         """Let `artifact` stand for `fingerprint` too (`--keep`), on its own record."""
@@ -186,7 +193,8 @@ def read_artifact(path: Path, reference: str) -> Artifact:
             raise ArtifactError("written by a newer llmpipe", where=str(path), mend="pip install -U llmpipe")
         return Artifact(reference, path, manifest["kind"], manifest["fingerprint"], manifest)
     except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"broken manifest ({error!r})", where=str(path / MANIFEST), mend="--force") from error
+        mend = f"rm -r {path}, and run its stage again"
+        raise ArtifactError(f"broken manifest ({error!r})", where=str(path / MANIFEST), mend=mend) from error
 
 
 def changed_files(artifact: Artifact) -> list[str]:
@@ -316,12 +324,19 @@ def need_disk(folder: Path, bytes_needed: int, what: str) -> None:
         )
 
 
+def _siblings(final: Path, end: str) -> list[Path]:
+    """The artifact's `.<stage>.<fingerprint>.<end>` folders, not those of a stage whose name begins like its."""
+    shape = re.compile(rf"\.{re.escape(final.name)}\.[^.]+\.{end}")
+    return [path for path in final.parent.glob(".*") if shape.fullmatch(path.name)]
+
+
 def _files(folder: Path) -> list[Path]:
     """The files of an artifact, sorted; checkpoints and the manifest itself are no part of it."""
     kept = []
+    own = (MANIFEST, f".{MANIFEST}.tmp")  # the second is what a kill in the middle of `write_json` leaves
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if path.is_file() and parts[0] not in NOT_OF_THE_ARTIFACT and parts != (MANIFEST,):
+        if path.is_file() and parts[0] not in (*NOT_OF_THE_ARTIFACT, *own):
             kept.append(path)
     return kept
 

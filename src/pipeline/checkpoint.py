@@ -86,8 +86,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             save_file(_separate(tensors), temporary / "state.safetensors")
-            shutil.rmtree(path, ignore_errors=True)
-            temporary.rename(path)
+            temporary.rename(path)  # never onto a whole one: a run goes on from the newest
+            _sync_file(self.folder)
             self._mark(path, step, state)
         self.barrier()
 

@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from pipeline.artifacts import Store, outside_model, tokenizer_hash
 from pipeline.errors import ArtifactError, MissingInputError, RecipeError
-from pipeline.reading import Document, meant, validate
+from pipeline.reading import Document, Key, meant, validate
 from pipeline.recipe import NAME, USER_CODE, DataEntry, Section, Stage, StageConfig, field, is_data
 
 LoadStage = Callable[[str, Path], Stage]
@@ -100,8 +100,8 @@ def _stage(document: Document, name: str, values: Mapping[str, Any], load_stage:
     base = Path.cwd() if document.is_set(*key) else document.base
     try:
         return load_stage(str(values.get("stage", name)), base)
-    except RecipeError as error:
-        raise RecipeError(error.what, where=error.where or document.place(*key), mend=error.mend) from error
+    except (RecipeError, MissingInputError) as error:
+        raise type(error)(error.what, where=error.where or document.place(*key), mend=error.mend) from error
 
 
 def _node(document: Document, name: str, stages: Mapping[str, Stage], seed: int, store: Store) -> Node:
@@ -125,7 +125,9 @@ def _node(document: Document, name: str, stages: Mapping[str, Stage], seed: int,
         refs = value if isinstance(value, tuple) else () if value is None else (value,)
         if origins[role] == "default":
             refs = _present(document, name, role, refs, stages, stage)
-        resolved = tuple(_reference(document, (*key, role), ref, kind, stages, store) for ref in refs)
+        resolved = tuple(
+            _reference(document, (*key, role, i), ref, kind, stages, store) for i, ref in enumerate(refs)
+        )
         inputs[role] = tuple(ref for ref in resolved if not USER_CODE.fullmatch(ref))
         updates[role] = resolved if is_list[role] else (resolved[0] if resolved else None)
     updates |= _paths(document, key, stage, config)
@@ -148,12 +150,15 @@ def _present(
 
 
 def _reference(
-    document: Document, key: tuple[str, ...], ref: str, kind: str, stages: Mapping[str, Stage], store: Store
+    document: Document, key: Key, ref: str, kind: str, stages: Mapping[str, Stage], store: Store
 ) -> str:
-    """`ref` checked: it exists, it is one thing only, and it is of the kind the stage takes."""
+    """`ref` checked: it exists, it is one thing only, and it is of the kind the stage takes.
+
+    `key` is ("stages", stage, role, place in the role's list).
+    """
     where = document.place(*key)
     base = Path.cwd() if document.is_set(*key) else document.base
-    role = f"`{key[-1]}`"
+    role = f"`{key[2]}`"
     if ref in stages:
         if stages[ref].kind != kind:
             raise RecipeError(f"{role} takes a {kind}, and `{ref}` makes a {stages[ref].kind}", where=where)
@@ -163,9 +168,12 @@ def _reference(
         path = Path(file) if file.startswith("/") else (base / file).resolve()
         if not path.exists():
             raise MissingInputError(f"{role}: nothing at {path}", where=where)
-        if not member:
-            outside_model(path)
-        return f"{path}:{member}" if member else str(path)
+        if member:
+            return f"{path}:{member}"
+        found = outside_model(path)
+        if found.kind != kind:
+            raise RecipeError(f"{role} takes a {kind}, and {path} is a {found.kind}", where=where)
+        return str(path)
     if ref.startswith("hub:"):
         return ref
     run, slash, stage_name = ref.partition("/")
@@ -189,12 +197,11 @@ def _paths(document: Document, key: tuple[str, str], stage: Stage, config: Stage
     updates: dict[str, Any] = {}
     for name in stage.config.model_fields:
         value = getattr(config, name)
-        base = Path.cwd() if document.is_set(*key, name) else document.base
         if is_data(stage.config, name) and value:
-            entries = enumerate(value)
-            updates[name] = tuple(_entry(e, base, document.place(*key, name, i)) for i, e in entries)
+            updates[name] = tuple(_entry(document, (*key, name, i), entry) for i, entry in enumerate(value))
         elif isinstance(value, str) and USER_CODE.fullmatch(value) and name not in stage.inputs:
             file, _, member = value.rpartition(":")
+            base = Path.cwd() if document.is_set(*key, name) else document.base
             path = (base / file).resolve()
             if not path.exists():
                 raise MissingInputError(f"`{name}`: no file {path}", where=document.place(*key, name))
@@ -202,9 +209,11 @@ def _paths(document: Document, key: tuple[str, str], stage: Stage, config: Stage
     return updates
 
 
-def _entry(entry: DataEntry, base: Path, where: str) -> DataEntry:
+def _entry(document: Document, key: Key, entry: DataEntry) -> DataEntry:
     if entry.source == "pydocs" or entry.source.startswith("hub:"):
         return entry
+    where = document.place(*key, "source")
+    base = Path.cwd() if document.is_set(*key, "source") else document.base
     path = str((base / Path(entry.source).expanduser()).absolute())
     if not Path(path).exists() and not glob.glob(path, recursive=True):
         mend = f"hub:{entry.source} for a dataset of the hub" if entry.source.count("/") == 1 else ""
@@ -276,16 +285,19 @@ def _check_tokenizers(document: Document, recipe: Recipe, node: Node, store: Sto
 
 
 def tokenizer_root(recipe: Recipe, ref: str, store: Store) -> str:
-    """What decides the tokenizer of `ref`: `stage:NAME` of this recipe or `hash:…` from outside; "" if unknown."""
+    """What decides the tokenizer of `ref`: `stage:NAME` of this recipe or `hash:…` from outside; "" if unknown.
+
+    Two tokenize stages that take the tokenizer of one model have the same: of them nothing is known before they run.
+    """
     while ref in recipe.nodes:
         node = recipe.nodes[ref]
         if node.stage.kind == "tokens":
-            return f"stage:{ref}"
+            return "" if node.inputs.get("tokenizer") else f"stage:{ref}"
         above = node.inputs.get("tokens") or node.inputs.get("init")
         if not above:
             return ""
         ref = above[0]
     if ref.startswith("hub:"):
         return ""
-    folder = Path(ref) if ref.startswith("/") else store.artifact(*ref.split("/")).model
-    return f"hash:{tokenizer_hash(folder)[:12]}"
+    found = tokenizer_hash(store.resolve(ref).model)
+    return f"hash:{found[:12]}" if found else ""

@@ -81,7 +81,12 @@ def run_stage(standing: Standing, inputs: Mapping[str, Any], store: Store, run: 
 
 
 def _preload(stage_file: Path) -> None:
-    """Import what the stage will need before forking, so that it is imported once a command."""
+    """Import what the stage will need before forking, so that it is imported once a command.
+
+    Waiting threads of OpenMP sleep almost at once: spinning for them costs up to twenty times on cores that somebody
+    else uses too, and nothing that can be measured on cores of one's own (docs/notes.md).
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import pipeline.runtime
 
     if PACKAGES / "pipeline" / "trainer.py" in reached(stage_file):

@@ -22,7 +22,9 @@ class Standing:
 
     node: Node
     fingerprint: str
-    """What the stage would make now; of what stands, the artifact's own."""
+    """What its followers count with: the artifact's own where it stands, else `planned`."""
+    planned: str
+    """What the stage would make now; other than `fingerprint` where `--keep` blessed what stands."""
     parts: dict[str, Any]
     state: Literal["stands", "stale", "missing"]
     reasons: tuple[str, ...]
@@ -52,15 +54,15 @@ def _standing(recipe: Recipe, node: Node, store: Store, found: dict[str, Standin
     artifact = store.find(recipe.run, node.name)
     is_begun = (store.folder(recipe.run, node.name).parent / f".{node.name}.{planned[:16]}.partial").exists()
     if artifact is None:
-        return Standing(node, planned, parts, "missing", (), None, is_begun)
+        return Standing(node, planned, planned, parts, "missing", (), None, is_begun)
     blessed = [record["fingerprint"] for record in artifact.manifest.get("blessed", [])]
     if planned in (artifact.fingerprint, *blessed):
-        return Standing(node, artifact.fingerprint, parts, "stands", (), artifact, is_begun)
+        return Standing(node, artifact.fingerprint, planned, parts, "stands", (), artifact, is_begun)
     reasons = tuple(_reasons(node, artifact, parts))
     if keep:
         artifact = store.bless(artifact, planned, "; ".join(reasons))
-        return Standing(node, artifact.fingerprint, parts, "stands", (), artifact, is_begun)
-    return Standing(node, planned, parts, "stale", reasons, artifact, is_begun)
+        return Standing(node, artifact.fingerprint, planned, parts, "stands", (), artifact, is_begun)
+    return Standing(node, planned, planned, parts, "stale", reasons, artifact, is_begun)
 
 
 def _reasons(node: Node, artifact: Artifact, parts: dict[str, Any]) -> list[str]:

@@ -62,11 +62,19 @@ def read_recipe(path: Path, overrides: Iterable[str] = (), *, base: Path | None 
         raise RecipeError("a recipe is a mapping with the key `stages`", where=f"{document.name}:1")
     document.values = _plain(tree, (), document)
     document.places.setdefault((), f"{document.name}:1")
-    for assignment in shlex.split(os.environ.get("LLMPIPE_SET", "")):
+    for assignment in _from_environment():
         _assign(document, assignment, f"LLMPIPE_SET {assignment}")
     for assignment in overrides:
         _assign(document, assignment, f"--set {assignment}")
     return document
+
+
+def _from_environment() -> list[str]:
+    text = os.environ.get("LLMPIPE_SET", "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise RecipeError(f"not words of a shell ({error})", where=f"LLMPIPE_SET {text}") from error
 
 
 def _shown(path: Path) -> str:
@@ -97,16 +105,21 @@ def _parse(text: str, where: str) -> Any:
 
 def _plain(node: Any, key: Key, document: Document) -> Any:
     """Plain Python out of ruamel's nodes, noting the line of every key and item."""
+    from ruamel.yaml.scalarbool import ScalarBoolean
+
     marks: Any = cast("Any", node).lc if isinstance(node, dict | list) else None
     if isinstance(node, dict):
+        own = marks.data or {}  # a key that `<<: *base` brings has no line here: its mapping's is shown
         for name in node:
-            line = marks.key(name)[0] + 1
-            document.places[(*key, str(name))] = f"{document.name}:{line}"
+            if name in own:
+                document.places[(*key, str(name))] = f"{document.name}:{marks.key(name)[0] + 1}"
         return {str(name): _plain(value, (*key, str(name)), document) for name, value in node.items()}
     if isinstance(node, list):
         for index in range(len(node)):
             document.places[(*key, index)] = f"{document.name}:{marks.item(index)[0] + 1}"
         return [_plain(value, (*key, index), document) for index, value in enumerate(node)]
+    if isinstance(node, ScalarBoolean):  # a bool with an anchor, which is an int to Python
+        return bool(node)
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)
@@ -125,6 +138,7 @@ def _assign(document: Document, assignment: str, where: str) -> None:
     for depth, part in enumerate(keys[:-1]):
         if isinstance(node, dict) and node.get(str(part)) is None and (str(part) in node or depth > 1):
             node[str(part)] = {}  # a stage or section that was left empty
+            document.places.setdefault(keys[: depth + 1], where)
         try:
             node = node[part] if isinstance(node, list) and isinstance(part, int) else node[str(part)]
         except (KeyError, IndexError, TypeError) as error:

@@ -134,6 +134,9 @@ class Stage:
         if missing or members["KIND"] not in KINDS:
             what = f"no {', '.join(missing)}" if missing else f"KIND is none of {', '.join(KINDS)}"
             raise ConfigError(f"not a whole stage: {what}", where=where, mend="see docs/stages.md")
+        for role in members["INPUTS"]:
+            if role not in configs[0].model_fields:
+                raise ConfigError(f"INPUTS names `{role}`, and {configs[0].__name__} has no such field", where=where)
         return cls(
             type=type_name,
             file=Path(where),

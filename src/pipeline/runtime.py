@@ -34,17 +34,17 @@ def derive_seed(*keys: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def has_amx() -> bool:
-    """Whether the CPU has tiles for bf16 products (six times fp32 here; AVX-512 bf16 alone is not worth autocast)."""
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has bf16 products: by tiles (AMX, about six times fp32) or by vectors (AVX-512, twice)."""
     cpu = Path("/proc/cpuinfo")
-    return cpu.exists() and "amx_bf16" in cpu.read_text()
+    return cpu.exists() and any(flag in cpu.read_text() for flag in ("amx_bf16", "avx512_bf16"))
 
 
 def bf16_pays(device: torch.device) -> bool:
     """Whether autocast to bf16 is the faster choice on this device."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    return device.type == "cpu" and has_amx()
+    return device.type == "cpu" and cpu_multiplies_bf16()
 
 
 @dataclass
@@ -144,5 +144,9 @@ class Runtime:
 
 
 def default_threads(processes: int) -> int:
-    """Threads a process may use: the cores this process may run on, shared out."""
-    return max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1
+    """Threads a process may use: OMP_NUM_THREADS, else the cores this process may run on, shared out."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit():
+        return max(1, int(asked))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,25 +29,25 @@ import numpy.typing as npt
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
-from torch import Tensor
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
-from trl.trainer.utils import FusedCausalLMOutput
+from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import ConfigError, TrainingError
+from pipeline.model.build import flops_per_token
 from pipeline.progress import Bar
 from pipeline.reading import meant
 from pipeline.recipe import PeftConfig
 from pipeline.runtime import Runtime
 from pipeline.trainer_config import TrainerConfig
 
+__all__ = ["GivenDPOTrainer", "RewardTrainer", "SFTTrainer"]  # imported with this module: before a stage is forked off
+
 Row = dict[str, Any]
 Arguments = TypeVar("Arguments")
 
 WINDOW = 64
 """Steps whose rows are sorted together by length: enough for little padding, few enough to stay shuffled."""
-SMALL = 2**26
-"""Logits (256 MB in float32) up to which the head is computed in one piece where there is no Triton."""
 
 
 def quieten() -> None:
@@ -110,10 +109,11 @@ def _grouped(
 ) -> npt.NDArray[np.int64]:
     """The rows sorted by length and cut into batches, the batches shuffled."""
     by_length = rows[np.argsort(lengths_N[rows], kind="stable")].reshape(-1, batch)
-    return by_length[torch.randperm(len(by_length), generator=generator).numpy()].reshape(-1)
+    shuffled: npt.NDArray[np.int64] = by_length[torch.randperm(len(by_length), generator=generator).numpy()]
+    return shuffled.reshape(-1)
 
 
-class _Unrolled(torch.utils.data.Dataset[Row]):
+class _Unrolled(torch.utils.data.Dataset[Any]):
     """The run as one long epoch."""
 
     def __init__(self, rows: Sequence[Row], order: npt.NDArray[np.int64]) -> None:
@@ -123,7 +123,8 @@ class _Unrolled(torch.utils.data.Dataset[Row]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> Row:
-        return self.rows[self.order[index]]
+        row: Row = self.rows[self.order[index]]
+        return row
 
 
 # ---- TRL's config and trainer ----
@@ -186,6 +187,16 @@ def trainer_arguments(
     return arguments
 
 
+class GivenDPOTrainer(DPOTrainer):  # type: ignore[misc]
+    """TRL's trainer for rows that are tokens already and hold the reference's log-probabilities."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+
 @contextmanager
 def building() -> Iterator[None]:
     """Turns what TRL refuses while a config or trainer is made into a ConfigError."""
@@ -217,6 +228,58 @@ def trained_model(trainer: Any) -> PreTrainedModel:
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     return model.eval()
+
+
+def longest_row(folder: Path, max_length: int, runtime: Runtime) -> int:
+    """Tokens of a row at most: `max_length`, lowered to what the positions of the model in `folder` reach."""
+    reach = AutoConfig.from_pretrained(folder).get_text_config().to_dict().get("max_position_embeddings")
+    if reach is None or reach >= max_length:
+        return max_length
+    runtime.say(f"the model reaches {reach:,} tokens: max_length is lowered to that")
+    return int(reach)
+
+
+def no_dropout(model: PreTrainedModel) -> None:
+    """Dropout off for good; an adapter's own, asked for by `peft.lora_dropout`, comes later and stays."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def autocast(config: TrainerConfig, runtime: Runtime) -> torch.autocast:
+    """The precision of the training steps, for what is computed beside them."""
+    enabled = runtime.bf16 if config.bf16 is None else config.bf16
+    return torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def describe(trainer: Any, plan: Schedule, rows: int) -> str:
+    """One line on what is about to run."""
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    per_epoch = f"{rows:,} rows, {len(plan.order) / rows:.2f} epochs"
+    kind = "bf16" if trainer.args.bf16 else "fp32"
+    return f"{trainable / 1e6:.1f} M trainable parameters, {plan.steps:,} steps of {plan.batch} ({per_epoch}), {kind}"
+
+
+def training_flops(trainer: Any, plan: Schedule) -> float:
+    """FLOPs of the whole run: 6 a token and parameter, 4 where only adapters are trained."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    is_adapted = isinstance(model, PeftModel)
+    base = model.get_base_model() if is_adapted else model
+    mean_length = int(plan.tokens[-1] / len(plan.order))
+    return float(plan.tokens[-1]) * flops_per_token(base, mean_length) * (2 / 3 if is_adapted else 1)
+
+
+def over_ranks(
+    runtime: Runtime, shape: tuple[int, ...], compute: Callable[[list[int]], npt.ArrayLike]
+) -> npt.NDArray[np.float64]:
+    """`compute` of the indices below `shape[0]`, each rank a share of them; every rank gets all values, in `shape`."""
+    own = list(range(runtime.rank, shape[0], runtime.world_size))
+    values = torch.zeros(shape, dtype=torch.float64)
+    values[own] = torch.as_tensor(np.asarray(compute(own)), dtype=torch.float64)
+    if runtime.world_size > 1:
+        values = values.to(runtime.device)
+        torch.distributed.all_reduce(values)
+    return values.cpu().numpy()
 
 
 # ---- the run ----
@@ -271,9 +334,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         if control.should_save or state.global_step == self.plan.steps:
             control.should_log = True  # the line before it is saved: no figure spans a checkpoint, no NaN is kept
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
         state.log_history.clear()  # metrics.jsonl is the record; this would be written into every checkpoint
         if "loss" not in logs:
             return
@@ -299,63 +360,3 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.runtime.barrier()  # every rank has written its part
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self.runtime.checkpoints.adopt(folder, state.global_step, self.state)
-
-
-# ---- TRL's head without Triton ----
-
-
-def trim_head(trainer: Any) -> None:
-    """Where there is no Triton, let TRL's head work on the trained positions only.
-
-    TRL's `add_fused_lm_head` projects every position there, prompt and padding included, and computes the logits again
-    in the backward pass; on a tiny model that is half of the step. This puts a forward before it that gives the same
-    outputs (a test compares them) from one [trained positions, vocabulary] matrix. Models that scale or cap their
-    logits, and matrices larger than SMALL, are left to TRL.
-    """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
-    settings = model.config.get_text_config().to_dict()
-    scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    is_plain = all(settings.get(name) in (None, 1.0) for name in scales) and not settings.get("output_router_logits")
-    if trainer.accelerator.device.type != "cpu" or not is_plain or model.get_output_embeddings().bias is not None:
-        return
-    trls = model.forward
-
-    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        labels_BT = kwargs.get("labels")
-        if not kwargs.get("fused_lm_head") or labels_BT is None:
-            return trls(*args, **kwargs)
-        is_trained_BS = labels_BT[:, 1:] != -100
-        if int(is_trained_BS.sum()) * self.get_output_embeddings().weight.shape[0] > SMALL:
-            return trls(*args, **kwargs)
-        inner = {name: value for name, value in kwargs.items() if name not in ("fused_lm_head", "labels")}
-        hidden_BSD = self.base_model(*args, **inner).last_hidden_state[:, :-1]
-        logits_NV = self.get_output_embeddings()(hidden_BSD[is_trained_BS]).float()
-        return _fused_output(logits_NV, labels_BT[:, 1:], is_trained_BS)
-
-    forward.__signature__ = trls.__wrapped__ if False else None  # type: ignore[attr-defined]
-    model.forward = types.MethodType(forward, model)
-
-
-def _fused_output(logits_NV: Tensor, labels_BS: Tensor, is_trained_BS: Tensor) -> FusedCausalLMOutput:
-    """TRL's output from the logits of the N trained positions; zero at the others."""
-    targets_N1 = labels_BS[is_trained_BS][:, None]
-    log_p_NV = logits_NV.log_softmax(dim=-1)
-    log_p_N = log_p_NV.gather(1, targets_N1)[:, 0]
-    with torch.no_grad():
-        found = {
-            "entropy": -(log_p_NV.exp() * log_p_NV).sum(dim=-1),
-            "mean_logits": logits_NV.mean(dim=-1),
-            "is_top1": log_p_NV.argmax(dim=-1) == targets_N1[:, 0],
-        }
-
-    def spread(values_N: Tensor) -> Tensor:
-        return values_N.new_zeros(is_trained_BS.shape).masked_scatter(is_trained_BS, values_N)
-
-    log_p_BS = spread(log_p_N)
-    return FusedCausalLMOutput(
-        loss=-log_p_BS.sum() / is_trained_BS.sum().clamp(min=1),
-        log_probs=log_p_BS,
-        label_mask=is_trained_BS,
-        **{name: spread(values_N) for name, values_N in found.items()},
-    )

@@ -39,7 +39,9 @@ def chat(
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
-        raise ConfigError("nothing to answer: the prompt is empty", mend='llmpipe chat REF -p "What does `json.loads` do?"')
+        raise ConfigError(
+            "nothing to answer: the prompt is empty", mend='llmpipe chat REF -p "What does `json.loads` do?"'
+        )
     conversation = load(artifact, system, temperature, max_new_tokens, seed)
     if not conversation.is_chat:
         say(f"{artifact.reference} is a base model: it was not taught to answer, so it continues the text")
@@ -131,10 +133,13 @@ class Conversation:
         else:
             head = [{"role": "system", "content": self.system}] if self.system else []
             question = {"role": "user", "content": text}
-            ids = encode_prompt(self.tokenizer, [*head, *self.messages, question])
-            while len(ids) > self.context // 2 and self.messages:
-                del self.messages[:2]
-                ids = encode_prompt(self.tokenizer, [*head, *self.messages, question])
+            kept = self.messages
+            ids = encode_prompt(self.tokenizer, [*head, *kept, question])
+            while len(ids) > self.context // 2 and kept:
+                kept = kept[2:]
+                ids = encode_prompt(self.tokenizer, [*head, *kept, question])
+            if len(ids) < self.context:
+                self.messages = kept
         if len(ids) >= self.context:
             what = f"the text has {len(ids):,} tokens, and the model reads {self.context:,}"
             raise ConfigError(what, mend="a shorter text")
@@ -165,30 +170,30 @@ class Conversation:
 def pieces(tokenizer: PreTrainedTokenizerFast, ids: Iterator[int]) -> Iterator[str]:
     """Text as it becomes whole: a character whose bytes are spread over tokens waits for its last one.
 
-    Bytes that never become a character are written as U+FFFD, at the end or where the next character shows it.
+    Bytes that never become a character are written as U+FFFD once that is certain.
     """
-    pending: list[int] = []
-    shown = ""
+    from tokenizers.decoders import DecodeStream
+
+    decoder = DecodeStream(skip_special_tokens=False)
+    seen: list[int] = []
+    shown = 0
     for token in ids:
-        pending.append(token)
-        text = str(tokenizer.decode(pending))
-        if text.endswith("\ufffd"):
-            continue
-        yield text[len(shown) :]
-        pending, shown = [token], str(tokenizer.decode([token]))
-        if "\ufffd" in shown:
-            pending, shown = [], ""
-    rest = str(tokenizer.decode(pending))[len(shown) :]
+        seen.append(token)
+        piece = decoder.step(tokenizer.backend_tokenizer, token)
+        if piece:
+            shown += len(piece)
+            yield piece
+    rest = tokenizer.backend_tokenizer.decode(seen, skip_special_tokens=False)[shown:]
     if rest:
         yield rest
 
 
-def load(
-    artifact: Artifact, system: str | None, temperature: float, max_new_tokens: int, seed: int
-) -> Conversation:
+def load(artifact: Artifact, system: str | None, temperature: float, max_new_tokens: int, seed: int) -> Conversation:
     """The model on the best device that is there, ready to answer. ConfigError for what is no language model."""
     if artifact.kind != "causal-lm":
-        raise ConfigError(f"a {artifact.kind} cannot talk", where=artifact.reference, mend="llmpipe status lists models")
+        raise ConfigError(
+            f"a {artifact.kind} cannot talk", where=artifact.reference, mend="llmpipe status lists models"
+        )
     import torch
     from transformers.utils import logging
 

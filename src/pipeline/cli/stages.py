@@ -30,7 +30,7 @@ def load_stage(type_name: str, base: Path) -> Stage:
     if type_name.endswith(".py") and type_name.startswith(("./", "../", "/")):
         path = (base / type_name).resolve()
         if not path.exists():
-            raise MissingInputError("no stage file there", where=str(path), mend="llmpipe eject STAGE writes one")
+            raise MissingInputError(f"no stage file {path}", mend="llmpipe eject STAGE writes one")
         return Stage.of(load_file(path), type_name)
     raise RecipeError(
         f"no stage `{type_name}`{meant(type_name, STAGES)}",

@@ -1,0 +1,361 @@
+"""Messages into tokens by segments, so that what a person typed is text and what the template wrote is
+control.
+
+A chat template is rendered once for each sequence of roles, with a marker in the place of every content. That
+gives the pieces between the contents; special tokens are read in those pieces only. A row is then its pieces
+with the real contents between, every stretch of text between two special tokens encoded in one go, so that a
+row whose contents hold no special strings gets the very ids `apply_chat_template` gives.
+
+What is trained in a row is what the model would have to write: everything an assistant turn holds after the
+prompt that generation starts from, up to and with the stop token. Text is cut at the start of that, since
+generation starts there too. The last turn of a row ends at its stop token: the newline many templates write
+after it opens the next turn.
+
+    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>
+    --------------------------- prompt --------------------------|-- trained --|
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from jinja2 import TemplateError
+from transformers import AddedToken, PreTrainedTokenizerFast
+
+from pipeline.data.tokenizers import PlainText, first_line, plain_text
+from pipeline.errors import DataError, MismatchError
+
+Message = dict[str, str]
+
+# A marker is a number between two private-use characters; the vertical tabs around it show whether the
+# template strips what it is given (`| trim`), since no template writes one itself.
+PROBE = re.compile("(\x0b?)\ue000(\\d+)\ue001(\x0b?)")
+NO_TEMPLATE_MEND = "choose an instruction-tuned base model, or pass its tokenizer through tokenize to get ChatML"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as tokens; `is_trained` is True where a token is the assistant's own or its stop token."""
+
+    input_ids: list[int]
+    is_trained: list[bool]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of message `index`'s content, and which of its sides the template strips of white space."""
+
+    index: int
+    strips_left: bool
+    strips_right: bool
+
+    def text(self, messages: list[Message]) -> str:
+        """The content as the template writes it."""
+        content = messages[self.index]["content"]
+        if self.strips_left and self.strips_right:
+            return content.strip()
+        if self.strips_left:
+            return content.lstrip()
+        return content.rstrip() if self.strips_right else content
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of a row that is encoded in one go, all trained or none of it: fixed ids, or text and slots."""
+
+    is_trained: bool
+    ids: tuple[int, ...] = ()
+    parts: tuple[str | Slot, ...] = ()
+    is_prefixed: bool = False  # the tokenizer writes its space before it (SentencePiece's manner)
+
+
+@dataclass
+class Draft:
+    """Runs under construction: text is gathered until a special token or a change of `is_trained`."""
+
+    runs: list[Run] = field(default_factory=list)
+    parts: list[str | Slot] = field(default_factory=list)
+    is_trained: bool = False
+
+    def text(self, part: str | Slot, is_trained: bool) -> None:
+        """Adds text or a slot."""
+        if is_trained != self.is_trained:
+            self.close()
+            self.is_trained = is_trained
+        self.parts.append(part)
+
+    def special(self, token: int, is_trained: bool) -> None:
+        """Adds a special token, which ends a run of text."""
+        self.close()
+        self.runs.append(Run(is_trained, ids=(token,)))
+
+    def close(self) -> None:
+        """Ends the run of text, if there is one."""
+        if self.parts:
+            self.runs.append(Run(self.is_trained, parts=tuple(self.parts)))
+            self.parts = []
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rows of one sequence of roles are built: the runs to encode, and all that the template renders.
+
+    `rendered` also holds what follows the last stop token, which the row leaves out; it is what the real
+    rendering of a row is compared with.
+    """
+
+    runs: tuple[Run, ...]
+    rendered: tuple[str | Slot, ...]
+
+
+class ChatEncoder:
+    """Messages into tokens for one tokenizer and its chat template; made once, see `chat_encoder`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        if not tokenizer.chat_template:
+            raise MismatchError("the tokenizer has no chat template", where=where(tokenizer), mend=NO_TEMPLATE_MEND)
+        self.tokenizer = tokenizer
+        self.template: str | dict[str, str] = tokenizer.chat_template
+        self.plans: dict[tuple[tuple[str, ...], bool], Plan] = {}
+        self.plain: PlainText = plain_text(tokenizer)
+        added = tokenizer.added_tokens_decoder
+        specials = [i for i, token in added.items() if token.special or token.content == tokenizer.eos_token]
+        specials.sort(key=lambda i: -len(added[i].content))  # of two that fit, the longer one is meant
+        self.special_ids = {added[i].content: i for i in specials}
+        self.special = re.compile("|".join(special_pattern(added[i]) for i in specials) or r"(?!)")
+        self.stop_id = self.find_stop()
+
+    def find_stop(self) -> int:
+        """The first special token the template writes after an assistant's content."""
+        found = self.special.search(str(self.pieces(("user", "assistant"), False)[-1]))
+        if found is None:
+            raise MismatchError(
+                "the chat template writes no special token after an assistant's turn, so nothing would "
+                "teach the model to stop",
+                where=where(self.tokenizer),
+                mend="use a chat template that ends an assistant's turn with a special token, such as eos",
+            )
+        return self.id_of(found)
+
+    def id_of(self, found: re.Match[str]) -> int:
+        """The special token that `self.special` has found."""
+        assert found.lastindex is not None
+        return int(self.special_ids[found[found.lastindex]])
+
+    def encode(self, messages: list[Message], add_generation_prompt: bool) -> Encoded:
+        """The row of `messages`; DataError where the template can't render them or rewrites a content."""
+        rendered = self.render(messages, add_generation_prompt)
+        roles = tuple(message["role"] for message in messages)
+        plan = self.plans.get((roles, add_generation_prompt))
+        if plan is None:
+            plan = self.plans[roles, add_generation_prompt] = self.plan(roles, add_generation_prompt)
+        if rendered != "".join(part if isinstance(part, str) else part.text(messages) for part in plan.rendered):
+            raise DataError(
+                "the chat template rewrites a content of this row instead of writing it down",
+                where=f"{where(self.tokenizer)}, {beginning(messages)}",
+                mend="take out what the template treats specially (such as </think>), or the row",
+            )
+        input_ids: list[int] = []
+        is_trained: list[bool] = []
+        for run in plan.runs:
+            ids: Sequence[int] = run.ids
+            if run.parts:
+                text = "".join(part if isinstance(part, str) else part.text(messages) for part in run.parts)
+                ids = self.text_ids(text, run.is_prefixed)
+            input_ids.extend(ids)
+            is_trained.extend([run.is_trained] * len(ids))
+        return Encoded(input_ids, is_trained)
+
+    def text_ids(self, text: str, is_prefixed: bool) -> list[int]:
+        """The ids of a run of text."""
+        backend = self.plain.prefixed if is_prefixed else self.plain.bare
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        """The template's own text for `messages`; DataError where it raises."""
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            roles = " ".join(message["role"] for message in messages)
+            raise DataError(
+                f"the chat template cannot render the roles {roles}: {first_line(error)}",
+                where=f"{where(self.tokenizer)}, {beginning(messages)}",
+                mend="change the row's roles, or use a tokenizer whose template has them",
+            ) from error
+        return text
+
+    def pieces(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[str | Slot]:
+        """What the template renders for `roles`: text and slots by turns, text first and last."""
+        split = PROBE.split(self.render(probes(roles), add_generation_prompt))
+        pieces: list[str | Slot] = [split[0]]
+        for left, index, right, text in zip(split[1::4], split[2::4], split[3::4], split[4::4], strict=True):
+            pieces += [Slot(int(index), not left, not right), text]
+        seen = sorted(piece.index for piece in pieces if isinstance(piece, Slot))
+        for index, role in enumerate(roles):
+            if seen.count(index) != 1:
+                raise DataError(
+                    f"the chat template writes the content of message {index + 1} (role {role}) "
+                    f"{seen.count(index)} times instead of once",
+                    where=where(self.tokenizer),
+                    mend="change the row's roles, or use a tokenizer whose template has them",
+                )
+        return pieces
+
+    def plan(self, roles: tuple[str, ...], add_generation_prompt: bool) -> Plan:
+        """The runs of a row of `roles`."""
+        pieces = self.pieces(roles, add_generation_prompt)
+        draft = Draft()
+        for place in range(0, len(pieces), 2):
+            before = pieces[place - 1] if place else None
+            after = pieces[place + 1] if place + 1 < len(pieces) else None
+            text = str(pieces[place])
+            if isinstance(before, Slot) and roles[before.index] == "assistant":
+                text = self.close_turn(draft, text, roles)
+                if before.index == len(roles) - 1 and after is None and not add_generation_prompt:
+                    break
+            trained_from = len(text)
+            if isinstance(after, Slot) and roles[after.index] == "assistant":
+                trained_from = self.generation_starts(roles, pieces, place, len(str(pieces[place])) - len(text))
+            self.add_text(draft, text[:trained_from], False)
+            self.add_text(draft, text[trained_from:], True)
+            if isinstance(after, Slot):
+                draft.text(after, roles[after.index] == "assistant")
+        draft.close()
+        return Plan(self.finished(draft.runs), tuple(pieces))
+
+    def close_turn(self, draft: Draft, text: str, roles: tuple[str, ...]) -> str:
+        """Adds what ends an assistant's turn, the stop token last; returns the text after it."""
+        for found in self.special.finditer(text):
+            if self.id_of(found) == self.stop_id:
+                self.add_text(draft, text[: found.end()], True)
+                return text[found.end() :]
+        raise MismatchError(
+            f"the chat template ends an assistant's turn in {' '.join(roles)} without its stop token "
+            f"{self.tokenizer.convert_ids_to_tokens(self.stop_id)}",
+            where=where(self.tokenizer),
+            mend="use a chat template that ends every assistant's turn alike, or rows with one answer",
+        )
+
+    def generation_starts(self, roles: tuple[str, ...], pieces: list[str | Slot], place: int, taken: int) -> int:
+        """Where the model begins to write, in what is left of the text `pieces[place]` after `taken` characters.
+
+        That is the end of the prompt that generation would start from. In the middle of a conversation a
+        template may render an earlier turn otherwise than it once stood (thoughts left out): there it is the
+        content's start. For the last turn that would train on another prompt than the one in use, so it is
+        refused.
+        """
+        slot = pieces[place + 1]
+        assert isinstance(slot, Slot)
+        text = str(pieces[place])
+        head = "".join(piece if isinstance(piece, str) else mark(piece) for piece in pieces[: place + 1])
+        prompt = ""
+        if slot.index > 0:
+            prompt = PROBE.sub(
+                lambda found: f"\ue000{found.group(2)}\ue001", self.render(probes(roles[: slot.index]), True)
+            )
+        start = len(text) - (len(head) - len(prompt))
+        if head.startswith(prompt) and prompt and start >= taken:
+            return start - taken
+        if slot.index == len(roles) - 1 and slot.index > 0:
+            raise MismatchError(
+                "the chat template's generation prompt is not how it begins an assistant's turn, so a model "
+                "would be trained on one prompt and used with another",
+                where=where(self.tokenizer),
+                mend="use a chat template whose turns begin with its own generation prompt",
+            )
+        return len(text) - taken
+
+    def add_text(self, draft: Draft, text: str, is_trained: bool) -> None:
+        """Adds a piece the template wrote, its special tokens as tokens."""
+        end = 0
+        for found in self.special.finditer(text):
+            if found.start() > end:
+                draft.text(text[end : found.start()], is_trained)
+            draft.special(self.id_of(found), is_trained)
+            end = found.end()
+        if end < len(text):
+            draft.text(text[end:], is_trained)
+
+    def finished(self, runs: list[Run]) -> tuple[Run, ...]:
+        """The runs with their prefixes decided, those without slots encoded once and for all."""
+        done: list[Run] = []
+        is_section = True
+        for i, run in enumerate(runs):
+            if run.parts:
+                is_prefixed = (self.plain.prefix == "section" and is_section) or (
+                    self.plain.prefix == "first" and i == 0
+                )
+                if any(isinstance(part, Slot) for part in run.parts):
+                    done.append(replace(run, is_prefixed=is_prefixed))
+                else:
+                    ids = self.text_ids("".join(str(part) for part in run.parts), is_prefixed)
+                    done.append(Run(run.is_trained, ids=tuple(ids)))
+            else:
+                done.append(run)
+            is_section = not run.parts
+        return tuple(done)
+
+
+def special_pattern(token: AddedToken) -> str:
+    """A special token as a group of a regex, with the white space that it swallows."""
+    left, right = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
+    return f"{left}({re.escape(token.content)}){right}"
+
+
+def beginning(messages: list[Message]) -> str:
+    """A row by its first words, for an error."""
+    return f"the row that begins {messages[0]['content'][:60]!r}" if messages else "an empty row"
+
+
+def probes(roles: tuple[str, ...]) -> list[Message]:
+    """Messages of these roles whose contents are markers."""
+    return [{"role": role, "content": f"\x0b\ue000{i}\ue001\x0b"} for i, role in enumerate(roles)]
+
+
+def mark(slot: Slot) -> str:
+    """The marker of a slot without the white space around it."""
+    return f"\ue000{slot.index}\ue001"
+
+
+def where(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The name of a tokenizer in an error."""
+    return f"tokenizer {tokenizer.name_or_path}" if tokenizer.name_or_path else "chat template"
+
+
+_encoders: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, ChatEncoder] = weakref.WeakKeyDictionary()
+
+
+def chat_encoder(tokenizer: PreTrainedTokenizerFast) -> ChatEncoder:
+    """The encoder of a tokenizer, made on first use and again when its template or its tokens change."""
+    encoder = _encoders.get(tokenizer)
+    if encoder is None or encoder.template != tokenizer.chat_template or encoder.plain is not plain_text(tokenizer):
+        encoder = _encoders[tokenizer] = ChatEncoder(tokenizer)
+    return encoder
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], *, add_generation_prompt: bool = False
+) -> Encoded:
+    """Messages as ids, with what is trained in them; a row that ends with an assistant ends at its stop
+    token.
+
+    Raises DataError where the template can't render the roles or rewrites a content, MismatchError where the
+    tokenizer has no template or one that trains no stop token.
+    """
+    return chat_encoder(tokenizer).encode(messages, add_generation_prompt)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> list[int]:
+    """Messages as ids, up to where the assistant begins to write."""
+    return chat_encoder(tokenizer).encode(messages, True).input_ids
+
+
+def stop_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token that ends an assistant's turn, as the chat template itself writes it (not always eos)."""
+    return chat_encoder(tokenizer).stop_id

@@ -1,0 +1,148 @@
+"""A corpus divided into what is trained on and what is held out, and a sample of it to train a tokenizer on.
+
+Which side a document falls on depends on a hash of its text: adding files moves none, and a document that
+stands twice stands on one side. A source of few documents (three books) is divided inside each: the last
+tenth is held out. pydocs brings its own division, made by functions and shared with its questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.data.sources import PYDOCS, copies, is_few_documents, read_documents, share
+from pipeline.recipe import DataEntry
+
+FEW = 100
+SLICE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document, or the first or last part of one, on one side of the division."""
+
+    text: str
+    is_held_out: bool
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the text."""
+        return text_bytes(self.text)
+
+
+@dataclass
+class Sample:
+    """A sample of about `limit` bytes, drawn by hash: the same whatever the order, in memory of that size.
+
+    Every text whose hash falls below a threshold is kept; where the kept ones grow past the limit, it is
+    halved.
+    """
+
+    limit: int
+    threshold: float = 1.0
+    size: int = 0
+    kept: list[tuple[float, str]] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        """Keeps `text` or not."""
+        place = share(f"sample {text}")
+        if place < self.threshold:
+            self.kept.append((place, text))
+            self.size += text_bytes(text)
+            while self.size > self.limit and len(self.kept) > 1:
+                self.threshold /= 2
+                self.kept = [(place, text) for place, text in self.kept if place < self.threshold]
+                self.size = sum(text_bytes(text) for _, text in self.kept)
+
+    def texts(self) -> list[str]:
+        """What was kept, in the order it came."""
+        return [text for _, text in self.kept]
+
+    def head(self, characters: int) -> list[str]:
+        """The first texts of the sample, about so many characters of them, at least one."""
+        size = 0
+        taken = []
+        for text in self.texts():
+            taken.append(text[:characters])
+            size += len(text)
+            if size >= characters:
+                break
+        return taken
+
+
+@dataclass
+class Survey:
+    """What a first pass over the corpus found: documents and UTF-8 bytes on each side, and the sample."""
+
+    sample: Sample
+    train_documents: int = 0
+    train_bytes: int = 0
+    held_out_documents: int = 0
+    held_out_bytes: int = 0
+
+    def add(self, piece: Piece) -> None:
+        """Counts a piece; the sample is of what is trained on alone."""
+        size = piece.bytes
+        if piece.is_held_out:
+            self.held_out_documents += 1
+            self.held_out_bytes += size
+            return
+        self.train_documents += 1
+        self.train_bytes += size
+        for start in range(0, len(piece.text), SLICE):
+            self.sample.add(piece.text[start : start + SLICE])
+
+
+def text_bytes(text: str) -> int:
+    """UTF-8 bytes of a text."""
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
+def pieces(
+    entries: Sequence[DataEntry], held_out: float, held_out_tail: float, say: Callable[[str], None]
+) -> Iterator[Piece]:
+    """All documents of all entries, in order, each on its side.
+
+    A share `held_out` of the documents of a source is held out; of a source with fewer than 100 documents the
+    last share `held_out_tail` of each, which `say` is told of. What is trained on comes as often as its
+    source's weight.
+    """
+    for entry in entries:
+        is_few = is_few_documents(entry, FEW)
+        if is_few:
+            say(f"{entry.source}: fewer than {FEW} documents, so the last {held_out_tail:.0%} of each is held out")
+        for piece in divided(entry, is_few, held_out, held_out_tail):
+            for _ in range(1 if piece.is_held_out else copies(piece.text, entry.weight)):
+                yield piece
+
+
+def divided(entry: DataEntry, is_few: bool, held_out: float, held_out_tail: float) -> Iterator[Piece]:
+    """The documents of one entry, each on its side."""
+    if entry.source == PYDOCS:
+        for document in read_documents(entry, split="train"):
+            yield Piece(document.text, False)
+        for document in read_documents(entry, split="held_out"):
+            yield Piece(document.text, True)
+        return
+    for document in read_documents(entry):
+        if is_few:
+            cut = tail_start(document.text, held_out_tail)
+            for part, is_held_out in ((document.text[:cut], False), (document.text[cut:], True)):
+                if part:
+                    yield Piece(part, is_held_out)
+        else:
+            yield Piece(document.text, share(document.text) < held_out)
+
+
+def tail_start(text: str, tail: float) -> int:
+    """Where the last share `tail` of a text begins: at a line's start, else a word's, else just there.
+
+    The place is looked for before the exact one, at most a tenth of the tail away.
+    """
+    exact = len(text) - int(len(text) * tail)
+    floor = exact - max(1, int(len(text) * tail) // 10)
+    for mark in ("\n", " "):
+        found = text.rfind(mark, max(floor, 0), exact)
+        if found > 0:
+            return found + 1
+    return exact

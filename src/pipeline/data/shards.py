@@ -1,0 +1,144 @@
+"""Token files in datatrove's `.ds` layout: write once, memory-map ever after.
+
+    NAME.ds            the tokens, raw little-endian uint16 (uint32 above 65,536 ids), document after
+    document, each
+                       closed by the separator
+    NAME.ds.index      little-endian uint64: where each document ends, its separator included
+    NAME.ds.bytes      little-endian uint64: the UTF-8 bytes of each document's text
+    NAME.ds.metadata   JSON: version, dtype, tokens, documents, text_bytes, separator_id, vocab_size,
+    tokenizer_hash
+
+nanotron and datatrove read `.ds` and its index as they are. The bytes are what turns a loss into bits per
+byte.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import ArtifactError
+
+VERSION = 1
+Tokens = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a token file says of itself. `text_bytes` counts UTF-8 bytes of all documents, separators not."""
+
+    version: int
+    dtype: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    separator_id: int
+    vocab_size: int
+    tokenizer_hash: str
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest type that holds every id: two bytes up to 65,536 ids, four above."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+class ShardWriter:
+    """Writes a token file, a document at a time; the metadata comes last, when `with` ends well.
+
+    with ShardWriter(out / "train.ds", len(tokenizer), separator_id, tokenizer_hash) as shard:
+        shard.append(ids, text_bytes)
+    """
+
+    def __init__(self, path: Path, vocab_size: int, separator_id: int, tokenizer_hash: str) -> None:
+        self.path = path
+        self.dtype = token_dtype(vocab_size)
+        self.vocab_size, self.separator_id, self.tokenizer_hash = vocab_size, separator_id, tokenizer_hash
+        self.tokens = self.documents = self.text_bytes = 0
+        self.files = [beside(path, suffix).open("wb", buffering=1 << 20) for suffix in ("", ".index", ".bytes")]
+
+    def append(self, ids: list[int] | Tokens, text_bytes: int) -> None:
+        """Adds one document, without its separator: that is written here."""
+        document = np.empty(len(ids) + 1, dtype=self.dtype)
+        document[:-1] = ids
+        document[-1] = self.separator_id
+        self.tokens += len(document)
+        self.documents += 1
+        self.text_bytes += text_bytes
+        for file, part in zip(self.files, (document, np.uint64(self.tokens), np.uint64(text_bytes)), strict=True):
+            file.write(part.tobytes())
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self.files:
+            file.close()
+        if kind is None:
+            metadata = Metadata(
+                VERSION,
+                "uint16" if self.dtype.itemsize == 2 else "uint32",
+                self.tokens,
+                self.documents,
+                self.text_bytes,
+                self.separator_id,
+                self.vocab_size,
+                self.tokenizer_hash,
+            )
+            beside(self.path, ".metadata").write_text(json.dumps(asdict(metadata), indent=1) + "\n")
+
+
+class TokenFile:
+    """A token file, memory-mapped.
+
+    tokens: [all tokens], separators included;  ends: [documents], where each ends;  document_bytes:
+    [documents]. Raises ArtifactError where a part is missing or their sizes don't belong together.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.metadata = Metadata(**json.loads(beside(path, ".metadata").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ArtifactError(
+                f"no readable metadata of a token file: {error}",
+                where=str(path),
+                mend="run tokenize again with --force",
+            ) from error
+        dtype = np.dtype("<u2") if self.metadata.dtype == "uint16" else np.dtype("<u4")
+        self.tokens = mapped(path, dtype, self.metadata.tokens)
+        self.ends = mapped(beside(path, ".index"), np.dtype("<u8"), self.metadata.documents)
+        self.document_bytes = mapped(beside(path, ".bytes"), np.dtype("<u8"), self.metadata.documents)
+
+    def __len__(self) -> int:
+        return self.metadata.tokens
+
+    def document(self, index: int) -> Tokens:
+        """The tokens of document `index`, its separator last."""
+        start = int(self.ends[index - 1]) if index else 0
+        return self.tokens[start : int(self.ends[index])]
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """The file that goes with a token file: `train.ds` and ".index" give `train.ds.index`."""
+    return path.with_name(path.name + suffix)
+
+
+def mapped(path: Path, dtype: np.dtype[Any], count: int) -> Tokens:
+    """`count` values of a raw file, memory-mapped; ArtifactError where the file has another size."""
+    size = path.stat().st_size if path.exists() else -1
+    if size != count * dtype.itemsize:
+        found = "is missing" if size < 0 else f"has {size:,} bytes"
+        raise ArtifactError(
+            f"the file {found}, and {count * dtype.itemsize:,} bytes are meant to be there",
+            where=str(path),
+            mend="run tokenize again with --force",
+        )
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype=dtype)

@@ -1,0 +1,1 @@
+"""The stages of the road, one file each, readable from top to bottom."""

@@ -1,0 +1,158 @@
+"""eval: any set of models on held-out data, every figure with an interval.
+
+Bits per byte, multiple choice by pointwise mutual information (Holtzman et al. 2021), accuracy of the reward model and
+of a policy's implicit reward (Rafailov et al. 2023) beside a scorer that knows only lengths, and answers to held-out
+prompts: reward, KL from the baseline, and a gold rule that nothing was trained on. Percentile bootstrap (Efron and
+Tibshirani 1993), paired where models are compared. The tasks are in pipeline/evals, one file each; docs/eval.md
+defines every figure.
+
+Departures: the gold rule is ROUGE-L F1 to the reference answer (Lin 2004), not a judge; KL is estimated on samples of
+the policy and summed over the answer, not averaged over tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import ConfigError
+from pipeline.recipe import Data, DataEntry, Ref, StageConfig, field
+
+if TYPE_CHECKING:
+    from pipeline.artifacts import Artifact
+    from pipeline.evals.runner import Model, Plan
+    from pipeline.runtime import Runtime
+
+TaskName = Literal["bits_per_byte", "multiple_choice", "reward_accuracy", "preference_accuracy", "greedy", "sampled"]
+PYDOCS = (DataEntry(source="pydocs"),)
+
+
+class EvalConfig(StageConfig):
+    """What eval can be told."""
+
+    models: tuple[Ref, ...] = field(..., "the models to measure")
+    tokens: Ref | None = field("tokenize", "whose held-out text bits per byte are measured on; null for none")
+    reward: Ref | None = field("reward", "the reward model, measured and measured with; null for none")
+    baseline: Ref | None = field("sft", "what the others are compared with and KL is taken from; null for none")
+    data: Data | None = field(PYDOCS, "rows with held-out prompts and reference answers; null for none")
+    preferences: Data | None = field(PYDOCS, "rows with held-out preferences; null for none")
+    tasks: tuple[TaskName, ...] | None = field(None, "what to measure; all that applies unless set")
+    held_out: float = field(0.05, "share of rows of files that is held out: as the stages that trained on them", gt=0)
+    documents: int = field(200, "for bits per byte", unit="documents", gt=0)
+    questions: int = field(1200, "multiple choice, where `data` holds pydocs", unit="questions", gt=0)
+    swapped_questions: int = field(300, "of those, asked with another function's name too", unit="questions", ge=0)
+    prompts: int = field(256, "answered greedily, and once more sampled", unit="prompts", gt=0)
+    preference_rows: int = field(512, "for the two accuracies", unit="rows", gt=0)
+    max_length: int = field(1024, "longest row; a model of shorter reach lowers it", unit="tokens", gt=1)
+    max_new_tokens: int = field(96, "longest answer", unit="tokens", gt=0)
+    token_budget: int = field(4096, "tokens of a batch, padding included", unit="tokens", run_only=True, gt=0)
+
+
+INPUTS = {"models": "causal-lm", "tokens": "tokens", "reward": "reward-model", "baseline": "causal-lm"}
+KIND = "evaluation"
+RESULT_VERSION = 1
+
+
+def run(config: EvalConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
+    """Measure every model; returns each figure as `MODEL.TASK.METRIC`."""
+    import math
+    from dataclasses import asdict
+
+    from pipeline.evals.results import write_jsonl
+    from pipeline.evals.runner import evaluate
+
+    # 1. what is measured, and on what
+    plan = _plan(config, inputs, runtime)
+
+    # 2. every task over every model, a resumable unit each
+    results, items = evaluate(plan, runtime.checkpoints.folder / "units", runtime)
+
+    # 3. the figures, and the items behind them
+    if runtime.is_main:
+        write_jsonl(out / "results.jsonl", map(asdict, results))
+        write_jsonl(out / "samples.jsonl", items)
+    figures = {f"{row.model}.{row.task}.{row.metric}": row.value for row in results}
+    runtime.metrics.log(len(items), None, **figures)
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
+    """Read the data of the tasks that apply; ConfigError for a task that was asked for and can't."""
+    import numpy as np
+
+    from pipeline.data.formats import read_rows
+    from pipeline.data.pydocs import questions
+    from pipeline.evals.bits_per_byte import held_out_texts
+    from pipeline.evals.runner import Plan
+    from pipeline.runtime import derive_seed
+
+    tasks = _tasks(config, inputs)
+
+    def draw(rows: list[dict[str, Any]], count: int, purpose: str) -> list[dict[str, Any]]:
+        order = np.random.default_rng(derive_seed(config.seed, purpose)).permutation(len(rows))
+        return [rows[int(index)] for index in order[:count]]
+
+    prompts: list[dict[str, Any]] = []
+    preferences: list[dict[str, Any]] = []
+    training: list[dict[str, Any]] = []
+    if {"greedy", "sampled"} & set(tasks):
+        assert config.data is not None
+        rows = read_rows(config.data, "prompt", split="held_out", held_out=config.held_out, say=runtime.say)
+        prompts = draw([row for row in rows if row["reference"]], config.prompts, "prompts")
+    if {"reward_accuracy", "preference_accuracy"} & set(tasks):
+        assert config.preferences is not None
+        rows = read_rows(config.preferences, "preference", split="held_out", held_out=config.held_out)
+        preferences = draw(rows, config.preference_rows, "preferences")
+        training = read_rows(config.preferences, "preference", split="train", held_out=config.held_out)
+        training = draw(training, 4 * config.preference_rows, "lengths")
+    asked = questions("held_out", config.questions) if "multiple_choice" in tasks else []
+    return Plan(
+        models=tuple(_named(config.models, inputs["models"])),
+        baseline=_one(config.baseline, inputs["baseline"]),
+        reward=_one(config.reward, inputs["reward"]),
+        tasks=tasks,
+        texts=held_out_texts(inputs["tokens"].path, config.documents) if "bits_per_byte" in tasks else [],
+        questions=asked,
+        swapped=config.swapped_questions,
+        prompts=prompts,
+        preferences=preferences,
+        training_lengths=(_lengths(training, "chosen"), _lengths(training, "rejected")),
+        seed=config.seed,
+        max_length=config.max_length,
+        max_new_tokens=config.max_new_tokens,
+        token_budget=config.token_budget,
+    )
+
+
+def _lengths(rows: list[dict[str, Any]], side: str) -> list[int]:
+    """Characters of each row's answer."""
+    return [len(row[side][-1]["content"]) for row in rows]
+
+
+def _tasks(config: EvalConfig, inputs: dict[str, Any]) -> tuple[str, ...]:
+    """The tasks there is something to measure with; ConfigError for one that was asked for by name and there is not."""
+    from pipeline.evals.runner import TASKS
+
+    lacks = {
+        "bits_per_byte": "" if inputs["tokens"] else "tokens",
+        "multiple_choice": "" if any(entry.source == "pydocs" for entry in config.data or ()) else "data: pydocs",
+        "reward_accuracy": ("" if inputs["reward"] else "reward") or ("" if config.preferences else "preferences"),
+        "preference_accuracy": ("" if inputs["baseline"] else "baseline")
+        or ("" if config.preferences else "preferences"),
+        "greedy": "" if config.data else "data",
+        "sampled": "" if config.data else "data",
+    }
+    for task in config.tasks or ():
+        if lacks[task]:
+            raise ConfigError(f"the task {task} needs `{lacks[task]}`", where="eval", mend="set it, or leave it out")
+    return tuple(task for task in config.tasks or TASKS if not lacks[task])
+
+
+def _named(names: tuple[str, ...], artifacts: list[Artifact]) -> list[Model]:
+    from pipeline.evals.runner import Model
+
+    return [Model(name, artifact) for name, artifact in zip(names, artifacts, strict=True)]
+
+
+def _one(name: str | None, artifact: Artifact | None) -> Model | None:
+    return None if name is None or artifact is None else _named((name,), [artifact])[0]

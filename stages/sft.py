@@ -1,0 +1,217 @@
+"""sft: supervised fine-tuning of a language model on conversations, by TRL's SFTTrainer.
+
+Instruction tuning as in Ouyang et al. 2022 (InstructGPT, step 1): next-token loss on what the assistant says. Rows are
+tokens and labels before TRL sees them, so that the loss falls on the assistant's words and its stop token and nothing
+else, whatever the tokenizer's pad token is.
+
+Departures: the loss is a mean over the trained tokens of the whole step (not of each row); batches are of rows about
+equally long; LoRA adapters (Hu et al. 2021) are merged into the saved model, so that every stage leaves a plain
+Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import DataError, MismatchError
+from pipeline.recipe import Data, Ref, field
+from pipeline.trainer_config import TrainerConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from pipeline.data.chat import Encoded
+    from pipeline.evals.likelihood import Request
+    from pipeline.runtime import Runtime
+    from pipeline.trainer import Row
+
+
+class SFTConfig(TrainerConfig):
+    """What sft can be told."""
+
+    init: Ref = field("pretrain", "the model to start from")
+    data: Data = field(..., "conversations: messages, prompt/completion, alpaca or sharegpt rows")
+    packing: bool = field(False, "several rows behind one another up to max_length, each seeing only itself")
+    chat_template: str | None = field(
+        None, "template for a tokenizer that has none: `chatml`, or the template's own text (Jinja)"
+    )
+
+
+INPUTS = {"init": "causal-lm"}
+KIND = "causal-lm"
+TRAINS_ON = "demonstrations"
+RESULT_VERSION = 1
+
+
+def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
+    """Train on the rows' answers; returns the held-out loss before and after, in nats a trained token."""
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig as Arguments
+    from trl import SFTTrainer
+
+    from pipeline import trainer as adapter
+    from pipeline.data.chat import stop_token_id
+    from pipeline.model.build import check_vocabulary, load_causal_lm, save_model
+    from pipeline.model.trained_positions import trim_head
+
+    adapter.quieten()
+    checkpoint = runtime.checkpoints.latest()
+    init = inputs["init"]
+
+    # 1. rows as tokens
+    tokenizer = _tokenizer(config, init, runtime)
+    stop_id = stop_token_id(tokenizer)
+    length = adapter.longest_row(init.model, config.max_length, runtime)
+    encoded = _encode(config, tokenizer, "train", runtime)
+    rows = _fit(encoded, stop_id, length, runtime)
+    held_out = _requests(_encode(config, tokenizer, "held_out", runtime) if config.held_out else [], length)
+    if config.packing:
+        rows = _pack(rows, length)
+
+    # 2. model
+    model = load_causal_lm(init.model, dtype=getattr(torch, config.dtype)).to(runtime.device)
+    check_vocabulary(model, len(tokenizer), "sft.init")
+    adapter.no_dropout(model)
+    before = checkpoint.state["before"] if checkpoint else _held_out_loss(model, held_out, config, runtime)
+
+    # 3. train
+    plan = adapter.schedule([len(row["input_ids"]) for row in rows], config, runtime)
+    own = {"packing": config.packing, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    with adapter.building():
+        trainer = SFTTrainer(
+            model=model,
+            args=adapter.trainer_arguments(Arguments, config, plan, out, runtime, own),
+            train_dataset=Dataset.from_list(rows[:1]),
+            processing_class=tokenizer,
+            peft_config=adapter.lora(config.peft, "CAUSAL_LM"),
+        )
+    trim_head(trainer.model)
+    runtime.say(adapter.describe(trainer, plan, len(rows)))
+    shown = {"loss": "loss", "acc": "mean_token_accuracy", "lr": "learning_rate"}
+    adapter.train(trainer, rows, plan, runtime, checkpoint, phase="sft", shown=shown, state={"before": before})
+
+    # 4. save, then evaluate
+    flops = adapter.training_flops(trainer, plan)
+    model = adapter.trained_model(trainer)
+    if runtime.is_main:
+        save_model(model, out / "model", init.model, [stop_id], tokenizer.pad_token_id)
+        if config.chat_template is not None:
+            (out / "model" / "chat_template.jinja").write_text(str(tokenizer.chat_template), encoding="utf-8")
+    runtime.barrier()
+    after = _held_out_loss(model, held_out, config, runtime)
+    figures = {"held_out_loss_before": before, "held_out_loss": after} if held_out else {}
+    runtime.metrics.log(plan.steps, None, **figures)
+    return {**figures, "rows": float(len(encoded)), "epochs": len(plan.order) / len(rows), "flops": flops}
+
+
+def _tokenizer(config: SFTConfig, init: Any, runtime: Runtime) -> PreTrainedTokenizerFast:
+    """The init's tokenizer, with the recipe's chat template where it names one."""
+    from pipeline.data.tokenizers import CHATML, load_tokenizer
+
+    tokenizer = load_tokenizer(init.model)
+    if config.chat_template is not None:
+        tokenizer.chat_template = CHATML if config.chat_template == "chatml" else config.chat_template
+    if not tokenizer.chat_template:
+        raise MismatchError(
+            f"{init.reference} has no chat template, and `chat_template` names none",
+            where="sft.init",
+            mend="chat_template: chatml (for a tokenizer with <|im_start|> and <|im_end|>), or the text of a template",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        runtime.say("the tokenizer has no pad token: eos stands in; masks come from lengths, so eos is still trained")
+    return tokenizer
+
+
+def _encode(
+    config: SFTConfig, tokenizer: PreTrainedTokenizerFast, split: Literal["train", "held_out"], runtime: Runtime
+) -> list[Encoded]:
+    """The rows of one side of the split as ids and masks."""
+    from pipeline.data.chat import encode_messages
+    from pipeline.data.formats import read_rows
+
+    say = runtime.say if split == "train" else lambda text: None
+    rows = read_rows(config.data, "messages", split=split, held_out=config.held_out, say=say)
+    rows = rows[: config.eval_rows] if split == "held_out" else rows
+    encoded = []
+    with runtime.progress(f"encode {split.replace('_', '-')}", len(rows), "rows") as bar:
+        for row in rows:
+            encoded.append(encode_messages(tokenizer, row["messages"]))
+            bar.advance()
+            runtime.check_stop()
+    return encoded
+
+
+def _fit(encoded: list[Encoded], stop_id: int, length: int, runtime: Runtime) -> list[Row]:
+    """Rows of at most `length` tokens with labels (-100 where not trained).
+
+    A row that is too long is cut back to the last turn of the assistant that ends in time, so that what is cut is whole
+    turns and never the stop token; one whose first answer does not end in time is left out. Raises DataError where
+    nothing is left, or no stop token or nothing at all would be trained.
+    """
+    rows: list[Row] = []
+    cut = dropped = stops = 0
+    for row in encoded:
+        ids, trained = row.input_ids, row.is_trained
+        if len(ids) > length:
+            ends = [i + 1 for i in range(length) if ids[i] == stop_id and trained[i]]
+            if not ends:
+                dropped += 1
+                continue
+            cut += 1
+            ids, trained = ids[: ends[-1]], trained[: ends[-1]]
+        labels = [token if is_trained else -100 for token, is_trained in zip(ids, trained, strict=True)]
+        assert any(trained[1:]), "a row that ends with an assistant's turn and trains nothing"
+        stops += labels.count(stop_id)
+        rows.append({"input_ids": ids, "labels": labels})
+    if cut or dropped:
+        runtime.say(f"longer than {length:,} tokens: {cut:,} rows cut after an earlier answer, {dropped:,} left out")
+    if not rows:
+        raise DataError(f"every row is longer than {length:,} tokens", where="sft.data", mend="a larger max_length")
+    if not stops:
+        raise MismatchError(
+            "no row trains the stop token, so the model would never learn to end its turn",
+            where="sft.data",
+            mend="a chat template that ends the assistant's turn with a special token",
+        )
+    return rows
+
+
+def _pack(rows: list[Row], length: int) -> list[Row]:
+    """Rows behind one another, best fit first, at most `length` tokens; `seq_lengths` keeps them apart."""
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    packed = pack_dataset(Dataset.from_list(rows), length, "bfd", {"batch_size": 10_000})
+    return [dict(row) for row in packed]
+
+
+def _requests(encoded: list[Encoded], length: int) -> list[Request]:
+    """Each answer of the rows that fit, its stop token included, after all that stands before it."""
+    from itertools import groupby
+
+    from pipeline.evals.likelihood import Request
+
+    requests = []
+    for row in encoded:
+        start = 0
+        for is_answer, run in groupby(row.is_trained):
+            end = start + len(list(run))
+            if is_answer and start and len(row.input_ids) <= length:
+                requests.append(Request(tuple(row.input_ids[:start]), tuple(row.input_ids[start:end])))
+            start = end
+    return requests
+
+
+def _held_out_loss(model: PreTrainedModel, requests: list[Request], config: SFTConfig, runtime: Runtime) -> float:
+    """Mean nats a trained token over the held-out answers; 0 where there are none."""
+    from pipeline import trainer as adapter
+    from pipeline.evals.likelihood import log_likelihoods
+
+    if not requests:
+        return 0.0
+    with adapter.autocast(config, runtime):
+        nats = -log_likelihoods(model.eval(), requests, tick=runtime.check_stop).sum()
+    return float(nats / sum(len(request.completion) for request in requests))

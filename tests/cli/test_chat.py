@@ -1,0 +1,230 @@
+"""`llmpipe chat`: what goes where, when it stops, what it remembers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.artifacts import Artifact
+from pipeline.cli import chat as module
+from pipeline.data.chat import encode_prompt, stop_token_id
+from pipeline.data.tokenizers import encode_text, train_bpe
+from pipeline.errors import ConfigError
+from pipeline.model import generation
+from pipeline.model.build import llama_config, save_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_bpe(iter(["say hello to the world naïve été"] * 8), 300)
+
+
+def _artifact(folder: Path, tokenizer: PreTrainedTokenizerFast, stop: int) -> Artifact:
+    torch.manual_seed(0)
+    config = llama_config(
+        depth=1, width=32, heads=2, kv_heads=2, mlp_width=64, context=128, vocab=len(tokenizer), tied=True
+    )
+    config.initializer_range = 0.3
+    tokenizer.save_pretrained(folder / "tokenizer")
+    assert tokenizer.pad_token_id is not None
+    save_model(LlamaForCausalLM(config), folder / "model", folder / "tokenizer", [stop], tokenizer.pad_token_id)
+    return Artifact("tiny/sft", folder, "causal-lm", "f", {"stage": "sft"})
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Artifact:
+    return _artifact(tmp_path_factory.mktemp("sft"), tokenizer, stop_token_id(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Artifact:
+    assert tokenizer.bos_token_id is not None
+    return _artifact(tmp_path_factory.mktemp("base"), tokenizer, tokenizer.bos_token_id)
+
+
+class Script:
+    """A model that says `answers` one after another, and writes down the prompts it was given."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, answers: list[str]) -> None:
+        self.tokenizer, self.answers = tokenizer, answers
+        self.prompts: list[list[int]] = []
+
+    def stream(self, model: object, prompt: list[int], **settings: object) -> Iterator[int]:
+        self.prompts.append(prompt)
+        answer = encode_text(self.tokenizer, self.answers[len(self.prompts) - 1])
+        yield from answer[: settings["max_new_tokens"]]  # type: ignore[misc]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast) -> Script:
+    made = Script(tokenizer, ["hello", "été", "world", "more", "still more"])
+    monkeypatch.setattr(generation, "stream", made.stream)
+    return made
+
+
+def ask(artifact: Artifact, prompt: str | None = None, **settings: object) -> None:
+    defaults = {"system": None, "temperature": 0.0, "max_new_tokens": 12, "seed": 0}
+    module.chat(artifact, prompt=prompt, **(defaults | settings))  # type: ignore[arg-type]
+
+
+def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """A terminal at which these lines are typed, then the end of input."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal("".join(f"{line}\n" for line in lines)))
+
+
+def test_the_answer_alone_is_on_stdout(chatting: Artifact, script: Script, capsys: pytest.CaptureFixture[str]) -> None:
+    ask(chatting, "say it")
+    assert capsys.readouterr().out == "hello\n"
+    assert script.prompts == [encode_prompt(script.tokenizer, [{"role": "user", "content": "say it"}])]
+
+
+def test_stdin_is_the_prompt_where_it_is_no_terminal(
+    chatting: Artifact, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("say\nit\n"))
+    ask(chatting, system="be kind")
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "say\nit"}]
+    assert script.prompts == [encode_prompt(script.tokenizer, messages)]
+
+
+def test_turns_are_remembered_and_forgotten(
+    chatting: Artifact, script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_in(monkeypatch, "a", "", "b", "/reset", "c", "/exit", "never")
+    ask(chatting)
+    captured = capsys.readouterr()
+    assert captured.out == "hello\nété\nworld\n"
+    assert "tiny/sft" in captured.err
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "hello"}]
+    assert script.prompts == [
+        encode_prompt(script.tokenizer, [{"role": "user", "content": "a"}]),
+        encode_prompt(script.tokenizer, [*said, {"role": "user", "content": "b"}]),
+        encode_prompt(script.tokenizer, [{"role": "user", "content": "c"}]),
+    ]
+
+
+def test_the_end_of_input_ends_it(
+    chatting: Artifact, script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_in(monkeypatch, "a")
+    ask(chatting)
+    assert capsys.readouterr().out == "hello\n"
+
+
+def test_the_oldest_turns_leave_a_full_context(
+    chatting: Artifact, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept of the conversation is its end, and fits half of the context."""
+    typed = ["say hello to", "say hello", "the world", "naïve", "été"]
+    type_in(monkeypatch, *typed)
+    ask(chatting)
+    said = [
+        {"role": role, "content": text}
+        for pair in zip(typed, script.answers, strict=True)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    ends = [encode_prompt(script.tokenizer, said[start:9]) for start in (0, 2, 4, 6, 8)]
+    fitting = next(end for end in ends if len(end) <= 64)
+    assert script.prompts[4] == fitting
+    assert fitting not in (ends[0], ends[4])
+
+
+def test_a_text_longer_than_the_context(
+    chatting: Artifact, script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="the model reads 128"):
+        ask(chatting, "hello " * 150)
+    type_in(monkeypatch, "hello " * 150, "a")
+    ask(chatting)
+    captured = capsys.readouterr()
+    assert "the model reads 128" in captured.err
+    assert captured.out == "\nhello\n"
+
+
+def test_ctrl_c_ends_the_answer_not_the_conversation(
+    chatting: Artifact, script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = script.stream
+
+    def interrupted(model: object, prompt: list[int], **settings: object) -> Iterator[int]:
+        yield from stream(model, prompt, **settings)
+        if len(script.prompts) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "stream", interrupted)
+    type_in(monkeypatch, "a", "b")
+    ask(chatting)
+    assert capsys.readouterr().out == "hello\nété\n"
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "hello"}]
+    assert script.prompts[1] == encode_prompt(script.tokenizer, [*said, {"role": "user", "content": "b"}])
+
+
+def test_a_base_model_says_so_and_continues_the_text(
+    base: Artifact, script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask(base, "say hello")
+    captured = capsys.readouterr()
+    assert captured.out == "hello\n"
+    assert "base model" in captured.err
+    assert script.prompts == [[script.tokenizer.bos_token_id, *encode_text(script.tokenizer, "say hello")]]
+    with pytest.raises(ConfigError, match="no system message"):
+        ask(base, "say hello", system="be kind")
+
+
+def test_a_real_model_stops_at_its_stop_token(chatting: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    """Greedy equals `generate`; sampled, the same seed says the same and another seed something else."""
+    conversation = module.load(chatting, None, 0.0, 12, 0)
+    ids = encode_prompt(conversation.tokenizer, [{"role": "user", "content": "hello"}])
+    stop = stop_token_id(conversation.tokenizer)
+    assert conversation.stop_ids == [stop]
+    written = generation.generate(conversation.model, [ids], max_new_tokens=12, stop_ids=[stop], pad_id=0)
+    expected = [token for token in written.responses()[0] if token != stop]
+    ask(chatting, "hello")
+    greedy = capsys.readouterr().out
+    assert greedy == conversation.tokenizer.decode(expected) + "\n"
+    said = []
+    for seed in (1, 1, 2):
+        ask(chatting, "hello", temperature=1.5, seed=seed)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+
+
+@pytest.mark.parametrize("text", ["naïve été", "😀 and 日本語", "plain"])
+def test_characters_wait_for_their_last_byte(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    ids = encode_text(tokenizer, text)
+    pieces = list(module.pieces(tokenizer, iter(ids)))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_characters_that_never_become_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = encode_text(tokenizer, "😀")
+    assert len(ids) == 4
+    assert "".join(module.pieces(tokenizer, iter(ids[:2]))) == "\ufffd"
+    broken = [*ids[:2], *encode_text(tokenizer, " world")]
+    assert "".join(module.pieces(tokenizer, iter(broken))) == "\ufffd world"
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"prompt": " \n"}, "empty"), ({"temperature": -1.0}, "temperature"), ({"max_new_tokens": 0}, "max_new_tokens")],
+)
+def test_bad_settings(chatting: Artifact, settings: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ask(chatting, **({"prompt": "hello"} | settings))  # type: ignore[arg-type]
+
+
+def test_a_reward_model_cannot_talk(chatting: Artifact) -> None:
+    reward = Artifact("tiny/reward", chatting.path, "reward-model", "f", chatting.manifest)
+    with pytest.raises(ConfigError, match="a reward-model cannot talk"):
+        ask(reward, "hello")

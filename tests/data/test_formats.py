@@ -1,0 +1,288 @@
+"""Every row format into its canonical layout, from real files, and one bad row each: file, line, reason."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from pipeline.data.formats import prompt_key, read_rows
+from pipeline.data.sources import share
+from pipeline.errors import ConfigError, DataError, MissingInputError
+from pipeline.recipe import DataEntry
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+Q, A, B, C = ({"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "QABC", strict=True))
+S = {"role": "system", "content": "S"}
+
+
+def written(path: Path, *rows: object) -> DataEntry:
+    """A jsonl file of these rows, as an entry."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataEntry(source=str(path))
+
+
+def turn(role: str, text: str) -> dict[str, str]:
+    return {"from": role, "value": text}
+
+
+DEMONSTRATIONS = {
+    "messages": ({"messages": [S, Q, A], "id": 7}, [S, Q, A]),
+    "multi-turn": ({"messages": [Q, A, Q, A]}, [Q, A, Q, A]),
+    "prompt_completion": ({"prompt": "Q", "completion": "A"}, [Q, A]),
+    "prompt_completion messages": ({"prompt": [S, Q], "completion": [A]}, [S, Q, A]),
+    "alpaca": ({"instruction": "Q", "input": "", "output": "A"}, [Q, A]),
+    "alpaca with input": (
+        {"instruction": "I", "input": "X", "output": "A"},
+        [{"role": "user", "content": "I\n\nX"}, A],
+    ),
+    "alpaca with system": ({"instruction": "Q", "input": None, "output": "A", "system": "S"}, [S, Q, A]),
+    "sharegpt": ({"conversations": [turn("human", "Q"), turn("gpt", "A")]}, [Q, A]),
+    "sharegpt with system": ({"conversations": [turn("human", "Q"), turn("gpt", "A")], "system": "S"}, [S, Q, A]),
+}
+
+
+@pytest.mark.parametrize("name", DEMONSTRATIONS)
+def test_demonstrations(name: str, tmp_path: Path) -> None:
+    row, messages = DEMONSTRATIONS[name]
+    said: list[str] = []
+    entry = written(tmp_path / "rows.jsonl", row)
+    assert read_rows([entry], "messages", split="all", say=said.append) == [{"messages": messages}]
+    assert read_rows([entry], "prompt", split="all") == [{"prompt": messages[:-1], "reference": "A"}]
+    assert len(said) == 1
+    assert f"rows.jsonl: {name.split()[0].replace('multi-turn', 'messages')} rows" in said[0]
+
+
+PREFERENCES = {
+    "texts": ({"prompt": "Q", "chosen": "A", "rejected": "C"}, [Q]),
+    "messages": ({"prompt": [S, Q], "chosen": [A], "rejected": [C]}, [S, Q]),
+    "implicit prompt": ({"chosen": [S, Q, A], "rejected": [S, Q, C]}, [S, Q]),
+    "prompt repeated in the sides": ({"prompt": "Q", "chosen": [Q, A], "rejected": [Q, C]}, [Q]),
+    "implicit, several turns": ({"chosen": [Q, A, B, A], "rejected": [Q, A, B, C]}, [Q, A, B]),
+    "sharegpt": (
+        {"conversations": [turn("human", "Q")], "chosen": turn("gpt", "A"), "rejected": turn("gpt", "C")},
+        [Q],
+    ),
+    "sharegpt texts": ({"conversations": [turn("human", "Q")], "chosen": "A", "rejected": "C", "system": "S"}, [S, Q]),
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_preferences(name: str, tmp_path: Path) -> None:
+    row, prompt = PREFERENCES[name]
+    entry = written(tmp_path / "rows.jsonl", row, {**row, "kind": "truncated"})
+    first, second = read_rows([entry], "preference", split="all")
+    assert first == {"prompt": prompt, "chosen": [A], "rejected": [C], "kind": ""}
+    assert second["kind"] == "truncated"
+    assert read_rows([entry], "prompt", split="all")[0] == {"prompt": prompt, "reference": "A"}
+
+
+BAD_DEMONSTRATIONS = {
+    "no messages": ({"messages": []}, "`messages` is no list of messages"),
+    "a null": ({"messages": None}, "field `messages` of a messages row is missing"),
+    "another row": ({"text": "x"}, "field `messages` of a messages row is missing"),
+    "unknown role": ({"messages": [{"role": "alien", "content": "x"}]}, "message 1 of `messages` has the role 'alien'"),
+    "no content": ({"messages": [Q, {"role": "assistant"}]}, "message 2 of `messages` has no text"),
+    "no answer": ({"messages": [Q]}, "the last message is from user: nothing answers it"),
+    "an empty answer": (
+        {"messages": [Q, {"role": "assistant", "content": " \n"}]},
+        "message 2, an assistant's, is empty",
+    ),
+    "a list": ([1, 2], "a row is an object with named fields, not list"),
+    "no list": ({"messages": "hello"}, "`messages` is no list of messages"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DEMONSTRATIONS)
+def test_a_bad_demonstration_is_named_by_file_and_line(name: str, tmp_path: Path) -> None:
+    bad, reason = BAD_DEMONSTRATIONS[name]
+    entry = written(tmp_path / "rows.jsonl", {"messages": [Q, A]}, {"messages": [Q, A]}, bad)
+    with pytest.raises(DataError) as caught:
+        read_rows([entry], "messages", split="all")
+    assert caught.value.where == f"{tmp_path / 'rows.jsonl'}:3"
+    assert reason in caught.value.what
+    assert caught.value.exit_code == 1
+
+
+BAD_ROWS = {
+    "alpaca": (
+        {"instruction": "Q", "output": "A"},
+        {"instruction": "Q", "output": 4},
+        "messages",
+        "field `output` holds int, not text",
+    ),
+    "prompt_completion": (
+        {"prompt": "Q", "completion": "A"},
+        {"prompt": "Q"},
+        "messages",
+        "field `completion` of a prompt_completion row is missing",
+    ),
+    "sharegpt": (
+        {"conversations": [turn("human", "Q"), turn("gpt", "A")]},
+        {"conversations": [turn("robot", "Q"), turn("gpt", "A")]},
+        "messages",
+        "message 1 of `conversations` has the role 'robot'",
+    ),
+    "equal sides": (
+        {"prompt": "Q", "chosen": "A", "rejected": "C"},
+        {"prompt": "Q", "chosen": "A", "rejected": "A"},
+        "preference",
+        "chosen and rejected are the same",
+    ),
+    "prompts that differ": (
+        {"chosen": [Q, A], "rejected": [Q, C]},
+        {"chosen": [Q, A], "rejected": [B, C]},
+        "preference",
+        "`chosen` is user assistant where the two sides part",
+    ),
+    "an empty side": (
+        {"prompt": "Q", "chosen": "A", "rejected": "C"},
+        {"prompt": "Q", "chosen": "A", "rejected": ""},
+        "preference",
+        "an assistant's, is empty",
+    ),
+    "sharegpt preference": (
+        {"conversations": [turn("human", "Q")], "chosen": "A", "rejected": "C"},
+        {"conversations": [turn("human", "Q"), turn("gpt", "A")], "chosen": "A", "rejected": "C"},
+        "preference",
+        "the prompt ends with an assistant's message",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_of_each_format(name: str, tmp_path: Path) -> None:
+    good, bad, layout, reason = BAD_ROWS[name]
+    entry = written(tmp_path / "rows.jsonl", good, bad)
+    with pytest.raises(DataError) as caught:
+        read_rows([entry], layout, split="all")
+    assert caught.value.where == f"{tmp_path / 'rows.jsonl'}:2"
+    assert reason in caught.value.what
+
+
+def test_rows_of_json_and_parquet_are_counted(tmp_path: Path) -> None:
+    rows = [{"instruction": "Q", "output": "A"}, {"instruction": "Q", "output": None}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=2))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for name in ("rows.json", "rows.parquet"):
+        with pytest.raises(DataError, match="field `output`") as caught:
+            read_rows([DataEntry(source=str(tmp_path / name))], "messages", split="all")
+        assert caught.value.where == f"{tmp_path / name}: row 2"
+
+
+def test_a_format_can_be_forced_and_must_exist(tmp_path: Path) -> None:
+    entry = written(tmp_path / "rows.jsonl", {"messages": [Q, A], "prompt": "Q", "completion": "C"})
+    assert read_rows([entry], "messages", split="all") == [{"messages": [Q, A]}]
+    forced = entry.model_copy(update={"format": "prompt_completion"})
+    assert read_rows([forced], "messages", split="all") == [{"messages": [Q, {**A, "content": "C"}]}]
+    with pytest.raises(ConfigError, match="no format 'chat'") as caught:
+        read_rows([entry.model_copy(update={"format": "chat"})], "messages")
+    assert "sharegpt" in caught.value.mend
+    assert caught.value.exit_code == 2
+
+
+def test_unknown_fields_are_refused_with_the_formats_there_are(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no known format has the fields question, answer") as caught:
+        read_rows([written(tmp_path / "rows.jsonl", {"question": "Q", "answer": "A"})], "messages")
+    assert caught.value.where.endswith("rows.jsonl:1")
+    assert "alpaca: instruction, output" in caught.value.mend
+
+
+def test_preferences_are_no_demonstrations_nor_the_other_way_round(tmp_path: Path) -> None:
+    pairs = written(tmp_path / "pairs.jsonl", {"prompt": "Q", "chosen": "A", "rejected": "C"})
+    answers = written(tmp_path / "answers.jsonl", {"prompt": "Q", "completion": "A"})
+    with pytest.raises(ConfigError, match="demonstrations are needed here"):
+        read_rows([pairs], "messages", split="all")
+    with pytest.raises(ConfigError, match="preferences are needed here"):
+        read_rows([answers], "preference", split="all")
+
+
+def test_the_split_is_by_the_question_alone_and_the_same_everywhere(tmp_path: Path) -> None:
+    questions = [f"question {i}" for i in range(1000)]
+    answers = written(tmp_path / "a.jsonl", *({"prompt": q, "completion": "A"} for q in questions))
+    pairs = written(
+        tmp_path / "b.jsonl",
+        *({"prompt": [S, {**Q, "content": f" {q}\n"}], "chosen": "A", "rejected": "C"} for q in reversed(questions)),
+    )
+    held_out = read_rows([answers], "messages", split="held_out", held_out=0.1)
+    train = read_rows([answers], "messages", split="train", held_out=0.1)
+    assert [prompt_key(row) for row in held_out] == [q for q in questions if share(q) < 0.1]
+    assert 70 <= len(held_out) <= 130  # 100 expected, standard deviation 9.5
+    assert len(held_out) + len(train) == 1000
+    pair_keys = {prompt_key(row) for row in read_rows([pairs], "preference", split="held_out", held_out=0.1)}
+    assert pair_keys == {prompt_key(row) for row in held_out}
+    fewer = {prompt_key(row) for row in read_rows([answers], "messages", split="held_out", held_out=0.05)}
+    assert fewer < pair_keys
+
+
+def test_rows_with_one_question_fall_on_one_side(tmp_path: Path) -> None:
+    rows = [{"messages": [Q, {**A, "content": str(i)}, *([B, C] if i % 2 else [])]} for i in range(20)]
+    entry = written(tmp_path / "rows.jsonl", *rows)
+    assert len(read_rows([entry], "messages", split="held_out" if share("Q") < 0.5 else "train", held_out=0.5)) == 20
+
+
+def test_limit_and_weight(tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {i}", "completion": "A"} for i in range(400)]
+    entry = written(tmp_path / "rows.jsonl", *rows)
+    limited = read_rows([entry.model_copy(update={"limit": 7})], "messages", split="all")
+    assert [prompt_key(row) for row in limited] == [f"question {i}" for i in range(7)]
+    heavy = read_rows([entry.model_copy(update={"weight": 2.5})], "messages", held_out=0.1)
+    train = read_rows([entry], "messages", held_out=0.1)
+    times = [heavy.count(row) for row in train]
+    assert set(times) == {2, 3}
+    assert 0.4 < times.count(3) / len(train) < 0.6
+    held_out = entry.model_copy(update={"weight": 2.5})
+    assert len(read_rows([held_out], "messages", split="held_out", held_out=0.1)) == 400 - len(train)
+
+
+def test_an_empty_side_is_refused(tmp_path: Path) -> None:
+    entry = written(tmp_path / "rows.jsonl", {"prompt": "Q", "completion": "A"})
+    with pytest.raises(ConfigError, match="no held-out row"):
+        read_rows([entry], "messages", split="held_out", held_out=1e-9)
+    with pytest.raises(ConfigError, match="no train row"):
+        read_rows([entry], "messages", split="train", held_out=0.999999)
+    pair = [entry, DataEntry(source="pydocs", limit=3)]
+    assert len(read_rows(pair, "messages", split="held_out", held_out=1e-9)) == 3
+
+
+def test_missing_files_and_text_files(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError) as caught:
+        read_rows([DataEntry(source=str(tmp_path / "none.jsonl"))], "messages")
+    assert caught.value.exit_code == 2
+    (tmp_path / "book.txt").write_text("Once upon a time")
+    with pytest.raises(DataError, match="holds documents, not rows"):
+        read_rows([DataEntry(source=str(tmp_path / "book.txt"))], "messages")
+
+
+def test_compressed_rows_are_the_same_rows(tmp_path: Path) -> None:
+    row = {"instruction": "Q", "input": "", "output": "A"}
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write(json.dumps(row) + "\n")
+    assert read_rows([DataEntry(source=str(tmp_path / "rows.jsonl.gz"))], "messages", split="all") == [
+        {"messages": [Q, A]}
+    ]
+
+
+@pytest.mark.parametrize("layout", ["messages", "preference", "prompt"])
+def test_pydocs_is_divided_by_itself(layout: str) -> None:
+    train = read_rows([DataEntry(source="pydocs", limit=50)], layout)
+    held_out = read_rows([DataEntry(source="pydocs", limit=50)], layout, split="held_out")
+    assert len(train) == len(held_out) == 50
+    assert not {prompt_key(row) for row in train} & {prompt_key(row) for row in held_out}
+    keys = {"messages": {"messages"}, "prompt": {"prompt", "reference"}}
+    assert set(train[0]) == keys.get(layout, {"prompt", "chosen", "rejected", "kind"})
+    with pytest.raises(ConfigError, match="pydocs is divided by llmpipe itself"):
+        read_rows([DataEntry(source="pydocs", split="test")], layout)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not beside this checkout")
+def test_files_that_others_made() -> None:
+    alpaca = read_rows([DataEntry(source=str(SHARED / "alpaca_en_demo.json"))], "messages", split="all")
+    assert len(alpaca) == 999
+    assert alpaca[0]["messages"][0] == {"role": "user", "content": "Describe a process of making crepes."}
+    pairs = read_rows([DataEntry(source=str(SHARED / "dpo_en_demo.json"))], "preference", split="all")
+    assert len(pairs) == 300
+    assert all(len(row["chosen"]) == len(row["rejected"]) == 1 for row in pairs)
+    assert {len(row["prompt"]) for row in pairs} >= {1}

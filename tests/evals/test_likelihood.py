@@ -1,0 +1,101 @@
+"""Log-likelihoods against a loop over single rows."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.evals import likelihood
+from pipeline.evals.likelihood import Request, log_likelihoods
+from pipeline.evals.subject import Subject
+
+
+def naive(subject: Subject, request: Request) -> float:
+    """One row, one forward pass, no batching: the definition."""
+    row = torch.tensor([[*request.prompt, *request.completion]])
+    with torch.inference_mode():
+        logprobs = subject.model(input_ids=row).logits[0].log_softmax(-1)
+    start = len(request.prompt)
+    return sum(float(logprobs[start + i - 1, token]) for i, token in enumerate(request.completion))
+
+
+def requests(vocab: int) -> list[Request]:
+    rng = random.Random(0)
+    made = []
+    for _ in range(8):
+        prompt = tuple(rng.randrange(vocab) for _ in range(rng.randint(1, 14)))
+        for _ in range(rng.randint(1, 5)):
+            made.append(Request(prompt, tuple(rng.randrange(vocab) for _ in range(rng.randint(1, 20)))))
+    return [*made, made[3]]
+
+
+def test_equal_to_a_naive_loop(chat_subject: Subject) -> None:
+    asked = requests(len(chat_subject.tokenizer))
+    found = log_likelihoods(chat_subject.model, asked)
+    np.testing.assert_allclose(found, [naive(chat_subject, request) for request in asked], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("token_budget", [1, 60, 100_000])
+def test_independent_of_the_batch(chat_subject: Subject, token_budget: int) -> None:
+    asked = requests(len(chat_subject.tokenizer))
+    whole = log_likelihoods(chat_subject.model, asked)
+    found = log_likelihoods(chat_subject.model, asked, token_budget=token_budget)
+    np.testing.assert_allclose(found, whole, rtol=1e-6, atol=1e-5)
+
+
+def test_independent_of_company_and_order(chat_subject: Subject) -> None:
+    asked = requests(len(chat_subject.tokenizer))
+    whole = log_likelihoods(chat_subject.model, asked)
+    backwards = log_likelihoods(chat_subject.model, asked[::-1])[::-1]
+    np.testing.assert_allclose(backwards, whole, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(log_likelihoods(chat_subject.model, asked[5:6]), whole[5:6], rtol=1e-6, atol=1e-5)
+
+
+def test_completions_that_share_a_prompt_are_one_row(chat_subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt of 6, four completions of 5: 6 + 4 * 4 tokens, since the last of each is only predicted."""
+    seen = []
+    forward = chat_subject.model.forward
+
+    def counting(*args: object, **kwargs: torch.Tensor) -> object:
+        seen.append(tuple(kwargs["input_ids"].shape))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(likelihood, "_takes_masks", lambda model: True)
+    monkeypatch.setattr(chat_subject.model, "forward", counting)
+    prompt = tuple(range(6))
+    log_likelihoods(chat_subject.model, [Request(prompt, tuple(range(i, i + 5))) for i in range(4)] * 2)
+    assert seen == [(1, 22)]
+
+
+def test_a_row_at_a_time_for_models_without_masks(chat_subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = requests(len(chat_subject.tokenizer))
+    whole = log_likelihoods(chat_subject.model, asked)
+    monkeypatch.setattr(likelihood, "_takes_masks", lambda model: False)
+    found = log_likelihoods(chat_subject.model, asked, token_budget=80)
+    np.testing.assert_allclose(found, whole, rtol=1e-6, atol=1e-5)
+
+
+def test_which_models_take_masks(chat_subject: Subject) -> None:
+    from transformers import BloomConfig, BloomForCausalLM, Mamba2Config, Mamba2ForCausalLM
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
+    mamba = Mamba2ForCausalLM(
+        Mamba2Config(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=8)
+    )
+    assert likelihood._takes_masks(chat_subject.model)
+    assert not likelihood._takes_masks(bloom)
+    assert not likelihood._takes_masks(mamba)
+
+
+def test_ticks_after_every_batch(chat_subject: Subject) -> None:
+    ticks: list[int] = []
+    asked = [Request((1, 2), (3, token)) for token in range(3)] + [Request((2, 2), (3, 4))]
+    log_likelihoods(chat_subject.model, asked, token_budget=1, tick=lambda: ticks.append(1))
+    assert len(ticks) == 2
+
+
+def test_nothing_asked(chat_subject: Subject) -> None:
+    assert log_likelihoods(chat_subject.model, []).shape == (0,)

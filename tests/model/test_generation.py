@@ -1,0 +1,201 @@
+"""Our generation against transformers' own, against a teacher-forced forward, and against itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from pipeline.model import generation
+from pipeline.model.generation import (
+    Sampling,
+    draw_uniforms,
+    generate,
+    pad_left,
+    probabilities,
+    sample,
+    stream,
+)
+
+VOCAB, PAD, STOP = 61, 0, 1
+
+TINY = {
+    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "max_position_embeddings": 64},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "mistral": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "sliding_window": 5},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, 
+               "state_size": 8, "n_groups": 1},
+}  # fmt: skip
+
+
+def tiny(architecture: str) -> PreTrainedModel:
+    """A random model that has opinions: spread-out logits make ties and near-ties unlikely."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        architecture, vocab_size=VOCAB, initializer_range=0.3,
+        pad_token_id=PAD, bos_token_id=2, eos_token_id=STOP,
+        **TINY[architecture],
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def ragged_prompts(rows: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 10, (rows,), generator=generator).tolist()
+    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def hf_greedy(model: PreTrainedModel, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """transformers' own greedy tokens, up to and with the stop token."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=PAD, eos_token_id=STOP)
+    ids_BP, is_real_BP = pad_left(prompts, PAD)
+    output_BL = model.generate(input_ids=ids_BP, attention_mask=is_real_BP.long(), generation_config=config)
+    answers = output_BL[:, ids_BP.shape[1] :].tolist()
+    return [answer[: answer.index(STOP) + 1] if STOP in answer else answer for answer in answers]
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_greedy_is_the_greedy_of_transformers(architecture: str):
+    model, prompts = tiny(architecture), ragged_prompts(12)
+    ours = generate(model, prompts, max_new_tokens=16, stop_ids=[STOP], pad_id=PAD)
+    expected = hf_greedy(model, prompts, 16)
+    assert ours.responses() == expected
+    assert ours.is_ended_B.tolist() == [answer[-1] == STOP for answer in expected]
+    assert len({tuple(answer) for answer in expected}) > 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_left_padding_changes_nothing(architecture: str):
+    """Each prompt in a batch of its own, where nothing is padded, gives the same answer."""
+    model, prompts = tiny(architecture), ragged_prompts(8, seed=1)
+    together = generate(model, prompts, max_new_tokens=12, stop_ids=[STOP], pad_id=PAD)
+    for row, prompt in enumerate(prompts):
+        alone = generate(model, [prompt], max_new_tokens=12, stop_ids=[STOP], pad_id=PAD)
+        assert alone.responses()[0] == together.responses()[row]
+
+
+def test_rows_stop_each_at_its_own_stop_token():
+    model, prompts = tiny("llama"), ragged_prompts(24)
+    free = generate(model, prompts, max_new_tokens=12, stop_ids=[], pad_id=PAD).responses()
+    stops = [3, 4, 5, 6, 7, 8, 9, 10]
+    expected = [
+        answer[: min([answer.index(stop) for stop in stops if stop in answer], default=11) + 1] for answer in free
+    ]
+    result = generate(model, prompts, max_new_tokens=12, stop_ids=stops, pad_id=PAD)
+    assert result.responses() == expected
+    assert result.lengths_B.tolist() == [len(answer) for answer in expected]
+    assert result.is_ended_B.tolist() == [answer[-1] in stops for answer in expected]
+    assert 0 < sum(result.is_ended_B.tolist()) < 24
+    after_BT = torch.arange(12)[None, :] >= result.lengths_B[:, None]
+    assert (result.ids_BT[after_BT] == PAD).all()
+    assert (result.logprobs_BT[after_BT] == 0).all()
+
+
+def test_the_batch_does_not_change_what_a_row_says(monkeypatch: pytest.MonkeyPatch):
+    """Sampled answers are the same in one batch, in small ones, and whether ended rows leave or stay."""
+    model, prompts = tiny("llama"), ragged_prompts(20)
+    stops = list(range(1, 12))
+
+    def answers(batch_size: int) -> list[list[int]]:
+        uniforms_BT = draw_uniforms(20, 16, torch.Generator().manual_seed(7))
+        return generate(
+            model, prompts, max_new_tokens=16, stop_ids=stops, pad_id=PAD, sampling=Sampling(temperature=1.3),
+            uniforms_BT=uniforms_BT, batch_size=batch_size,
+        ).responses()  # fmt: skip
+
+    whole = answers(64)
+    assert answers(3) == whole
+    monkeypatch.setattr(generation, "SHRINK_BELOW", 0.0)  # ended rows stay
+    assert answers(64) == whole
+    monkeypatch.setattr(generation, "SHRINK_BELOW", 1.0)  # every ended row leaves at once
+    assert answers(64) == whole
+    assert len({len(answer) for answer in whole}) > 4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_logprobs_are_those_of_a_forward_over_the_whole_text(architecture: str):
+    model, prompts = tiny(architecture), ragged_prompts(10)
+    uniforms_BT = draw_uniforms(10, 8, torch.Generator().manual_seed(3))
+    result = generate(
+        model, prompts, max_new_tokens=8, stop_ids=[STOP, 5, 9], pad_id=PAD,
+        sampling=Sampling(temperature=0.7),
+        uniforms_BT=uniforms_BT,
+    )  # fmt: skip
+    for row, (prompt, answer) in enumerate(zip(prompts, result.responses(), strict=True)):
+        with torch.no_grad():
+            logits_LV = model(input_ids=torch.tensor([prompt + answer])).logits[0]
+        logprobs_LV = (logits_LV / 0.7).log_softmax(-1)
+        expected = [logprobs_LV[len(prompt) - 1 + t, token].item() for t, token in enumerate(answer)]
+        assert result.logprobs_BT[row, : len(answer)].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_stream_is_generate_without_the_stop_token():
+    model, prompt = tiny("llama"), [5, 9, 17]
+    for seed in range(6):
+        uniforms_BT = draw_uniforms(1, 20, torch.Generator().manual_seed(seed))
+        sampling = Sampling(temperature=1.2, top_k=30, top_p=0.9)
+        stops = list(range(1, 9))
+        whole = generate(
+            model,
+            [prompt],
+            max_new_tokens=20,
+            stop_ids=stops,
+            pad_id=PAD,
+            sampling=sampling,
+            uniforms_BT=uniforms_BT,
+        )
+        streamed = list(
+            stream(model, prompt, max_new_tokens=20, stop_ids=stops, sampling=sampling, uniforms_T=uniforms_BT[0])
+        )
+        assert streamed == [token for token in whole.responses()[0] if token not in stops]
+    greedy = generate(model, [prompt], max_new_tokens=9, stop_ids=[], pad_id=PAD).responses()[0]
+    assert list(stream(model, prompt, max_new_tokens=9, stop_ids=[])) == greedy
+
+
+def test_probabilities_by_hand():
+    # p = 1/2, 1/4, 1/8, 1/8. Temperature 1/2 squares them: 16, 4, 1, 1 of 22.
+    logits_BV = torch.tensor([[4.0, 2.0, 1.0, 1.0]]).log()
+    assert probabilities(logits_BV, Sampling())[0].tolist() == pytest.approx([0.5, 0.25, 0.125, 0.125])
+    cold = probabilities(logits_BV, Sampling(temperature=0.5))[0]
+    assert cold.tolist() == pytest.approx([16 / 22, 4 / 22, 1 / 22, 1 / 22])
+    two = probabilities(logits_BV, Sampling(top_k=2))[0]
+    assert two.tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert probabilities(logits_BV, Sampling(top_k=3))[0].tolist() == pytest.approx([0.5, 0.25, 0.125, 0.125])
+    # 0.5 alone reaches 0.4; 0.5 + 0.25 are needed for 0.6; the first is kept even at 0.01.
+    assert probabilities(logits_BV, Sampling(top_p=0.4))[0].tolist() == [1, 0, 0, 0]
+    assert probabilities(logits_BV, Sampling(top_p=0.6))[0].tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert probabilities(logits_BV, Sampling(top_p=0.01))[0].tolist() == [1, 0, 0, 0]
+
+
+def test_probabilities_are_those_of_transformers():
+    logits_BV = 3 * torch.randn(32, 200, generator=torch.Generator().manual_seed(0))
+    for top_k, top_p in ((50, 1.0), (0, 0.8), (20, 0.5)):
+        expected = logits_BV / 0.8
+        if top_k:
+            expected = TopKLogitsWarper(top_k)(None, expected)
+        if top_p < 1:
+            expected = TopPLogitsWarper(top_p)(None, expected)
+        ours = probabilities(logits_BV, Sampling(temperature=0.8, top_k=top_k, top_p=top_p))
+        torch.testing.assert_close(ours, expected.softmax(-1), atol=1e-6, rtol=1e-4)
+
+
+def test_sample_inverts_the_distribution():
+    """On an even grid of 1,000 numbers each token comes up its probability's share, zeros never."""
+    probs = [0.0, 0.1, 0.0, 0.25, 0.65, 0.0]
+    grid_B = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    ids_B = sample(torch.tensor([probs]).expand(1000, -1), grid_B)
+    assert torch.bincount(ids_B, minlength=6).tolist() == [0, 100, 0, 250, 650, 0]
+    edges = sample(torch.tensor([probs, probs]), torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64))
+    assert edges.tolist() == [1, 4]

@@ -1,0 +1,45 @@
+"""The layout of rollouts, and who stands in which microbatch."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.rl.rollouts import assemble, closed_rows, microbatches
+
+PROMPTS = [[5, 6, 7], [8]]
+IDS_BT = torch.tensor([[20, 9, 0], [30, 31, 32]])
+ROLLOUT = assemble(PROMPTS, IDS_BT, torch.tensor([2, 3]), torch.tensor([True, False]), pad_id=0)
+
+
+def test_rows_are_prompt_and_response_padded_right():
+    assert ROLLOUT.ids_BL.tolist() == [[5, 6, 7, 20, 9], [8, 30, 31, 32, 0]]
+    assert ROLLOUT.prompt_lengths_B.tolist() == [3, 1]
+    assert ROLLOUT.response_mask_BT.tolist() == [[True, True, False], [True, True, True]]
+    assert ROLLOUT.targets_N.tolist() == [20, 9, 30, 31, 32]
+    # The token before each response token, in the rows laid end to end: 7, 20 and 8, 30, 31.
+    assert ROLLOUT.ids_BL.flatten()[ROLLOUT.before_N].tolist() == [7, 20, 8, 30, 31]
+    assert ROLLOUT.spread(torch.arange(1.0, 6.0)).tolist() == [[1, 2, 0], [3, 4, 5]]
+
+
+def test_pad_may_be_the_stop_token():
+    """Masks are by length: a stop token that is also the pad stays a token of its response."""
+    rollout = assemble(PROMPTS, IDS_BT.masked_fill(IDS_BT == 0, 9), torch.tensor([2, 3]), ROLLOUT.is_ended_B, pad_id=9)
+    assert rollout.targets_N.tolist() == [20, 9, 30, 31, 32]
+
+
+def test_select_keeps_the_response_columns():
+    part = ROLLOUT.select(torch.tensor([1]))
+    assert part.ids_BL.tolist() == [[8, 30, 31, 32]]
+    assert part.response_ids_BT.shape == (1, 3)
+    assert part.ids_BL.flatten()[part.before_N].tolist() == [8, 30, 31]
+
+
+def test_a_cut_row_is_closed_before_it_is_scored():
+    assert closed_rows(ROLLOUT, [9]) == [[5, 6, 7, 20, 9], [8, 30, 31, 32, 9]]
+
+
+def test_microbatches_hold_rows_of_like_length():
+    lengths_B = torch.tensor([3, 9, 1, 7, 5])
+    assert [part.tolist() for part in microbatches(lengths_B, 2)] == [[1, 3], [4, 0], [2]]
+    assert [part.tolist() for part in microbatches(lengths_B, 2, torch.tensor([2, 0, 3]))] == [[3, 0], [2]]
+    assert microbatches(lengths_B, 2, torch.tensor([], dtype=torch.long)) == []

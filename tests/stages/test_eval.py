@@ -1,0 +1,271 @@
+"""The eval stage over tiny random models: what is measured of whom, resuming, and that batches do not count."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.artifacts import Artifact
+from pipeline.data import pydocs
+from pipeline.data.chat import stop_token_id
+from pipeline.data.harvest import Entry
+from pipeline.data.shards import ShardWriter
+from pipeline.data.tokenizers import encode_text, train_bpe
+from pipeline.errors import ConfigError, Stopped
+from pipeline.evals import runner
+from pipeline.model.build import llama_config, save_model
+from pipeline.model.reward import build_reward_model, save_reward_model
+from pipeline.recipe import DataEntry
+from pipeline.runtime import Runtime
+from stages import eval as stage
+
+VERBS = ("Return", "Read", "Sort", "Open", "Close", "Write", "Count", "Find", "Split", "Join")
+NOUNS = ("list", "file", "door", "number", "string", "table", "queue", "graph")
+ENTRIES = tuple(
+    Entry(f"m.{verb.lower()}_{noun}", "function", "(x)", f"{verb} the {noun} of them all.", "", number % 3 == 0)
+    for number, (verb, noun) in enumerate((verb, noun) for verb in VERBS for noun in NOUNS)
+)
+SMALL = {
+    "documents": 4,
+    "questions": 6,
+    "swapped_questions": 3,
+    "prompts": 5,
+    "preference_rows": 8,
+    "max_length": 128,
+    "max_new_tokens": 10,
+}
+
+
+def llama(folder: Path, tokenizer_folder: Path, stop: int, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    torch.manual_seed(seed)
+    config = llama_config(
+        depth=1, width=32, heads=2, kv_heads=2, mlp_width=64, context=128, vocab=len(tokenizer), tied=True
+    )
+    config.initializer_range = 0.3
+    assert tokenizer.pad_token_id is not None
+    save_model(LlamaForCausalLM(config), folder, tokenizer_folder, [stop], tokenizer.pad_token_id)
+
+
+def artifact(path: Path, kind: str) -> Artifact:
+    return Artifact(f"tiny/{path.name}", path, kind, f"fingerprint of {path.name}", {"stage": path.name})
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """tokenize, pretrain, sft, ppo and reward, as the store would hand them over."""
+    root = tmp_path_factory.mktemp("house")
+    tokenizer = train_bpe(iter([f"`{entry.name}`: {entry.sentence}" for entry in ENTRIES]), 400)
+    tokenizer.save_pretrained(root / "tokenize" / "model")
+    assert tokenizer.bos_token_id is not None
+    with ShardWriter(root / "tokenize" / "valid.ds", len(tokenizer), tokenizer.bos_token_id, "") as shard:
+        for entry in ENTRIES[:6]:
+            shard.append(encode_text(tokenizer, entry.sentence), len(entry.sentence.encode()))
+    folder = root / "tokenize" / "model"
+    llama(root / "pretrain" / "model", folder, tokenizer.bos_token_id, tokenizer, 0)
+    llama(root / "sft" / "model", folder, stop_token_id(tokenizer), tokenizer, 1)
+    llama(root / "ppo" / "model", folder, stop_token_id(tokenizer), tokenizer, 2)
+    sft = artifact(root / "sft", "causal-lm")
+    head = build_reward_model(sft.model, tokenizer.pad_token_id, 0)
+    save_reward_model(head, root / "reward" / "model", sft, mean=0.1, std=2.0, suffix_ids=[stop_token_id(tokenizer)])
+    return {
+        "tokenize": artifact(root / "tokenize", "tokens"),
+        "reward": artifact(root / "reward", "reward-model"),
+        **{name: artifact(root / name, "causal-lm") for name in ("pretrain", "sft", "ppo")},
+    }
+
+
+@pytest.fixture(autouse=True)
+def tiny_pydocs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pydocs, "harvest", lambda: ENTRIES)
+
+
+def measure(house: dict[str, Artifact], out: Path, halt: Any = None, **fields: Any) -> dict[str, float]:
+    """Run the stage in `out`; `fields` are the config's."""
+    out.mkdir(exist_ok=True)
+    config = stage.EvalConfig(**({"models": ("pretrain", "sft", "ppo")} | SMALL | fields))
+    inputs: dict[str, Any] = {"models": [house[name] for name in config.models]}
+    for role in ("tokens", "reward", "baseline"):
+        name = getattr(config, role)
+        inputs[role] = None if name is None else house[name]
+    runtime = Runtime.start(out, seed=config.seed, threads=1, quiet=True)
+    if halt is not None:
+        runtime.halt = halt
+    return stage.run(config, inputs, out, runtime)
+
+
+def rows(out: Path, name: str = "results") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def value(out: Path, model: str, task: str, metric: str) -> float:
+    found = [row for row in rows(out) if (row["model"], row["task"], row["metric"]) == (model, task, metric)]
+    assert len(found) == 1, (model, task, metric)
+    return float(found[0]["value"])
+
+
+@pytest.fixture(scope="module")
+def whole(house: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One undisturbed run of everything."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pydocs, "harvest", lambda: ENTRIES)
+        measure(house, out)
+    return out
+
+
+def test_who_is_measured_on_what(whole: Path) -> None:
+    tasks = {(row["model"], row["task"]) for row in rows(whole)}
+    likelihood = {"bits_per_byte", "multiple_choice"}
+    assert {task for model, task in tasks if model == "pretrain"} == likelihood
+    assert {task for model, task in tasks if model == "sft"} == likelihood | {"greedy", "sampled"}
+    assert {task for model, task in tasks if model == "ppo"} == likelihood | {
+        "preference_accuracy",
+        "greedy",
+        "sampled",
+    }
+    assert {task for model, task in tasks if model == "reward"} == {"reward_accuracy"}
+
+
+def test_every_row_has_its_model_interval_and_number(whole: Path) -> None:
+    numbers = {"bits_per_byte": 4, "multiple_choice": 6, "reward_accuracy": 8, "preference_accuracy": 8}
+    for row in rows(whole):
+        assert list(row) == ["model", "fingerprint", "task", "metric", "value", "low", "high", "n"]
+        assert row["fingerprint"] == f"fingerprint of {row['model']}"
+        assert row["low"] <= row["value"] <= row["high"]
+        if "/" not in row["metric"] and row["metric"] != "pmi_swapped":
+            assert row["n"] == numbers.get(row["task"], 5)
+    assert value(whole, "ppo", "sampled", "kl") > 1  # two random models of this spread are far apart
+    assert {row["metric"] for row in rows(whole) if row["model"] == "sft" and row["task"] == "sampled"} == {
+        "length",
+        "ended",
+        "gold",
+        "reward",
+    }
+
+
+def test_items_behind_the_figures(whole: Path) -> None:
+    items = rows(whole, "samples")
+    counts = Counter((item["model"], item["task"]) for item in items)
+    assert counts["sft", "greedy"] == counts["ppo", "sampled"] == 5
+    assert counts["pretrain", "multiple_choice"] == 6
+    gold = [item["gold"] for item in items if (item["model"], item["task"]) == ("ppo", "greedy")]
+    assert value(whole, "ppo", "greedy", "gold") == pytest.approx(sum(gold) / 5)
+    prompts = {
+        model: [item["prompt"] for item in items if (item["model"], item["task"]) == (model, "sampled")]
+        for model in ("sft", "ppo")
+    }
+    assert prompts["sft"] == prompts["ppo"]
+
+
+def test_batches_do_not_count(house: dict[str, Artifact], whole: Path, tmp_path: Path) -> None:
+    measure(house, tmp_path, token_budget=50)
+    for ours, theirs in zip(rows(tmp_path), rows(whole), strict=True):
+        assert ours["metric"] == theirs["metric"]
+        assert ours["value"] == pytest.approx(theirs["value"], abs=1e-4)
+
+
+class StopAfter:
+    """A wish to stop that is felt at the n-th look."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    @property
+    def asked(self) -> type[Stopped] | None:
+        self.looks -= 1
+        return Stopped if self.looks < 0 else None
+
+
+def test_stopped_and_resumed_gives_the_same_bytes(
+    house: dict[str, Artifact], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Stopped):
+        measure(house, tmp_path, halt=StopAfter(8))
+    units = sorted((tmp_path / "checkpoints" / "units").iterdir())
+    assert 3 < len(units) < 13
+    assert not (tmp_path / "results.jsonl").exists()
+    scored: list[str] = []
+    score = runner.Scorers.score
+
+    def counting(self: runner.Scorers, unit: runner.Unit) -> list[dict[str, Any]]:
+        scored.append(unit.task)
+        return score(self, unit)
+
+    monkeypatch.setattr(runner.Scorers, "score", counting)
+    measure(house, tmp_path)
+    assert len(scored) == 13 - len(units)
+    assert (tmp_path / "results.jsonl").read_bytes() == (whole / "results.jsonl").read_bytes()
+    assert (tmp_path / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    assert len(rows(tmp_path, "metrics")) == 1
+
+
+def test_a_model_equals_itself(house: dict[str, Artifact], tmp_path: Path) -> None:
+    """The baseline under another name: nothing differs, every comparison is a tie."""
+    found = measure(house | {"twin": replace(house["sft"], fingerprint="twin")}, tmp_path, models=("twin",))
+    assert found["twin.sampled.kl"] == pytest.approx(0, abs=1e-3)
+    assert found["twin.sampled.reward_sd"] == 0
+    assert found["twin.sampled.gold_win_rate"] == found["twin.greedy.gold_win_rate"] == 0.5
+    assert found["twin.multiple_choice.pmi_difference"] == 0
+    assert found["twin.preference_accuracy.accuracy"] == 0.5
+    assert {row["model"] for row in rows(tmp_path)} == {"twin", "reward"}  # the baseline itself was not asked for
+
+
+def test_files_of_ones_own(house: dict[str, Artifact], tmp_path: Path) -> None:
+    """Held-out rows of jsonl files; multiple choice does not apply."""
+    chats, pairs = tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl"
+    said = [{"prompt": f"{entry.name}?", "completion": entry.sentence} for entry in ENTRIES]
+    chats.write_text("".join(json.dumps(row) + "\n" for row in said))
+    worse = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "No."} for r in said]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in worse))
+    measure(
+        house,
+        tmp_path / "out",
+        models=("ppo",),
+        data=(DataEntry(source=str(chats)),),
+        preferences=(DataEntry(source=str(pairs)),),
+        held_out=0.2,
+    )
+    found = {row["task"] for row in rows(tmp_path / "out")}
+    assert found == {"bits_per_byte", "reward_accuracy", "preference_accuracy", "greedy", "sampled"}
+    prompts = {item["prompt"][0]["content"] for item in rows(tmp_path / "out", "samples") if item["task"] == "greedy"}
+    assert prompts < {row["prompt"] for row in said}
+
+
+def test_without_reward_model_and_baseline(house: dict[str, Artifact], tmp_path: Path) -> None:
+    measure(house, tmp_path, models=("sft", "ppo"), reward=None, baseline=None, tokens=None)
+    assert {row["task"] for row in rows(tmp_path)} == {"multiple_choice", "greedy", "sampled"}
+    assert {row["metric"] for row in rows(tmp_path) if row["task"] == "sampled"} == {"length", "ended", "gold"}
+
+
+def test_another_tokenizer_is_measured_but_not_by_the_reward_model(house: dict[str, Artifact], tmp_path: Path) -> None:
+    tokenizer = train_bpe(iter(["something else entirely, in other words"] * 9), 300)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    llama(tmp_path / "alien" / "model", tmp_path / "tokenizer", stop_token_id(tokenizer), tokenizer, 0)
+    alien = artifact(tmp_path / "alien", "causal-lm")
+    measure(house | {"alien": alien}, tmp_path / "out", models=("sft", "alien"), tasks=("bits_per_byte", "sampled"))
+    found = {row["metric"] for row in rows(tmp_path / "out") if row["model"] == "alien"}
+    assert found == {"bits_per_byte", "length", "ended", "gold", "gold_win_rate", "gold_difference"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"tasks": ("bits_per_byte",), "tokens": None}, "tokens"),
+        ({"tasks": ("reward_accuracy",), "reward": None}, "reward"),
+        ({"tasks": ("preference_accuracy",), "baseline": None}, "baseline"),
+        ({"tasks": ("greedy",), "data": None}, "data"),
+        ({"tasks": ("sampled",), "models": ("pretrain",), "baseline": None}, "no task applies"),
+    ],
+)
+def test_a_task_that_cannot_be_done_is_refused(
+    house: dict[str, Artifact], tmp_path: Path, fields: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        measure(house, tmp_path, **fields)

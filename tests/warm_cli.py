@@ -1,0 +1,59 @@
+"""A process that has imported what training needs and forks a child a command: no test program waits for torch twice.
+
+Reads one JSON object a line on stdin and answers with one a line on stdout:
+
+    {"args": [...], "cwd": "...", "env": {...}, "log": "..."}    starts `llmpipe args`   -> {"pid": 123}
+    {"wait": 123}                                                 has it ended?          -> {"code": 0}, null while not
+
+The child leads a process group of its own, so that a test can kill the whole of it. Its stdout and stderr go to
+`log`.out and `log`.err.
+"""
+
+import json
+import os
+import signal
+import sys
+
+import pipeline.cli.app
+import pipeline.cli.run
+import pipeline.cli.session
+import pipeline.data.encoding
+import pipeline.data.tokenizers
+import pipeline.model.build
+import pipeline.runtime  # noqa: F401
+from pipeline.cli import main
+
+
+def start(args: list[str], cwd: str, env: dict[str, str], log: str) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.update(env)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for descriptor, suffix in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.stdin = open(0)
+    sys.argv = ["llmpipe", *args]
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(pid: int) -> int | None:
+    done, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+for line in sys.stdin:
+    request = json.loads(line)
+    answer = {"code": ended(request["wait"])} if "wait" in request else {"pid": start(**request)}
+    print(json.dumps(answer), flush=True)
