@@ -97,7 +97,11 @@ RECENT = 10
 
 def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
     """Train the policy; returns its reward at the start and at the end, and the KL it took."""
+    from transformers.utils import logging
+
     from pipeline.data.tokenizers import load_tokenizer
+
+    logging.set_verbosity_error()  # no report that a critic's new head is new
 
     # 1. prompts, in the order of the whole run
     _check(config, runtime)
@@ -211,6 +215,7 @@ class _Loop:
             stop_id=self.stop_id,
             pad_id=self.pad_id,
             batch_size=config.local_rollout_forward_batch_size,
+            bf16=self.bf16,
             runtime=runtime,
         )
         critic = self.scorer.critic(init, config.seed).to(self.device).eval()
@@ -275,8 +280,8 @@ class _Loop:
             )
         if step == 0 and figures["rollout_gap"] > HEALTHY_GAP:
             self.runtime.say(
-                f"a sampled token's probability differs by {figures['rollout_gap']:.3f} in training: above {HEALTHY_GAP} "
-                "one of the two forwards is wrong"
+                f"a sampled token's probability differs by {figures['rollout_gap']:.3f} in training: above "
+                f"{HEALTHY_GAP} one of the two forwards is wrong"
             )
 
     def _rows(self, step: int) -> list[int]:

@@ -165,6 +165,10 @@ def _train(config: PretrainConfig, loop: _Loop, step: int, valid: Any, runtime: 
     with runtime.progress("pretrain", config.max_steps) as bar:
         bar.start_at(step)
         while step < config.max_steps:
+            if step and step % config.eval_steps == 0:  # after its checkpoint, and again when resumed from it
+                bits = loop.bits_per_byte(valid, config.eval_documents)
+                runtime.metrics.log(step, step * tokens_a_step, bits_per_byte=bits)
+                runtime.say(f"step {step:,}: {bits:.3f} bits per byte, held out")
             loop.step(step)
             step += 1
             if step % config.logging_steps == 0 or step == config.max_steps:
@@ -175,10 +179,6 @@ def _train(config: PretrainConfig, loop: _Loop, step: int, valid: Any, runtime: 
                     step, step * tokens_a_step, **figures, tokens_per_second=speed, flops_per_second=speed * flops
                 )
                 bar.advance(step - bar.done, **shown)
-            if step % config.eval_steps == 0 and step < config.max_steps:
-                bits = loop.bits_per_byte(valid, config.eval_documents)
-                runtime.metrics.log(step, step * tokens_a_step, bits_per_byte=bits)
-                runtime.say(f"step {step:,}: {bits:.3f} bits per byte, held out")
             stopping = runtime.stop_requested()
             if step % config.save_steps == 0 or stopping or step == config.max_steps:
                 loop.save(step)

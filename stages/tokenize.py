@@ -140,7 +140,7 @@ def make_tokenizer(
             tokenizer = tokenizers.train_bpe(watched(survey, runtime, bar), config.vocab_size, digits=config.digits)
         if len(tokenizer) < config.vocab_size:
             raise ConfigError(
-                f"{survey.sample.size / 1e6:.1f} MB of text make only {len(tokenizer):,} different tokens",
+                f"{survey.sample.size:,} bytes of text make only {len(tokenizer):,} different tokens",
                 where="tokenize.vocab_size",
                 mend=f"vocab_size: {len(tokenizer)} or less, or more text",
             )

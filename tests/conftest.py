@@ -174,7 +174,10 @@ def warm(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, warm_server: 
 def invented_text(seed: int, words: int) -> str:
     """Sentences of a small invented language, a pure function of the seed: Zipf's law, each word fixing two others."""
     lexicon = random.Random(0)
-    vocabulary = ["".join(lexicon.choice(["ka", "lo", "mi", "ru", "te", "sh", "an"]) for _ in range(n % 4 + 1)) for n in range(300)]
+    vocabulary = [
+        "".join(lexicon.choice(["ka", "lo", "mi", "ru", "te", "sh", "an"]) for _ in range(n % 4 + 1))
+        for n in range(300)
+    ]
     draw = random.Random(seed)
     found, at = [], 0
     for index in range(words):
@@ -203,9 +206,7 @@ def tiny(tmp_path: Path, corpus: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def made(
-    tmp_path_factory: pytest.TempPathFactory, corpus: Path, warm_server: "subprocess.Popen[str]"
-) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, corpus: Path, warm_server: "subprocess.Popen[str]") -> Path:
     """A folder in which `llmpipe run tiny.yaml` has run, undisturbed."""
     folder = tmp_path_factory.mktemp("made")
     shutil.copy2(corpus, folder / "corpus.jsonl")

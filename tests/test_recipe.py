@@ -60,9 +60,11 @@ def test_yaml_1_2_values(tmp_path: Path):
 
 
 def test_anchors_and_merges_are_plain_values_with_lines(tmp_path: Path):
-    text = "base: &base\n  max_steps: 3\n  bf16: &on true\nstages:\n  toy:\n    <<: *base\n    data: a.txt\n    other: *on\n"
+    text = (
+        "base: &base\n  max_steps: 3\n  bf16: &on true\nstages:\n  toy:\n    <<: *base\n    data: a.txt\n    b: *on\n"
+    )
     document = read(tmp_path, text)
-    assert document.values["stages"]["toy"] == {"max_steps": 3, "bf16": True, "data": "a.txt", "other": True}
+    assert document.values["stages"]["toy"] == {"max_steps": 3, "bf16": True, "data": "a.txt", "b": True}
     assert document.values["stages"]["toy"]["bf16"] is True
     assert document.place("stages", "toy", "data").endswith("recipe.yaml:7")
     assert document.place("stages", "toy", "max_steps").endswith(("recipe.yaml:2", "recipe.yaml:5", "recipe.yaml:6"))
@@ -81,13 +83,16 @@ def test_every_value_has_its_line(tmp_path: Path):
     ("line", "message"),
     [
         ("learning_rat: 1", "unknown key `learning_rat`; did you mean `learning_rate`?"),
-        ("learning_rate: fast", "`learning_rate`: input should be a valid number (got \"fast\")"),
+        ("learning_rate: fast", '`learning_rate`: input should be a valid number (got "fast")'),
         ("learning_rate: 0", "`learning_rate`: input should be greater than 0 (got 0)"),
         ("max_steps: 1.5", "`max_steps`: input should be a valid integer"),
         ("max_steps: '3'", "`max_steps`: input should be a valid integer"),
         ("max_steps: true", "`max_steps`: input should be a valid integer"),
         ("bf16: yes", "`bf16`: input should be a valid boolean"),
-        ("peft: {rank: 3}", "unknown key `peft.rank`; there are lora_alpha, lora_dropout, r, target_modules, use_rslora"),
+        (
+            "peft: {rank: 3}",
+            "unknown key `peft.rank`; there are lora_alpha, lora_dropout, r, target_modules, use_rslora",
+        ),
         ("peft: {use_rslor: 3}", "unknown key `peft.use_rslor`; did you mean `use_rslora`?"),
         ("peft: {r: 0}", "`peft.r`: input should be greater than 0"),
         ("peft: 3", "`peft`: input should be"),
@@ -238,11 +243,11 @@ def test_a_stage_file_says_what_it_is(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (("KIND = \"rows\"", ""), "no KIND"),
+        (('KIND = "rows"', ""), "no KIND"),
         (("def run", "def walk"), "no run"),
-        (("\"rows\"", "\"row\""), "KIND is none of tokens, causal-lm, reward-model, rows, evaluation"),
+        (('"rows"', '"row"'), "KIND is none of tokens, causal-lm, reward-model, rows, evaluation"),
         (("class C(StageConfig)", "class C"), "one subclass of StageConfig, this one 0"),
-        (("INPUTS = {\"init\"", "INPUTS = {\"model\""), "INPUTS names `model`"),
+        (('INPUTS = {"init"', 'INPUTS = {"model"'), "INPUTS names `model`"),
         (("return {}", "return {"), "does not load: SyntaxError"),
         (("KIND =", "import nothing_there\nKIND ="), "does not load: ModuleNotFoundError"),
     ],

@@ -34,7 +34,6 @@ def start(args: list[str], cwd: str, env: dict[str, str], log: str) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, suffix in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.stdin = open(0)
     sys.argv = ["llmpipe", *args]
     code = 0
     try:

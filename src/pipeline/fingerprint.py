@@ -11,18 +11,19 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 import pipeline
 from pipeline.artifacts import digest
 from pipeline.errors import ConfigError
-from pipeline.recipe import USER_CODE, Stage, StageConfig, is_data, is_run_only
+from pipeline.recipe import Stage, StageConfig, is_data, is_run_only, is_user_code
 
-PACKAGES = Path(pipeline.__file__).parent.parent
+PACKAGES = Path(pipeline.__file__).resolve().parent.parent
 NO_BEARING = (
     *("pipeline.errors", "pipeline.recipe", "pipeline.reading", "pipeline.graph", "pipeline.usercode"),
     *("pipeline.artifacts", "pipeline.fingerprint", "pipeline.lineage", "pipeline.checkpoint"),
@@ -38,20 +39,44 @@ def stage_parts(
 
     A value at its default is left out, so that a field added by a release does not make what stands stale.
     """
-    values: dict[str, Any] = {}
     user_files: list[Path] = []
-    for name, info in type(config).model_fields.items():
-        value = getattr(config, name)
-        if isinstance(value, str) and USER_CODE.fullmatch(value):
-            file, _, member = value.rpartition(":")
-            user_files.append(Path(file))
-            values[name] = f"{Path(file).name}:{member}"
-        elif name in stage.inputs or is_data(type(config), name) or is_run_only(type(config), name):
-            continue
-        elif value != info.default:
-            values[name] = to_jsonable_python(value)
+    values = _values(config, stage.inputs, user_files)
     code = code_parts(stage, user_files)
     return {"config": values, "data": dict(data), "inputs": dict(inputs), "code": code}
+
+
+def _values(config: BaseModel, roles: Collection[str], user_files: list[Path]) -> dict[str, Any]:
+    """Dotted field -> value, of what bears on the result and is not at its default; adds to `user_files`."""
+    values: dict[str, Any] = {}
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        named = [v for v in (value if isinstance(value, tuple) else (value,)) if is_user_code(v)]
+        if named:
+            files = [Path(reference.rpartition(":")[0]) for reference in named]
+            user_files += files
+            values[name] = [f"{file.name}:{v.rpartition(':')[2]}" for file, v in zip(files, named)]
+        elif name in roles or is_data(type(config), name) or is_run_only(type(config), name):
+            continue
+        elif isinstance(value, BaseModel):
+            inner = _values(value, (), user_files)
+            values |= {f"{name}.{key}": found for key, found in inner.items()}
+            if info.default is None:
+                values[name] = "set"
+        elif value != info.default:
+            values[name] = to_jsonable_python(value)
+    return values
+
+
+def defaults(config: type[BaseModel], default: BaseModel | None = None) -> dict[str, Any]:
+    """Dotted field -> what `_values` leaves out (of the section `default`, if given); None where there is no default."""
+    found: dict[str, Any] = {}
+    for name, info in config.model_fields.items():
+        value = getattr(default, name) if default else None if info.is_required() else info.default
+        if isinstance(value, BaseModel):
+            found |= {f"{name}.{key}": inner for key, inner in defaults(type(value), value).items()}
+        else:
+            found[name] = to_jsonable_python(value)
+    return found
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -83,13 +108,13 @@ def code_parts(stage: Stage, user_files: Iterable[Path] = ()) -> dict[str, str]:
     found: dict[str, str] = {}
     if _is_installed(stage.file):
         found[f"stages/{stage.type}"] = f"result version {stage.result_version}"
-    for file in reached(stage.file):
+    files = dict.fromkeys(part for file in (stage.file, *user_files) for part in reached(file))
+    for file in files:
         if not _is_installed(file):
-            found[_label(file)] = _tree_hash(file)
-    for file in user_files:
-        for part in reached(file):
-            if not _is_installed(part):
-                found[_label(part)] = _tree_hash(part)
+            label = _label(file)
+            while label in found:  # two of the user's files of one name, in two folders
+                label += "'"
+            found[label] = _tree_hash(file)
     return found
 
 

@@ -10,7 +10,7 @@ import glob
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic_core import PydanticUndefined
 
@@ -125,9 +125,7 @@ def _node(document: Document, name: str, stages: Mapping[str, Stage], seed: int,
         refs = value if isinstance(value, tuple) else () if value is None else (value,)
         if origins[role] == "default":
             refs = _present(document, name, role, refs, stages, stage)
-        resolved = tuple(
-            _reference(document, (*key, role, i), ref, kind, stages, store) for i, ref in enumerate(refs)
-        )
+        resolved = tuple(_reference(document, (*key, role, i), ref, kind, stages, store) for i, ref in enumerate(refs))
         inputs[role] = tuple(ref for ref in resolved if not USER_CODE.fullmatch(ref))
         updates[role] = resolved if is_list[role] else (resolved[0] if resolved else None)
     updates |= _paths(document, key, stage, config)
@@ -139,8 +137,8 @@ def _present(
 ) -> tuple[str, ...]:
     """A default reference that the recipe lacks: none where the field may be null, else an error."""
     absent = [ref for ref in refs if ref not in stages]
-    annotation = str(stage.config.model_fields[role].annotation)
-    if absent and "None" not in annotation:
+    may_be_null = type(None) in get_args(stage.config.model_fields[role].annotation)
+    if absent and not may_be_null:
         raise RecipeError(
             f"`{role}` is `{absent[0]}` by default, and the recipe has no such stage",
             where=document.place("stages", name),
@@ -149,9 +147,7 @@ def _present(
     return tuple(ref for ref in refs if ref in stages)
 
 
-def _reference(
-    document: Document, key: Key, ref: str, kind: str, stages: Mapping[str, Stage], store: Store
-) -> str:
+def _reference(document: Document, key: Key, ref: str, kind: str, stages: Mapping[str, Stage], store: Store) -> str:
     """`ref` checked: it exists, it is one thing only, and it is of the kind the stage takes.
 
     `key` is ("stages", stage, role, place in the role's list).

@@ -7,6 +7,7 @@ Started by torchrun or `accelerate launch` (WORLD_SIZE is set) the process itsel
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -64,9 +65,14 @@ def world_size_from_outside() -> int:
     return int(os.environ.get("WORLD_SIZE", "0"))
 
 
+def rank_from_outside() -> int:
+    """This process's place among them; the first speaks."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def run_stage(standing: Standing, inputs: Mapping[str, Any], store: Store, run: str, launch: Launch) -> None:
     """Run the stage to its published artifact; call with its lock held. Raises what the stage raised."""
-    partial = store.partial(run, standing.node.name, standing.fingerprint)
+    partial = store.partial(run, standing.node.name, standing.planned)
     need_disk(partial, 256 * 2**20, f"{run}/{standing.node.name}")
     _preload(standing.node.stage.file)
     processes = launch.processes()
@@ -96,18 +102,23 @@ def _preload(stage_file: Path) -> None:
 def _fork(work: Callable[[int], None], processes: int) -> None:
     """Run `work(rank)` in forked children and wait; a child's failure becomes the exception it reported."""
     port = _free_port() if processes > 1 else 0
+    parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
     children: dict[int, int] = {}
     for rank in range(processes):
         pid = os.fork()
         if pid == 0:
-            _child(work, rank, processes, port)
+            _child(work, rank, processes, port, parent)
         children[pid] = rank
 
+    asked: list[int] = []
+
     def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         for pid in children:
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -117,6 +128,10 @@ def _fork(work: Callable[[int], None], processes: int) -> None:
             signal.signal(number, handler)
     if failed:
         raise ChildFailed(failed)
+    if asked:
+        raise (Interrupted if asked[0] == signal.SIGINT else Stopped)(
+            "stopped after the stage was done", mend="run the same command again for the rest"
+        )
 
 
 class ChildFailed(PipelineError):
@@ -127,11 +142,11 @@ class ChildFailed(PipelineError):
         self.exit_code = code
 
 
-def _child(work: Callable[[int], None], rank: int, processes: int, port: int) -> None:
+def _child(work: Callable[[int], None], rank: int, processes: int, port: int, parent: int) -> None:
     """The life of a forked child; never returns."""
     code = 1
     try:
-        _die_with_parent()
+        _die_with(parent)
         if processes > 1:
             os.environ.update(
                 RANK=str(rank),
@@ -140,7 +155,7 @@ def _child(work: Callable[[int], None], rank: int, processes: int, port: int) ->
                 LOCAL_WORLD_SIZE=str(processes),
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
-                ACCELERATE_USE_CPU="" if _has_gpu() else "true",
+                ACCELERATE_USE_CPU="false" if _has_gpu() else "true",
             )
         work(rank)
         code = 0
@@ -148,8 +163,11 @@ def _child(work: Callable[[int], None], rank: int, processes: int, port: int) ->
         code = error.exit_code
         if rank == 0 or not isinstance(error, Halt):
             say_error(error)
+    except KeyboardInterrupt:
+        code = Interrupted.exit_code
+        if rank == 0:
+            say_error(Interrupted("interrupted before there was anything to save", mend="run the same command again"))
     except BaseException as error:
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
         say_error(error)
     finally:
         sys.stdout.flush()
@@ -169,7 +187,7 @@ def _wait(children: dict[int, int]) -> int:
         code = os.waitstatus_to_exitcode(status)
         if rank is None or code == 0:
             continue
-        if code < 0:
+        if code < 0 and not failed:
             say_error(
                 TrainingError(
                     f"the stage's process {pid} was killed by {signal.Signals(-code).name}",
@@ -177,6 +195,7 @@ def _wait(children: dict[int, int]) -> int:
                     + (" (out of memory? a smaller batch helps)" if code == -9 else ""),
                 )
             )
+        if code < 0:
             code = 1
         if not failed and code not in (Stopped.exit_code, Interrupted.exit_code):
             for other in children:
@@ -220,6 +239,9 @@ def execute(
         (partial / "metrics.jsonl").touch()
         store.publish(partial, run, node.name, _manifest(standing, inputs, run, partial, figures, runtime))
     runtime.barrier()
+    if runtime.stop_requested():  # heard too late to stop the stage: at least nothing follows it
+        kind: type[Halt] = halt.asked or Stopped
+        raise kind("stopped after the stage was done", mend="run the same command again for the rest")
     if processes > 1 and last:
         import torch
 
@@ -244,7 +266,7 @@ def _manifest(
         "name": node.name,
         "run": run,
         "kind": node.stage.kind,
-        "fingerprint": standing.fingerprint,
+        "fingerprint": standing.planned,
         "parts": standing.parts,
         "config": to_jsonable_python(node.config),
         "inputs": parents,
@@ -305,10 +327,12 @@ def _write_config(path: Path, values: Mapping[str, Any]) -> None:
         yaml.dump(json.loads(json.dumps(values)), file)
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """Ask Linux for SIGTERM when the launching process dies: the stage then saves and ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise Stopped("the launching process is gone", mend="run the same command again")
 
 
 def _has_gpu() -> bool:

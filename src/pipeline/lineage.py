@@ -6,12 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic_core import to_jsonable_python
-
 from pipeline.artifacts import Artifact, Store, digest, sha256
 from pipeline.data.sources import source_fingerprint
 from pipeline.errors import ConfigError
-from pipeline.fingerprint import differences, fingerprint, stage_parts
+from pipeline.fingerprint import defaults, differences, fingerprint, stage_parts
 from pipeline.graph import Node, Recipe
 from pipeline.recipe import DataEntry, is_data
 
@@ -33,18 +31,23 @@ class Standing:
     """Whether a partial folder of this fingerprint waits to be resumed."""
 
 
-def survey(recipe: Recipe, store: Store, keep: Collection[str] = ()) -> dict[str, Standing]:
-    """Every stage's standing, in running order. `keep` names stale stages that shall stand as they are."""
+def survey(recipe: Recipe, store: Store, keep: Collection[str] = (), *, bless: bool = True) -> dict[str, Standing]:
+    """Every stage's standing, in running order.
+
+    `keep` names stale stages that shall stand as they are; `bless` writes that on their record.
+    """
     unknown = [name for name in keep if name not in recipe.nodes]
     if unknown:
         raise ConfigError(f"--keep {unknown[0]}: the recipe has no such stage", where=recipe.name)
     found: dict[str, Standing] = {}
     for node in recipe.nodes.values():
-        found[node.name] = _standing(recipe, node, store, found, node.name in keep)
+        found[node.name] = _standing(recipe, node, store, found, node.name in keep, bless)
     return found
 
 
-def _standing(recipe: Recipe, node: Node, store: Store, found: dict[str, Standing], keep: bool) -> Standing:
+def _standing(
+    recipe: Recipe, node: Node, store: Store, found: dict[str, Standing], keep: bool, bless: bool
+) -> Standing:
     inputs = {
         role: [found[ref].fingerprint if ref in found else store.resolve(ref).fingerprint for ref in refs]
         for role, refs in node.inputs.items()
@@ -60,7 +63,7 @@ def _standing(recipe: Recipe, node: Node, store: Store, found: dict[str, Standin
         return Standing(node, artifact.fingerprint, planned, parts, "stands", (), artifact, is_begun)
     reasons = tuple(_reasons(node, artifact, parts))
     if keep:
-        artifact = store.bless(artifact, planned, "; ".join(reasons))
+        artifact = store.bless(artifact, planned, "; ".join(reasons)) if bless else artifact
         return Standing(node, artifact.fingerprint, planned, parts, "stands", (), artifact, is_begun)
     return Standing(node, planned, planned, parts, "stale", reasons, artifact, is_begun)
 
@@ -68,12 +71,10 @@ def _standing(recipe: Recipe, node: Node, store: Store, found: dict[str, Standin
 def _reasons(node: Node, artifact: Artifact, parts: dict[str, Any]) -> list[str]:
     if artifact.stage != node.stage.type:
         return [f"{node.name}.stage {artifact.stage} → {node.stage.type}"]
-    defaults = {
-        name: None if info.is_required() else to_jsonable_python(info.default)
-        for name, info in node.stage.config.model_fields.items()
-    }
-    reasons = differences(node.name, artifact.manifest["parts"], parts, defaults)
+    reasons = differences(node.name, artifact.manifest["parts"], parts, defaults(node.stage.config))
     refs = {f"input: {role}": ", ".join(names) for role, names in node.inputs.items()}
+    for field in parts["data"]:
+        refs[f"data: {field}"] = ", ".join(entry.source for entry in getattr(node.config, field))
     return [f"{reason} ({refs[reason]})" if refs.get(reason) else reason for reason in reasons]
 
 

@@ -77,7 +77,10 @@ def _as_entries(value: Any) -> Any:
     return tuple({"source": item} if isinstance(item, str) else item for item in items)
 
 
-Data = Annotated[tuple[DataEntry, ...], BeforeValidator(_as_entries)]
+Data = Annotated[
+    tuple[DataEntry, ...],
+    BeforeValidator(_as_entries, json_schema_input_type=str | DataEntry | tuple[str | DataEntry, ...]),
+]
 """A list of sources; a lone string or mapping is a list of one."""
 
 
@@ -160,6 +163,11 @@ def unit_of(config: type[BaseModel], name: str) -> str:
     """The field's unit, empty where it has none."""
     extra = config.model_fields[name].json_schema_extra
     return str(extra.get("unit", "")) if isinstance(extra, dict) else ""
+
+
+def is_user_code(value: Any) -> bool:
+    """Whether the value names a function or class in a user's file."""
+    return isinstance(value, str) and USER_CODE.fullmatch(value) is not None
 
 
 def is_data(config: type[BaseModel], name: str) -> bool:

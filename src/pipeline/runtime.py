@@ -80,6 +80,8 @@ class Runtime:
         newest = checkpoints.peek()
         if newest is not None:  # other thread counts give other bits
             checkpoints.threads = threads = newest.threads
+        elif rank == 0:
+            metrics.cut(0, 0.0)  # what a run wrote that ended before its first checkpoint
         torch.set_num_threads(threads)
         torch.manual_seed(derive_seed(seed, "process", rank))
         device = torch.device(state.device)

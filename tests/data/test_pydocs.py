@@ -71,9 +71,9 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(harvest, "PACKAGES", {"fakebox": "fakebox"})
     monkeypatch.setattr(harvest.sysconfig, "get_path", lambda _: str(lib))
     monkeypatch.setenv("LLMPIPE_CACHE", str(tmp_path / "cache"))
-    harvest._cached.cache_clear()
+    harvest._load.cache_clear()
     yield tmp_path
-    harvest._cached.cache_clear()
+    harvest._load.cache_clear()
 
 
 def by_name(entries: tuple[Entry, ...]) -> dict[str, Entry]:
@@ -219,7 +219,7 @@ def test_corrupt_cache_is_built_again(small, harm):
     cut = good[: len(good) // 2]
     flipped = good.replace(b"square root", b"square foot", 1)
     cache.write_bytes({"cut": cut, "flipped": flipped, "empty": b""}[harm])
-    harvest._cached.cache_clear()
+    harvest._load.cache_clear()
     assert pydocs.harvest() == entries
     assert cache.read_bytes() == good
 
@@ -307,7 +307,7 @@ def test_gold_by_hand():
 @pytest.mark.slow
 def test_the_real_harvest(monkeypatch):
     monkeypatch.undo()
-    harvest._cached.cache_clear()
+    harvest._load.cache_clear()
     size = sum(len(text) for text in pydocs.corpus("all"))
     assert 25e6 < size < 40e6
     assert len(pydocs.questions("held_out")) >= 1500

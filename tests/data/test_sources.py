@@ -81,14 +81,6 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
         texts(tmp_path / "code.py")
 
 
-def test_a_zst_file_of_several_frames_is_read_to_its_end(tmp_path: Path) -> None:
-    halves = ["ä" * 500_000, "b\n" * 300_000]
-    (tmp_path / "a.txt.zst").write_bytes(b"".join(zstandard.compress(half.encode()) for half in halves))
-    assert texts(tmp_path / "a.txt.zst") == ["".join(halves)]
-    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(jsonl(ROWS)) + zstandard.compress(jsonl(ROWS)))
-    assert len(texts(tmp_path / "b.jsonl.zst")) == 6
-
-
 def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path: Path) -> None:
     for name in ("b/2.txt", "a/10.txt", "a/9.txt", "c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -111,31 +103,10 @@ def test_another_text_field(tmp_path: Path) -> None:
         texts(tmp_path / "a.jsonl")
     assert caught.value.where == f"{tmp_path}/a.jsonl:1"
     assert "text_field" in caught.value.mend
-
-
-BROKEN = {
-    "a.jsonl": (b'{"text": "x"}\n{"text": \n', ":2", "not JSON: Expecting value at column"),
-    "b.jsonl": (b'{"text": "x"}\n"just text"\n', ":2", "a row is an object with named fields, not str"),
-    "c.jsonl": (b'{"text": "x"}\n{"text": 5}\n', ":2", "field `text` holds no text"),
-    "d.json": (b'[{"text": "x"},\n{"text" "y"}]', ":2", "not JSON: Expecting ':' delimiter at column 9"),
-    "e.jsonl": (b'{"text": "x"}\n{"text": "\xff"}\n', ":2", "not UTF-8"),
-    "f.txt": (b"first\nsecond \xe4\n", "f.txt", "not UTF-8 in line 2 (byte 13)"),
-    "g.parquet": (b"PAR1 no, not at all", "g.parquet", "not a parquet file"),
-    "h.jsonl.gz": (b"not gzip", "h.jsonl.gz", "cannot be decompressed"),
-    "i.txt.zst": (b"not zst", "i.txt.zst", "cannot be decompressed"),
-    "k.txt.zst": (zstandard.compress(bytes(range(256)) * 999)[:-1], "k.txt.zst", "the file ends in the middle"),
-    "j.txt.gz": (gzip.compress(b"x" * 9999)[:-12], "j.txt.gz", "cannot be decompressed"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_named_with_its_line(name: str, tmp_path: Path) -> None:
-    content, place, reason = BROKEN[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as caught:
-        texts(tmp_path / name)
-    assert caught.value.where.endswith(place)
-    assert reason in caught.value.what
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "x"}\n{"text": 5}\n')
+    with pytest.raises(DataError, match="field `text` holds no text") as caught:
+        texts(tmp_path / "b.jsonl")
+    assert caught.value.where == f"{tmp_path}/b.jsonl:2"
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
@@ -154,6 +125,7 @@ def test_few_documents_are_counted_without_reading_texts(tmp_path: Path) -> None
         (tmp_path / f"{i}.txt").write_bytes(b"\xff")  # would be an error if it were read
     entry = DataEntry(source=str(tmp_path))
     assert is_few_documents(entry, 4)
+    assert is_few_documents(entry.model_copy(update={"limit": 2}), 3)
     assert not is_few_documents(entry, 3)
     (tmp_path / "rows.jsonl").write_bytes(jsonl(ROWS))
     assert not is_few_documents(DataEntry(source=str(tmp_path / "rows.jsonl")), 3)

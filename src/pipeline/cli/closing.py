@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 from rich.console import Console
 
 from pipeline.cli.session import Session
@@ -9,11 +12,9 @@ from pipeline.lineage import Standing
 from pipeline.progress import clock
 
 
-def close(
-    session: Session, standings: dict[str, Standing], names: list[str], ran: list[str], seconds: float
-) -> None:
+def close(session: Session, standings: dict[str, Standing], names: list[str], ran: list[str], seconds: float) -> None:
     """Print the closing words of `llmpipe run` and of a stage command on stdout."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print()
     for name in names:
         if standings[name].node.stage.kind == "evaluation" and standings[name].state == "stands":
@@ -31,8 +32,6 @@ def close(
 
 
 def _print_table(standing: Standing, console: Console) -> None:
-    import json
-
     from pipeline.evals.table import render_table
 
     assert standing.artifact is not None

@@ -26,16 +26,17 @@ def run_as_rank(session: Session, name: str, force: bool) -> bool:
     state = PartialState(cpu=True) if on_cpu else PartialState()
     run, processes = session.recipe.run, world_size_from_outside()
     with contextlib.ExitStack() as held:
+        decision = [False]
         if state.is_main_process:
             held.enter_context(session.store.hold(run, name, wait_line(run, name)))
-        standing = survey(session.recipe, session.store)[name]
-        decision = [force or standing.state != "stands"]
+            decision = [force or survey(session.recipe, session.store)[name].state != "stands"]
         broadcast_object_list(decision)
         if not decision[0]:
             return False
+        standing = survey(session.recipe, session.store)[name]  # after rank 0's: all look at one store
         if force and standing.state == "stands" and state.is_main_process:
-            shutil.rmtree(session.store.partial(run, name, standing.fingerprint))
-        partial = session.store.partial(run, name, standing.fingerprint)
+            shutil.rmtree(session.store.partial(run, name, standing.planned))
+        partial = session.store.partial(run, name, standing.planned)
         state.wait_for_everyone()
         quiet = session.launch.quiet
         execute(standing, inputs_of(session, standing), session.store, run, partial, processes, quiet, last=False)

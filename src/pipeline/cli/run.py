@@ -7,12 +7,13 @@ import shutil
 import sys
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from pipeline.artifacts import Artifact
 from pipeline.cli.session import Session
 from pipeline.errors import ConfigError
-from pipeline.launch import run_stage, wait_line, world_size_from_outside
+from pipeline.launch import rank_from_outside, run_stage, wait_line, world_size_from_outside
 from pipeline.lineage import Standing, survey
 from pipeline.progress import clock
 from pipeline.reading import meant
@@ -41,7 +42,7 @@ def run_one(
 ) -> None:
     """Run the one stage of this type; what it takes must stand."""
     name = _pick(session, type_name, only)
-    standings = survey(session.recipe, session.store, keep)
+    standings = survey(session.recipe, session.store, keep, bless=False)
     for parent in session.recipe.nodes[name].parents(session.recipe.nodes):
         if standings[parent].state != "stands" and not dry_run:
             why = "; ".join(standings[parent].reasons) or "it has not run"
@@ -54,7 +55,8 @@ def run_one(
 
 
 def _pick(session: Session, type_name: str, only: str | None) -> str:
-    names = [node.name for node in session.recipe.nodes.values() if node.stage.type == type_name]
+    nodes = session.recipe.nodes.values()
+    names = [node.name for node in nodes if type_name in (node.stage.type, node.name)]
     if only is not None:
         if only not in names:
             raise ConfigError(f"--stage {only}: no {type_name} stage{meant(only, names)}", where=session.recipe.name)
@@ -70,7 +72,11 @@ def _run(
     session: Session, names: list[str], *, keep: Collection[str], force: bool, dry_run: bool, as_json: bool
 ) -> None:
     start = time.monotonic()
-    standings = survey(session.recipe, session.store, keep)
+    is_main = rank_from_outside() == 0
+    if not is_main:
+        session = replace(session, launch=replace(session.launch, quiet=True))
+        as_json = False
+    standings = survey(session.recipe, session.store, keep, bless=is_main and not dry_run)
     if dry_run:
         _say_plan(standings, names, force, as_json)
         return
@@ -78,7 +84,7 @@ def _run(
     ran = []
     for name in names:
         standing = survey(session.recipe, session.store)[name]
-        if standing.state == "stands" and not force:
+        if standing.state == "stands" and not force and world_size_from_outside() <= 1:  # else rank 0 decides
             _say(session, f"{name:<{width}}  stands ({_made(standing)})")
             continue
         if _hold_and_run(session, name, force, width):
@@ -105,7 +111,7 @@ def _hold_and_run(session: Session, name: str, force: bool, width: int) -> bool:
             _say(session, f"{name:<{width}}  stands (made meanwhile by another process)")
             return False
         if force and standing.state == "stands":
-            shutil.rmtree(session.store.partial(run, name, standing.fingerprint))
+            shutil.rmtree(session.store.partial(run, name, standing.planned))
         why = "; ".join(standing.reasons) or ("again (--force)" if force else "")
         resumed = " from where it stopped" if standing.is_begun else ""
         _say(session, f"{name:<{width}}  runs{resumed}{f': {why}' if why else ''}")

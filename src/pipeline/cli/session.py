@@ -46,7 +46,10 @@ def open_session(
 ) -> Session:
     """Read and validate the recipe; raises RecipeError or MissingInputError before anything heavy loads."""
     path, base = find_recipe(recipe)
-    document = read_recipe(path, [*overrides, *([f"run={run}"] if run else [])], base=base)
+    document = read_recipe(path, overrides, base=base)
+    if run is not None:
+        document.values["run"] = run
+        document.places["run",] = f"--run {run}"
     store = Store(artifacts_root(artifacts))
     built = build(document, load_stage, store)
     return Session(built, document, store, launch or Launch(), recipe)

@@ -52,8 +52,10 @@ def _row(standing: Standing, check: bool) -> dict[str, Any]:
 def _print_rows(session: Session, rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
+    console = console if console.is_terminal else Console(width=160)  # no folding in a pipe
     table = Table(title=f"{session.recipe.run} in {session.store.root}", box=None, title_justify="left", pad_edge=False)
     for column in ("stage", "state", "time", "why, or its figures"):
         table.add_column(column, overflow="fold")
@@ -63,7 +65,7 @@ def _print_rows(session: Session, rows: list[dict[str, Any]]) -> None:
         note = "; ".join(row["reasons"]) or ("unfinished, would be resumed" if row["unfinished"] else figures)
         state = row["state"] + (" (kept)" if row["kept"] and row["state"] == "stands" else "")
         seconds = clock(row["seconds"]) if row["seconds"] is not None else ""
-        table.add_row(row["stage"], f"[{colours[row['state']]}]{state}[/]", seconds, note)
+        table.add_row(row["stage"], Text(state, colours[row["state"]]), seconds, Text(note))
     console.print(table)
     left = [row["stage"] for row in rows if row["state"] != "stands"]
     if left:

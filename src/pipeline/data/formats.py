@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pipeline.data.sources import PYDOCS, Row, Split, check_entry, copies, read_source_rows, share
+from pipeline.data.files import Row
+from pipeline.data.sources import PYDOCS, Split, check_entry, copies, read_source_rows, share
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import DataEntry
 

@@ -116,15 +116,12 @@ def harvest(progress: Progress | None = None) -> tuple[Entry, ...]:
     do not hurt each other; a cache that is cut or corrupt is built again.
     """
     key = hashlib.sha256(json.dumps(fingerprint()).encode()).hexdigest()[:16]
-    return _cached(_cache_folder() / f"pydocs-{key}.jsonl", progress)
-
-
-@functools.lru_cache(maxsize=1)
-def _cached(path: Path, progress: Progress | None) -> tuple[Entry, ...]:
+    path = _cache_folder() / f"pydocs-{key}.jsonl"
     entries = _load(path)
     if entries is None:
         entries = split(read_sources(source_files(), progress))
         _save(path, entries)
+        _load.cache_clear()
     return entries
 
 
@@ -134,6 +131,7 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmpipe"
 
 
+@functools.lru_cache(maxsize=1)
 def _load(path: Path) -> tuple[Entry, ...] | None:
     """The cached entries; None if there are none or the file is not what was written."""
     try:

@@ -1,42 +1,26 @@
 """Where documents and rows come from: files, folders, globs, the embedded pydocs, the hub.
 
-    .txt .text .md .rst     a file is a document
-    .jsonl .ndjson          a row a line
-    .json                   a list of rows, or a row a line
-    .parquet                a row a row
-    any of them + .gz .zst  the same, compressed
-    a folder                every such file below it, in the order of their names
-    hub:org/name[@revision] a dataset of the Hugging Face hub, from the local cache where it is there
-
-Files are read as they come, one document or row in memory (a `.json` list and a text file are read whole).
-Nothing here needs torch, and `datasets` is imported only for a hub name.
+A folder stands for every file below it that `pipeline.data.files` reads, in the order of their names;
+`hub:org/name[@revision]` is a dataset of the Hugging Face hub, taken from the local cache where it is there.
+Documents and rows come one at a time. Nothing here needs torch, and `datasets` is imported only for a hub name.
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
-import io
-import json
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
 
+from pipeline.data.files import ROWS, TEXT, Row, file_rows, kind, read_text
 from pipeline.errors import ConfigError, DataError, MissingInputError
 from pipeline.recipe import DataEntry
 
-TEXT = (".txt", ".text", ".md", ".rst")
-LINES = (".jsonl", ".ndjson")
-ROWS = (*LINES, ".json", ".parquet")
-COMPRESSED = (".gz", ".zst")
 PYDOCS = "pydocs"
 HUB = "hub:"
 
-Row = dict[str, Any]
 Split = Literal["train", "held_out", "all"]
 
 
@@ -111,6 +95,8 @@ def is_few_documents(entry: DataEntry, few: int) -> bool:
     """Whether local files hold fewer than `few` documents; text files are counted without reading them."""
     if entry.source.startswith(HUB) or entry.source == PYDOCS:
         return False
+    if entry.limit is not None and entry.limit < few:
+        return True
     count = 0
     for path in local_files(entry):
         for _ in [None] if is_text(path, entry) else file_rows(path):
@@ -144,164 +130,9 @@ def local_files(entry: DataEntry) -> list[Path]:
     return found
 
 
-def kind(path: Path) -> str:
-    """The suffix that says how to read a file, without the compression's."""
-    bare = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return bare.suffix.lower()
-
-
 def is_text(path: Path, entry: DataEntry) -> bool:
     """Whether a file is read as one document."""
     return kind(path) in TEXT or entry.format == "text"
-
-
-class ZstFile(io.RawIOBase):
-    """The content of a `.zst` file, frame after frame; EOFError where the last one is cut off.
-
-    zstandard's own reader takes a file that was cut off for a shorter one.
-    """
-
-    def __init__(self, path: Path) -> None:
-        import zstandard
-
-        self.file = path.open("rb")
-        self.new_frame = zstandard.ZstdDecompressor().decompressobj
-        self.frame: Any = None
-        self.packed, self.ready = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.ready:
-            self.packed = self.packed or self.file.read(1 << 17)
-            if not self.packed:
-                if self.frame is not None:
-                    raise EOFError("the file ends in the middle")
-                return 0
-            self.frame = self.frame or self.new_frame()
-            self.ready = memoryview(self.frame.decompress(self.packed))
-            self.packed = self.frame.unused_data
-            self.frame = None if self.frame.eof else self.frame
-        count = min(len(buffer), len(self.ready))
-        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
-        return count
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
-
-@contextmanager
-def open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed as its suffix says; DataError where that can't be done."""
-    broken: tuple[type[Exception], ...] = (gzip.BadGzipFile, zlib.error, EOFError)
-    if path.suffix == ".zst":
-        import zstandard
-
-        broken = (zstandard.ZstdError, EOFError)
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rb") as packed:
-                yield cast(IO[bytes], packed)
-        elif path.suffix == ".zst":
-            with io.BufferedReader(ZstFile(path), 1 << 20) as unpacked:
-                yield unpacked
-        else:
-            with path.open("rb") as plain:
-                yield plain
-    except broken as error:
-        raise DataError(f"cannot be decompressed: {error}", where=str(path), mend="fetch or pack it again") from error
-
-
-def read_text(path: Path) -> str:
-    """A whole file as text, newlines as they stand, no byte order mark; DataError where it is not UTF-8."""
-    with open_bytes(path) as file:
-        return decoded(file.read(), str(path)).removeprefix("\ufeff")
-
-
-def decoded(data: bytes, where: str) -> str:
-    """UTF-8, or DataError with the place of the first byte that is not."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"not UTF-8 in line {line} (byte {error.start})",
-            where=where,
-            mend="convert it: iconv -f latin1 -t utf-8",
-        ) from error
-
-
-def file_rows(path: Path) -> Iterator[tuple[Row, str]]:
-    """The rows of one file, each with where it stands: `file:line`, or `file: row n` without lines."""
-    if kind(path) == ".parquet":
-        yield from parquet_rows(path)
-    elif kind(path) in LINES:
-        yield from line_rows(path)
-    else:
-        with open_bytes(path) as file:
-            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-        yield from list_rows(path) if start == b"[" else line_rows(path)
-
-
-def line_rows(path: Path) -> Iterator[tuple[Row, str]]:
-    """A JSON object a line; empty lines are skipped."""
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(decoded(line, where))
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"not JSON: {error.msg} at column {error.colno}",
-                    where=where,
-                    mend="a row is one JSON object a line",
-                ) from error
-            yield as_row(row, where), where
-
-
-def list_rows(path: Path) -> Iterator[tuple[Row, str]]:
-    """A JSON file that is one list of objects."""
-    try:
-        rows = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"not JSON: {error.msg} at column {error.colno}",
-            where=f"{path}:{error.lineno}",
-            mend="mend the file",
-        ) from error
-    for number, row in enumerate(rows, start=1):
-        where = f"{path}: row {number}"
-        yield as_row(row, where), where
-
-
-def parquet_rows(path: Path) -> Iterator[tuple[Row, str]]:
-    """The rows of a parquet file, a batch in memory."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with open_bytes(path) as file:
-            source = pyarrow.BufferReader(file.read()) if path.suffix in COMPRESSED else file
-            number = 0
-            for batch in pyarrow.parquet.ParquetFile(source).iter_batches(1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, f"{path}: row {number}"
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"not a parquet file: {error}", where=str(path), mend="write it again") from error
-
-
-def as_row(value: Any, where: str) -> Row:
-    """`value` if it is an object; DataError if it is a list or a lone value."""
-    if not isinstance(value, dict):
-        raise DataError(f"a row is an object with named fields, not {type(value).__name__}", where=where)
-    return value
 
 
 def text_of(row: Row, text_field: str, where: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ def load_scorer(
     stop_id: int,
     pad_id: int,
     batch_size: int,
+    bf16: bool,
     runtime: Runtime,
 ) -> Scorer:
     """The scorer: the reward model in `artifact`, or the function that `reference` names where that is None.
@@ -81,7 +82,7 @@ def load_scorer(
     """
     if artifact is None:
         return Scorer(reference, None, load_member(reference), tokenizer, pad_id, batch_size)
-    reward = load_reward_model(artifact, runtime)
+    reward = replace(load_reward_model(artifact, runtime), bf16=bf16)
     reward.check_fits(init)
     check_vocabulary(reward.model, len(tokenizer), "ppo.reward")
     if reward.suffix_ids != (stop_id,):

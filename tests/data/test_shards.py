@@ -1,0 +1,82 @@
+"""Token files: the bytes on disk, and what a file that does not fit its metadata says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.data.shards import ShardWriter, TokenFile, token_dtype
+from pipeline.errors import ArtifactError
+
+
+def write(path: Path, vocab_size: int = 400) -> TokenFile:
+    with ShardWriter(path, vocab_size, 7, "hash") as shard:
+        shard.append([1, 2, 3], 10)
+        shard.append(np.array([], dtype=np.uint32), 0)
+        shard.append(np.array([258, 9], dtype=np.uint32), 5)
+    return TokenFile(path)
+
+
+def test_the_bytes_are_datatroves(tmp_path: Path) -> None:
+    write(tmp_path / "train.ds")
+    assert (tmp_path / "train.ds").read_bytes() == bytes([1, 0, 2, 0, 3, 0, 7, 0, 7, 0, 2, 1, 9, 0, 7, 0])
+    assert (tmp_path / "train.ds.index").read_bytes() == b"".join(n.to_bytes(8, "little") for n in (4, 5, 8))
+    assert (tmp_path / "train.ds.bytes").read_bytes() == b"".join(n.to_bytes(8, "little") for n in (10, 0, 5))
+    assert json.loads((tmp_path / "train.ds.metadata").read_text()) == {
+        "version": 1,
+        "dtype": "uint16",
+        "tokens": 8,
+        "documents": 3,
+        "text_bytes": 15,
+        "separator_id": 7,
+        "vocab_size": 400,
+        "tokenizer_hash": "hash",
+    }
+
+
+def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
+    assert token_dtype(65_536) == np.dtype("<u2")
+    assert token_dtype(65_537) == np.dtype("<u4")
+    file = write(tmp_path / "train.ds", 70_000)
+    assert (tmp_path / "train.ds").stat().st_size == 32
+    assert file.tokens.tolist() == [1, 2, 3, 7, 7, 258, 9, 7]
+
+
+def test_documents_come_back(tmp_path: Path) -> None:
+    file = write(tmp_path / "train.ds")
+    assert len(file) == 8
+    assert [file.document(i).tolist() for i in range(3)] == [[1, 2, 3, 7], [7], [258, 9, 7]]
+    assert file.document_bytes.tolist() == [10, 0, 5]
+    assert isinstance(file.tokens, np.memmap)
+
+
+def test_an_empty_file_is_a_file(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "train.ds", 10, 0, ""):
+        pass
+    assert len(TokenFile(tmp_path / "train.ds")) == 0
+
+
+def test_a_writer_that_was_broken_off_leaves_no_metadata(tmp_path: Path) -> None:
+    def broken_off() -> None:
+        with ShardWriter(tmp_path / "train.ds", 10, 0, "") as shard:
+            shard.append([1], 1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    with pytest.raises(ArtifactError, match="no readable metadata"):
+        TokenFile(tmp_path / "train.ds")
+
+
+@pytest.mark.parametrize("suffix", ["", ".index", ".bytes"])
+def test_a_part_of_another_size_is_refused(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / "train.ds")
+    part = tmp_path / f"train.ds{suffix}"
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="bytes are meant to be there") as caught:
+        TokenFile(tmp_path / "train.ds")
+    assert caught.value.where == str(part)
+    part.unlink()
+    with pytest.raises(ArtifactError, match="is missing"):
+        TokenFile(tmp_path / "train.ds")

@@ -1,0 +1,107 @@
+"""A tiny chat model, and rows for it: what the stages on TRL's trainers are tested with, in this very process."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from pipeline.artifacts import Artifact, outside_model
+from pipeline.data.tokenizers import train_bpe
+from pipeline.model.build import initialise, llama_config, save_model
+from pipeline.runtime import Runtime
+
+ANIMALS = ("cat", "dog", "owl", "fox", "hen", "cow", "bee", "ant")
+SOUNDS = ("meow", "woof", "hoot", "yap", "cluck", "moo", "buzz", "click")
+
+
+def demonstration(index: int) -> dict[str, Any]:
+    """Every third row has two turns, so that rows differ in length."""
+    animal, sound = ANIMALS[index % 8], SOUNDS[index % 8]
+    messages = [
+        {"role": "user", "content": f"What does the {animal} number {index} say?"},
+        {"role": "assistant", "content": f"The {animal} says {sound}."},
+    ]
+    if index % 3 == 0:
+        messages += [{"role": "user", "content": "Again?"}, {"role": "assistant", "content": sound}]
+    return {"messages": messages}
+
+
+def preference(index: int) -> dict[str, Any]:
+    """The right sound over the wrong one, or over the right one said in full caps."""
+    animal, sound = ANIMALS[index % 8], SOUNDS[index % 8]
+    is_other = index % 2 == 0
+    return {
+        "prompt": [{"role": "user", "content": f"What does the {animal} number {index} say?"}],
+        "chosen": [{"role": "assistant", "content": f"The {animal} says {sound}."}],
+        "rejected": [
+            {"role": "assistant", "content": f"Some {SOUNDS[(index + 3) % 8]}." if is_other else f"{sound.upper()}"}
+        ],
+        "kind": "other" if is_other else "caps",
+    }
+
+
+def make_model(folder: Path, *, seed: int = 0, context: int = 96) -> Path:
+    """A Llama of 2 layers, 32 wide, and a ChatML tokenizer of 400 tokens, as a Hugging Face folder."""
+    texts = [message["content"] for index in range(200) for message in demonstration(index)["messages"]]
+    tokenizer = train_bpe(iter(texts), 400)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    model = LlamaForCausalLM(
+        llama_config(
+            depth=2, width=32, heads=2, kv_heads=2, mlp_width=64, context=context, vocab=len(tokenizer), tied=True
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    initialise(model, generator)
+    with torch.no_grad():  # no zero projections: every parameter gets a gradient from the first step on
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    save_model(model, folder / "model", folder / "tokenizer", [tokenizer.bos_token_id], tokenizer.pad_token_id)
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="session")
+def init(model_folder: Path) -> Artifact:
+    return outside_model(model_folder)
+
+
+@pytest.fixture(scope="session")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 conversations, jsonl."""
+    path = tmp_path_factory.mktemp("rows") / "demonstrations.jsonl"
+    path.write_text("".join(json.dumps(demonstration(index)) + "\n" for index in range(80)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 pairs, jsonl."""
+    path = tmp_path_factory.mktemp("pairs") / "preferences.jsonl"
+    path.write_text("".join(json.dumps(preference(index)) + "\n" for index in range(200)))
+    return path
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Callable[[str], tuple[Path, Runtime]]:
+    """A new `out` folder by name, and a quiet runtime in it; the same name again is a resumed run."""
+
+    def make(name: str) -> tuple[Path, Runtime]:
+        out = tmp_path / name
+        out.mkdir(exist_ok=True)
+        return out, Runtime.start(out, seed=0, threads=1, quiet=True)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def lines() -> Callable[[Path], list[dict[str, Any]]]:
+    """The objects of a run's metrics.jsonl."""
+    return lambda out: [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,550 @@
+"""The ppo stage on a tiny random Llama: what it learns, what leaves it unmoved, resuming, ranks, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+import signal
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from pipeline.artifacts import Artifact
+from pipeline.data.chat import encode_prompt, stop_token_id
+from pipeline.data.tokenizers import load_tokenizer, train_bpe
+from pipeline.errors import ConfigError, DataError, MismatchError, PipelineError, Stopped, TrainingError
+from pipeline.model.build import llama_config, load_causal_lm, save_model
+from pipeline.model.reward import build_reward_model, load_reward_model, save_reward_model
+from pipeline.recipe import DataEntry
+from pipeline.rl.updates import update
+from pipeline.runtime import Runtime
+from stages import ppo as stage
+
+if TYPE_CHECKING:
+    from tests.conftest import Warm
+
+WORDS = "what does the function do it returns a list of all names sorts them in place and writes the file"
+FUNCTIONS = """
+def zero(prompts, responses, rows):
+    return [0.0] * len(responses)
+
+def constant(prompts, responses, rows):
+    return [0.7] * len(responses)
+
+def short(prompts, responses, rows):
+    return [1.0 - len(response) / 20 for response in responses]
+
+def vowels(prompts, responses, rows):
+    return [sum(letter in "aeiou" for letter in response) / 10 for response in responses]
+
+def wrong(prompts, responses, rows):
+    return [0.0]
+"""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run takes."""
+
+    folder: Path
+    init: Artifact
+    reward: Artifact
+    data: Path
+
+
+def artifact(path: Path, kind: str) -> Artifact:
+    return Artifact(f"tiny/{path.name}", path, kind, f"fingerprint of {path.name}", {"stage": path.name})
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    folder = tmp_path_factory.mktemp("parts")
+    tokenizer = train_bpe(iter([WORDS] * 8), 300)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    stop = stop_token_id(tokenizer)
+    assert tokenizer.pad_token_id is not None
+    torch.manual_seed(0)
+    config = llama_config(
+        depth=2, width=32, heads=2, kv_heads=2, mlp_width=64, context=48, vocab=len(tokenizer), tied=True
+    )
+    config.initializer_range = 0.1
+    save_model(LlamaForCausalLM(config), folder / "sft" / "model", folder / "tokenizer", [stop], tokenizer.pad_token_id)
+    init = artifact(folder / "sft", "causal-lm")
+    reward_model = build_reward_model(init.model, tokenizer.pad_token_id, 0)
+    save_reward_model(reward_model, folder / "reward" / "model", init, mean=0.3, std=0.7, suffix_ids=[stop])
+    words = WORDS.split()
+    rows = [
+        {"messages": [{"role": "user", "content": f"{a} {b}"}, {"role": "assistant", "content": a}]}
+        for a in words
+        for b in words[:4]
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (folder / "rewards.py").write_text(FUNCTIONS)
+    return Parts(folder, init, artifact(folder / "reward", "reward-model"), folder / "rows.jsonl")
+
+
+def config_of(parts: Parts, **values: Any) -> stage.PPOConfig:
+    small = {
+        "data": (DataEntry(source=str(parts.data)),),
+        "total_episodes": 48,
+        "batch_size": 16,
+        "per_device_train_batch_size": 5,
+        "response_length": 12,
+        "learning_rate": 3e-3,
+    }
+    return stage.PPOConfig(**{**small, **values})
+
+
+@dataclass
+class Done:
+    """A run that has ended."""
+
+    out: Path
+    summary: dict[str, float]
+
+    def policy(self) -> dict[str, Tensor]:
+        return load_file(self.out / "model" / "model.safetensors")
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """Everything the newest checkpoint holds."""
+        return load_file(sorted(self.out.glob("checkpoints/step-*"))[-1] / "state.safetensors")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """metrics.jsonl without what a clock measured."""
+        found = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        timed = ("time", "seconds_", "samples_per", "tokens_per")
+        return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in found]
+
+
+def run(parts: Parts, out: Path, *, reward: str | None = None, stop_at: int = 0, **values: Any) -> Done:
+    """Run the stage against the reward model, or the function `reward`; asked to stop in step `stop_at`."""
+    if reward is not None:
+        values["reward"] = f"{parts.folder / 'rewards.py'}:{reward}"
+    config = config_of(parts, **values)
+    out.mkdir(parents=True, exist_ok=True)
+    runtime = Runtime.start(out, seed=config.seed, threads=1, quiet=True)
+    runtime.bf16 = False  # whatever this machine would choose: the tests are of the mathematics
+    if stop_at:
+        log = runtime.metrics.log
+
+        def log_and_ask(step: int, *args: Any, **figures: Any) -> None:
+            log(step, *args, **figures)
+            if step == stop_at:
+                runtime.halt.asked = Stopped
+
+        runtime.metrics.log = log_and_ask  # type: ignore[method-assign]
+    inputs = {"init": parts.init, "reward": None if reward else parts.reward}
+    return Done(out, stage.run(config, inputs, out, runtime))
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(left[key].equal(right[key]) for key in left)
+
+
+def furthest(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    assert left.keys() == right.keys()
+    return max((left[key] - right[key]).abs().max().item() for key in left)
+
+
+def start(parts: Parts) -> dict[str, Tensor]:
+    return load_file(parts.init.model / "model.safetensors")
+
+
+# ---- what it learns ----
+
+
+@pytest.mark.parametrize("reward", ["short", "vowels"])
+def test_the_reward_rises(parts: Parts, tmp_path: Path, reward: str):
+    values: dict[str, Any] = {"total_episodes": 20 * 32, "batch_size": 32, "kl_coef": 0.0, "learning_rate": 1e-2}
+    done = run(parts, tmp_path, reward=reward, missing_eos_rule="keep", **values)
+    lines = done.lines()
+    first, last = (sum(line["reward"] for line in part) / 4 for part in (lines[:4], lines[-4:]))
+    assert last > first + 0.15
+    assert lines[0]["kl"] == 0.0
+    assert lines[-1]["kl"] > 1.0
+    assert done.summary["reward_first"] == lines[0]["reward"]
+    assert done.summary["reward"] == pytest.approx(sum(line["reward"] for line in lines[-10:]) / 10)
+
+
+def test_a_price_on_kl_holds_the_policy_back(parts: Parts, tmp_path: Path):
+    kls = []
+    for kl_coef in (0.0, 1.0):
+        done = run(
+            parts, tmp_path / str(kl_coef), reward="vowels", total_episodes=15 * 32, batch_size=32, kl_coef=kl_coef
+        )
+        kls.append(done.lines()[-1]["kl"])
+    assert kls[1] < 0.5 * kls[0]
+
+
+def test_a_step_against_a_reward_model(parts: Parts, tmp_path: Path):
+    """The first step's figures from an independent reading of what the stage must have done."""
+    done = run(parts, tmp_path)
+    lines = done.lines()
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    first = lines[0]
+    assert (first["kl"], first["kl_coef"], first["updates"]) == (0.0, 0.05, 1.0)
+    assert first["clip_fraction"] == 0.0
+    assert first["approx_kl"] < 1e-10  # ratio 1: on-policy
+    assert first["rollout_gap"] < 1e-5
+    assert [line["learning_rate"] for line in lines] == pytest.approx([3e-3, 2e-3, 1e-3])
+    assert lines[-1]["tokens"] == pytest.approx(sum(line["length"] for line in lines) * 16)
+    assert all(line["policy_grad_norm"] > 0 < line["value_grad_norm"] for line in lines)
+
+    # The artifact: loads as transformers' own, says the same as the init about its tokens, ends at the stop token.
+    model = AutoModelForCausalLM.from_pretrained(done.out / "model")
+    tokenizer = AutoTokenizer.from_pretrained(done.out / "model")
+    stop = stop_token_id(tokenizer)
+    assert model.generation_config.eos_token_id == stop
+    made = artifact(done.out, "causal-lm")
+    assert (made.tokenizer_hash, made.template_hash) == (parts.init.tokenizer_hash, parts.init.template_hash)
+    assert furthest(done.policy(), start(parts)) > 1e-3
+
+    # The KL of the second step: samples of the saved policy are dearer to it than to the reference.
+    assert lines[1]["kl"] != 0.0
+
+
+def test_scores_are_the_reward_models_of_prompt_and_response(parts: Parts, tmp_path: Path, monkeypatch: Any):
+    """Each response scored alone gives the stage's score; one that was cut off is closed with the stop token."""
+    seen: list[tuple[Any, Tensor]] = []
+    scorer = stage_scorer()
+
+    def spy(self: Any, rollout: Any, rows: Any) -> Tensor:
+        seen.append((rollout, original(self, rollout, rows)))
+        return seen[-1][1]
+
+    original = scorer.score
+    monkeypatch.setattr(scorer, "score", spy)
+    done = run(parts, tmp_path, total_episodes=16)
+    rollout, scores_B = seen[0]
+    runtime = Runtime.start(tmp_path / "scoring", seed=0, threads=1, quiet=True)
+    runtime.bf16 = False
+    reward = load_reward_model(parts.reward, runtime)
+    stop = stop_token_id(load_tokenizer(parts.init.model))
+    expected = []
+    for row in range(16):
+        total = int(rollout.prompt_lengths_B[row] + rollout.lengths_B[row])
+        ids = rollout.ids_BL[row, :total].tolist()
+        if ids[-1] != stop:
+            ids.append(stop)
+        expected.append(reward.score(torch.tensor([ids]), torch.tensor([len(ids)])).item())
+    assert scores_B.tolist() == pytest.approx(expected, abs=1e-4)
+    rewards = [score if ended else -1.0 for score, ended in zip(expected, rollout.is_ended_B.tolist(), strict=True)]
+    line = done.lines()[0]
+    assert line["score"] == pytest.approx(sum(expected) / 16, abs=1e-4)
+    assert line["reward"] == pytest.approx(sum(rewards) / 16, abs=1e-4)
+    assert line["ended"] == sum(rollout.is_ended_B.tolist()) / 16
+
+
+def stage_scorer() -> Any:
+    from pipeline.rl.scoring import Scorer
+
+    return Scorer
+
+
+# ---- what leaves it unmoved ----
+
+
+def test_a_constant_reward_without_kl_leaves_policy_and_critic_where_they_were(parts: Parts, tmp_path: Path):
+    """Reward 0, values 0: advantages of 0 whiten to 0, and no weight moves by a bit."""
+    done = run(parts, tmp_path, reward="zero", kl_coef=0.0, missing_eos_rule="keep")
+    assert same(done.policy(), start(parts))
+    state = done.checkpoint()
+    moments = [tensor for name, tensor in state.items() if name.endswith(("exp_avg", "exp_avg_sq"))]
+    assert moments
+    assert not any(tensor.any() for tensor in moments)
+    assert not state["critic.score.weight"].any()
+    assert all(line["kl"] == 0 and line["approx_kl"] < 1e-10 for line in done.lines())
+
+
+def test_a_constant_that_is_not_zero_leaves_the_policy_too(parts: Parts, tmp_path: Path):
+    """At lambda 1 every token's advantage is the constant: whitened it is 0, and not what rounding left of it."""
+    done = run(parts, tmp_path, reward="constant", total_episodes=16, kl_coef=0.0, lam=1.0, missing_eos_rule="keep")
+    assert furthest(done.policy(), start(parts)) < 1e-7
+    assert done.checkpoint()["critic.score.weight"].any()  # the critic learns the constant
+
+
+def test_without_updates_kl_and_ratio_stay(parts: Parts, tmp_path: Path):
+    done = run(parts, tmp_path, learning_rate=1e-30)
+    assert all(abs(line["kl"]) < 1e-6 and line["clip_fraction"] == 0 for line in done.lines())
+
+
+# ---- exactness ----
+
+
+def test_stopped_and_resumed_gives_the_same_bits(parts: Parts, tmp_path: Path):
+    values = {
+        "total_episodes": 6 * 16, "num_ppo_epochs": 2, "num_mini_batches": 2, "adaptive_kl": True, "save_steps": 4,
+    }  # fmt: skip
+    whole = run(parts, tmp_path / "whole", **values)
+    with pytest.raises(Stopped, match="stopped at step 3"):
+        run(parts, tmp_path / "parts", stop_at=3, **values)
+    resumed = run(parts, tmp_path / "parts", **values)
+    assert same(resumed.checkpoint(), whole.checkpoint())
+    assert same(resumed.policy(), whole.policy())
+    assert resumed.lines() == whole.lines()
+    names = ("reward_first", "reward", "kl", "flops")
+    assert [resumed.summary[name] for name in names] == [whole.summary[name] for name in names]
+    assert len({line["kl_coef"] for line in whole.lines()}) == 6
+
+
+def test_what_follows_the_last_checkpoint_is_done_again_alike(parts: Parts, tmp_path: Path):
+    """As after kill -9: metrics and a half-written checkpoint past the last whole one go."""
+    values = {"total_episodes": 4 * 16, "save_steps": 2}
+    whole = run(parts, tmp_path / "whole", **values)
+    with pytest.raises(Stopped):
+        run(parts, tmp_path / "killed", stop_at=2, **values)
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "reward": 99}\n{"step": 4')
+    shutil.copytree(tmp_path / "killed/checkpoints/step-00000002", tmp_path / "killed/checkpoints/step-00000003")
+    (tmp_path / "killed/checkpoints/step-00000003/whole.json").unlink()
+    resumed = run(parts, tmp_path / "killed", **values)
+    assert same(resumed.policy(), whole.policy())
+    assert resumed.lines() == whole.lines()
+
+
+@pytest.mark.parametrize("sizes", [(1, 64), (16, 3)])
+def test_microbatches_do_not_count(parts: Parts, tmp_path: Path, sizes: tuple[int, int]):
+    """One row at a time or all, the gradient of a token weighs the same."""
+    values: dict[str, Any] = {"total_episodes": 32, "num_mini_batches": 2}
+    usual = run(parts, tmp_path / "usual", **values)
+    train, rollout = sizes
+    other = run(
+        parts, tmp_path / "other", per_device_train_batch_size=train, local_rollout_forward_batch_size=rollout, **values
+    )
+    assert furthest(usual.policy(), other.policy()) < 2e-5
+    for left, right in zip(usual.lines(), other.lines(), strict=True):
+        assert left == pytest.approx(right, abs=1e-4, rel=1e-3)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(parts: Parts, tmp_path: Path):
+    runs = [run(parts, tmp_path / str(i), seed=seed, total_episodes=16) for i, seed in enumerate((1, 1, 2))]
+    assert same(runs[0].policy(), runs[1].policy())
+    assert not same(runs[0].policy(), runs[2].policy())
+
+
+def test_weights_disturbed_after_the_rollout_are_noticed(parts: Parts, tmp_path: Path, monkeypatch: Any):
+    def disturbed(policy: Any, *args: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            policy.model.lm_head.weight.mul_(1.1)
+        return update(policy, *args, **options)
+
+    monkeypatch.setattr("pipeline.rl.updates.update", disturbed)
+    with pytest.raises(TrainingError, match="ratio of the first minibatch is off 1"):
+        run(parts, tmp_path)
+
+
+RECIPE = """\
+run: tiny
+stages:
+  ppo:
+    init: {init}
+    reward: {reward}
+    data: {data}
+    total_episodes: 160
+    batch_size: 16
+    num_mini_batches: 2
+    num_ppo_epochs: 2
+    per_device_train_batch_size: 5
+    response_length: 12
+    learning_rate: 3e-3
+    adaptive_kl: true
+    bf16: false
+    save_steps: 2
+"""
+
+
+def recipe(parts: Parts, folder: Path, reward: str = "") -> None:
+    reward = f"{parts.folder / 'rewards.py'}:{reward}" if reward else str(parts.reward.model)
+    (folder / "ppo.yaml").write_text(RECIPE.format(init=parts.init.model, reward=reward, data=parts.data))
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_bits(parts: Parts, tmp_path: Path, warm: Warm):
+    """kill -9 three times, wherever it happens to be; the run that gets through is the undisturbed one."""
+    recipe(parts, tmp_path)
+    whole = warm("run", "ppo.yaml", "--artifacts", "whole")
+    assert whole.code == 0, whole.stderr
+    for seen in (3, 5, 8):
+        running = warm.start("run", "ppo.yaml", "--artifacts", "killed")
+        running.wait_for(lambda seen=seen: lines_in(tmp_path / "killed/tiny") >= seen)  # type: ignore[misc]
+        time.sleep(random.Random(seen).random() * 0.2)
+        running.signal(signal.SIGKILL, group=True)
+        running.wait()
+    last = warm("run", "ppo.yaml", "--artifacts", "killed")
+    assert last.code == 0, last.stderr
+    assert "resumed at step" in last.stderr
+    runs = [Done(tmp_path / name / "tiny/ppo", {}) for name in ("whole", "killed")]
+    assert same(runs[0].policy(), runs[1].policy())
+    assert runs[0].lines() == runs[1].lines()
+
+
+def lines_in(folder: Path) -> int:
+    """Lines of metrics that the stage at work (or done) in `folder` has written."""
+    return max((len(path.read_text().splitlines()) for path in folder.glob("*/metrics.jsonl")), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reward", ["", "vowels"])
+def test_two_processes_give_one_processs_numbers(parts: Parts, tmp_path: Path, warm: Warm, reward: str):
+    recipe(parts, tmp_path, reward)
+    for count in (1, 2):
+        done = warm("run", "ppo.yaml", "--artifacts", count, "--num-processes", count, "--set", "ppo.total_episodes=48")
+        assert done.code == 0, done.stderr
+        manifest = json.loads((tmp_path / str(count) / "tiny/ppo/manifest.json").read_text())
+        assert manifest["processes"] == count
+    one, two = (Done(tmp_path / str(count) / "tiny/ppo", {}) for count in (1, 2))
+    assert len(one.lines()) == len(two.lines()) == 3
+    for left, right in zip(one.lines(), two.lines(), strict=True):
+        assert left == pytest.approx(right, abs=1e-4, rel=1e-3)
+    assert furthest(one.policy(), two.policy()) < 1e-4
+
+
+# ---- options ----
+
+
+def test_adaptive_kl_follows_its_equation(parts: Parts, tmp_path: Path):
+    done = run(
+        parts, tmp_path, total_episodes=5 * 16, adaptive_kl=True, adaptive_kl_target=0.5, adaptive_kl_horizon=100
+    )
+    lines = done.lines()
+    assert lines[0]["kl_coef"] == 0.15
+    for line, following in itertools.pairwise(lines):
+        error = min(max(line["kl"] / 0.5 - 1, -0.2), 0.2)
+        assert following["kl_coef"] == pytest.approx(line["kl_coef"] * (1 + error * 16 / 100))
+
+
+def test_target_kl_ends_a_steps_updates(parts: Parts, tmp_path: Path):
+    values: dict[str, Any] = {"num_ppo_epochs": 4, "num_mini_batches": 2, "total_episodes": 16}
+    free = run(parts, tmp_path / "free", **values)
+    held = run(parts, tmp_path / "held", target_kl=1e-4, **values)
+    assert free.lines()[0]["updates"] == 8.0
+    assert free.lines()[0]["approx_kl"] > 1e-4
+    assert 1.0 <= held.lines()[0]["updates"] < 8.0
+    assert furthest(held.policy(), start(parts)) < furthest(free.policy(), start(parts))
+
+
+def test_every_variant_of_the_losses_runs(parts: Parts, tmp_path: Path):
+    base = run(parts, tmp_path / "base", num_ppo_epochs=2)
+    changes: list[dict[str, Any]] = [
+        {"whiten_rewards": True},
+        {"whiten_advantages": False},
+        {"cliprange_value": None},
+        {"clip_higher": 0.28, "cliprange": 0.01},
+        {"dual_clip": 1.01, "cliprange": 0.01},
+        {"gamma": 0.9, "lam": 1.0},
+        {"missing_eos_rule": "subtract", "missing_eos_penalty": 3.0},
+        {"score_clip": 0.1},
+        {"lr_scheduler_type": "constant"},
+        {"value_learning_rate": 1e-4},
+        {"temperature": 0.7},
+        {"bf16": True},
+    ]
+    for number, change in enumerate(changes):
+        changed = run(parts, tmp_path / str(number), num_ppo_epochs=2, **change)
+        assert not same(changed.checkpoint(), base.checkpoint()), change
+        assert len(changed.lines()) == 3
+
+
+def test_long_prompts_can_be_left_out(parts: Parts, tmp_path: Path):
+    tokenizer = load_tokenizer(parts.init.model)
+    lengths = [
+        len(encode_prompt(tokenizer, json.loads(line)["messages"][:1])) for line in parts.data.read_text().splitlines()
+    ]
+    longest = sorted(lengths)[len(lengths) // 2]
+    assert longest < max(lengths)
+    assert run(parts, tmp_path, max_prompt_length=longest, total_episodes=16).lines()[0]["step"] == 1
+
+
+# ---- refusals ----
+
+
+def refused(parts: Parts, out: Path, kind: type[PipelineError], what: str, **values: Any) -> PipelineError:
+    with pytest.raises(kind, match=what) as caught:
+        run(parts, out, **values)
+    assert not (out / "model").exists()
+    return caught.value
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(parts: Parts, tmp_path: Path):
+    other = tmp_path / "other"
+    shutil.copytree(parts.reward.path, other)
+    tokenizer = train_bpe(iter(["quite other words than those of the policy " * 3] * 8), 300)
+    tokenizer.save_pretrained(other / "model")
+    settings = json.loads((other / "model/reward.json").read_text())
+    settings["tokenizer_hash"] = artifact(other, "reward-model").tokenizer_hash
+    (other / "model/reward.json").write_text(json.dumps(settings))
+    refused(
+        replace(parts, reward=artifact(other, "reward-model")), tmp_path / "out", MismatchError, "another tokenizer"
+    )
+
+
+def test_a_reward_model_of_another_template_is_refused(parts: Parts, tmp_path: Path):
+    other = tmp_path / "other"
+    shutil.copytree(parts.reward.path, other)
+    template = other / "model/chat_template.jinja"
+    template.write_text(template.read_text() + "\n")
+    settings = json.loads((other / "model/reward.json").read_text())
+    settings["template_hash"] = artifact(other, "reward-model").template_hash
+    (other / "model/reward.json").write_text(json.dumps(settings))
+    mixed = replace(parts, reward=artifact(other, "reward-model"))
+    refused(mixed, tmp_path / "out", MismatchError, "another chat template")
+
+
+def test_a_reward_model_of_another_row_end_is_refused(parts: Parts, tmp_path: Path):
+    other = tmp_path / "other"
+    shutil.copytree(parts.reward.path, other)
+    settings = json.loads((other / "model/reward.json").read_text())
+    settings["suffix_ids"] = [*settings["suffix_ids"], 7]
+    (other / "model/reward.json").write_text(json.dumps(settings))
+    mixed = replace(parts, reward=artifact(other, "reward-model"))
+    refused(mixed, tmp_path / "out", MismatchError, "rows that end in")
+
+
+def test_a_reward_model_without_its_normaliser_is_refused(parts: Parts, tmp_path: Path):
+    other = tmp_path / "other"
+    shutil.copytree(parts.reward.path, other)
+    (other / "model/reward.json").unlink()
+    mixed = replace(parts, reward=artifact(other, "reward-model"))
+    refused(mixed, tmp_path / "out", MismatchError, "no reward.json")
+
+
+def test_prompts_that_cannot_be_answered_are_refused(parts: Parts, tmp_path: Path):
+    error = refused(parts, tmp_path / "long", DataError, "response_length leaves 2 of the context", response_length=46)
+    assert "max_prompt_length=2" in error.mend
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(json.dumps({"prompt": " ", "completion": "a"}) + "\n")
+    refused(replace(parts, data=empty), tmp_path / "empty", DataError, "an empty prompt", held_out=0.0)
+
+
+def test_a_batch_that_does_not_divide_is_refused(parts: Parts, tmp_path: Path):
+    error = refused(parts, tmp_path, ConfigError, "not divisible by 3 num_mini_batches", num_mini_batches=3)
+    assert error.mend == "--set ppo.batch_size=18"
+
+
+def test_a_reward_function_that_is_wrong_is_refused(parts: Parts, tmp_path: Path):
+    refused(parts, tmp_path / "wrong", TrainingError, "gave 1 scores for 16 responses", reward="wrong")
+    refused(parts, tmp_path / "absent", ConfigError, "defines no `nothing`", reward="nothing")
+
+
+def test_what_is_not_finite_is_refused(parts: Parts, tmp_path: Path):
+    refused(parts, tmp_path, TrainingError, "not finite", learning_rate=1e30)
+
+
+def test_the_reference_is_the_init(parts: Parts, tmp_path: Path):
+    """KL logged in the last step, measured again with the models as saved and the init."""
+    done = run(parts, tmp_path, total_episodes=2 * 16, learning_rate=1e-2)
+    init, policy = load_causal_lm(parts.init.model).eval(), load_causal_lm(done.out / "model").eval()
+    prompt = torch.tensor([encode_prompt(load_tokenizer(parts.init.model), [{"role": "user", "content": "what"}])])
+    with torch.no_grad():
+        p, q = (model(input_ids=prompt).logits[0, -1].log_softmax(-1) for model in (policy, init))
+    assert (p.exp() * (p - q)).sum().item() > 1e-4
+    assert done.lines()[1]["kl"] != 0

@@ -1,0 +1,350 @@
+"""sft: what is trained, that it is TRL's own step, and that it survives kill -9."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from trl import SFTConfig as Arguments
+from trl import SFTTrainer
+
+from pipeline.artifacts import outside_model
+from pipeline.data.chat import Encoded, encode_messages, stop_token_id
+from pipeline.data.tokenizers import load_tokenizer
+from pipeline.errors import DataError, MismatchError, Stopped, TrainingError
+from pipeline.model.build import load_causal_lm
+from pipeline.recipe import DataEntry, PeftConfig
+from pipeline.runtime import Runtime
+from stages import sft
+
+STOP = "<|im_end|>"
+
+
+@pytest.fixture
+def config(demonstrations: Path) -> Any:
+    """A small run; keywords change fields."""
+
+    def make(**changed: Any) -> sft.SFTConfig:
+        values: dict[str, Any] = {
+            "data": (DataEntry(source=str(demonstrations)),),
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 4,
+            "max_steps": 6,
+            "bf16": False,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "held_out": 0.1,
+        }
+        return sft.SFTConfig(**(values | changed))
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_causal_lm(folder).named_parameters())
+
+
+def sha(folder: Path) -> str:
+    return hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def trained_texts(tokenizer: Any, row: dict[str, Any]) -> list[str]:
+    """The trained stretches of a row, decoded."""
+    texts: list[list[int]] = []
+    before = -100
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        assert label in (-100, token)
+        if label != -100:
+            texts = [*texts, []] if before == -100 else texts
+            texts[-1].append(label)
+        before = label
+    return [tokenizer.decode(text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    return Runtime.start(tmp_path_factory.mktemp("quiet"), seed=0, threads=1, quiet=True)
+
+
+def test_assistant_text_and_stop_token_are_trained_and_nothing_else(model_folder: Path, quiet: Runtime) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    conversation = [
+        {"role": "system", "content": f"Be short. {STOP}"},
+        {"role": "user", "content": "What does the cat say?"},
+        {"role": "assistant", "content": "meow"},
+        {"role": "user", "content": "Again?"},
+        {"role": "assistant", "content": f"I type {STOP} as letters."},
+    ]
+    rows = sft._fit([encode_messages(tokenizer, conversation)], stop_token_id(tokenizer), 200, quiet)
+    assert trained_texts(tokenizer, rows[0]) == [f"meow{STOP}", f"I type {STOP} as letters.{STOP}"]
+    assert rows[0]["input_ids"][-1] == stop_token_id(tokenizer), "a row ends at the stop token"
+    assert rows[0]["labels"].count(stop_token_id(tokenizer)) == 2, "a typed stop token is letters"
+
+
+def test_a_long_row_is_cut_after_an_answer_never_before_its_stop_token(model_folder: Path, quiet: Runtime) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    stop = stop_token_id(tokenizer)
+    messages = [
+        {"role": "user", "content": "What does the cat say?"},
+        {"role": "assistant", "content": "meow"},
+        {"role": "user", "content": "Again?"},
+        {"role": "assistant", "content": "meow " * 20},
+    ]
+    long = encode_messages(tokenizer, messages)
+    first = encode_messages(tokenizer, messages[:2])
+    rows = sft._fit([long], stop, len(long.input_ids) - 1, quiet)
+    assert rows[0]["input_ids"] == first.input_ids
+    assert trained_texts(tokenizer, rows[0]) == [f"meow{STOP}"]
+    kept = sft._fit([long], stop, len(long.input_ids), quiet)
+    assert kept[0]["input_ids"] == long.input_ids
+    with pytest.raises(DataError, match="every row is longer than"):
+        sft._fit([long], stop, len(first.input_ids) - 1, quiet)
+
+
+def test_refuses_a_run_that_trains_no_stop_token(quiet: Runtime) -> None:
+    with pytest.raises(MismatchError, match="never learn to end its turn"):
+        sft._fit([Encoded([5, 6, 7], [False, True, True])], 9, 10, quiet)
+
+
+def test_refuses_a_model_without_chat_template(
+    model_folder: Path, tmp_path: Path, runtime: Any, config: Any
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare)
+    (bare / "chat_template.jinja").unlink()
+    out, here = runtime("bare-run")
+    with pytest.raises(MismatchError, match="has no chat template"):
+        sft.run(config(), {"init": outside_model(bare)}, out, here)
+    out, here = runtime("with-chatml")
+    sft.run(config(max_steps=1, chat_template="chatml"), {"init": outside_model(bare)}, out, here)
+    assert "im_start" in AutoTokenizer.from_pretrained(out / "model").chat_template
+
+
+def test_the_step_is_trls_and_the_equations(init: Any, runtime: Any, config: Any, lines: Any, tmp_path: Path) -> None:
+    """The logged losses of three steps, against raw SFTTrainer and against a loop of ten lines."""
+    settings = config(max_steps=3, held_out=0.0, warmup_steps=0.0, max_grad_norm=1e9)
+    out, here = runtime("ours")
+    sft.run(settings, {"init": init}, out, here)
+    ours = [line["loss"] for line in lines(out) if "loss" in line]
+
+    tokenizer = load_tokenizer(init.model)
+    rows = sft._fit(sft._encode(settings, tokenizer, "train", here), stop_token_id(tokenizer), 96, here)
+    from pipeline.trainer import schedule
+
+    plan = schedule([len(row["input_ids"]) for row in rows], settings, here)
+    batches = [[rows[i] for i in step] for step in plan.order.reshape(3, 4).tolist()]
+
+    raw = SFTTrainer(
+        model=load_causal_lm(init.model),
+        args=Arguments(
+            output_dir=str(tmp_path / "raw"), use_cpu=True, bf16=False, max_steps=3, learning_rate=1e-3,
+            per_device_train_batch_size=4, train_sampling_strategy="sequential", report_to="none", save_strategy="no",
+            logging_steps=1, gradient_checkpointing=False, max_grad_norm=1e9, disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list([row for batch in batches for row in batch]),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    raw.train()
+    trls = [line["loss"] for line in raw.state.log_history if "loss" in line]
+
+    model = load_causal_lm(init.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    naive = []
+    for step, batch in enumerate(batches):
+        nats, count = torch.zeros(()), 0
+        for row in batch:  # one at a time: no padding, so no mask either
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            labels = torch.tensor(row["labels"][1:])
+            nats = nats + F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+            count += int((labels != -100).sum())
+        (nats / count).backward()
+        naive.append(float(nats / count))
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 3)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ours == pytest.approx(trls, abs=1e-6)
+    assert ours == pytest.approx(naive, abs=2e-6)
+
+
+def test_packed_documents_do_not_see_each_other(init: Any, runtime: Any, config: Any, lines: Any) -> None:
+    """One step over all rows, packed and not: the same loss, which a token seen across a border would move."""
+    everything = config(max_steps=1, held_out=0.0, per_device_train_batch_size=80)
+    losses = {}
+    out, here = runtime("apart")
+    sft.run(everything, {"init": init}, out, here)
+    losses["apart"] = lines(out)[0]["loss"]
+    tokenizer = load_tokenizer(init.model)
+    rows = sft._fit(sft._encode(everything, tokenizer, "train", here), stop_token_id(tokenizer), 96, here)
+    packs = sft._pack(rows, 96)
+    assert sum(len(pack["input_ids"]) for pack in packs) == sum(len(row["input_ids"]) for row in rows)
+    assert max(len(pack["seq_lengths"]) for pack in packs) > 1
+    out, here = runtime("packed")
+    packed = everything.model_copy(update={"packing": True, "per_device_train_batch_size": len(packs)})
+    sft.run(packed, {"init": init}, out, here)
+    losses["packed"] = lines(out)[0]["loss"]
+    assert losses["packed"] == pytest.approx(losses["apart"], abs=2e-6)
+
+
+def test_every_parameter_moves_and_accumulation_is_a_batch(init: Any, runtime: Any, config: Any) -> None:
+    before = weights(init.model)
+    found = {}
+    for name, rows, accumulation in (("whole", 4, 1), ("parts", 1, 4)):
+        out, here = runtime(name)
+        changed = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "max_steps": 3}
+        sft.run(config(**changed), {"init": init}, out, here)
+        found[name] = weights(out / "model")
+    for name, parameter in found["whole"].items():
+        assert not torch.equal(parameter, before[name]), f"{name} did not move"
+        torch.testing.assert_close(parameter, found["parts"][name], rtol=0, atol=2e-6)
+
+
+def test_lora_is_merged_into_a_plain_folder(init: Any, runtime: Any, config: Any) -> None:
+    out, here = runtime("lora")
+    sft.run(config(peft=PeftConfig(r=4), max_steps=3), {"init": init}, out, here)
+    assert not list((out / "model").glob("adapter*"))
+    before, after = weights(init.model), weights(out / "model")
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.endswith("proj.weight")}, "linear layers only, all of them"
+
+
+def test_the_folder_is_a_chat_model_and_better_on_held_out_rows(init: Any, runtime: Any, config: Any) -> None:
+    out, here = runtime("whole")
+    figures = sft.run(config(max_steps=60, learning_rate=1e-2, save_steps=100), {"init": init}, out, here)
+    assert figures["held_out_loss"] < 0.5 * figures["held_out_loss_before"]
+    assert figures["held_out_loss_before"] == pytest.approx(6.0, abs=1.0)  # ln 400 = 5.99: it knows nothing
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    stop = stop_token_id(tokenizer)
+    assert GenerationConfig.from_pretrained(out / "model").eos_token_id == stop
+    made = outside_model(out / "model")
+    assert (made.tokenizer_hash, made.template_hash) == (init.tokenizer_hash, init.template_hash)
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What does the cow number 85 say?"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    answer = model.generate(prompt, max_new_tokens=20)[0, prompt.shape[1] :]
+    assert answer[-1] == stop, "it learnt to stop"
+
+
+def test_pad_equal_to_eos_changes_nothing(init: Any, tmp_path: Path, runtime: Any, config: Any, lines: Any) -> None:
+    same = tmp_path / "same"
+    shutil.copytree(init.model, same)
+    settings = json.loads((same / "tokenizer_config.json").read_text())
+    assert settings["pad_token"] != settings["eos_token"] == STOP
+    (same / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": STOP}))
+    losses = []
+    for name, start in (("own", init), ("eos", outside_model(same))):
+        out, here = runtime(name)
+        sft.run(config(), {"init": start}, out, here)
+        losses.append([line["loss"] for line in lines(out) if "loss" in line])
+    assert losses[0] == losses[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(init: Any, runtime: Any, config: Any) -> None:
+    out, here = runtime("nan")
+    wild = config(learning_rate=1e30, warmup_steps=0.0, save_steps=1, logging_steps=100, max_steps=20)
+    with pytest.raises(TrainingError, match=r"step \d: the (loss|grad_norm) is (nan|inf)"):
+        sft.run(wild, {"init": init}, out, here)
+    for path in (out / "checkpoints").glob("checkpoint-*/whole.json"):
+        assert json.loads(path.read_text())["step"] <= 2
+
+
+def test_stopped_it_saves_and_goes_on_to_the_same_bits(
+    init: Any, runtime: Any, config: Any, lines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, here = runtime("undisturbed")
+    sft.run(config(), {"init": init}, out, here)
+    stopped, here = runtime("stopped")
+    steps = iter(range(100))
+    monkeypatch.setattr(here, "stop_requested", lambda: next(steps) == 2)
+    with pytest.raises(Stopped, match="stopped at step 3"):
+        sft.run(config(), {"init": init}, stopped, here)
+    assert not (stopped / "model").exists()
+    stopped, here = runtime("stopped")
+    sft.run(config(), {"init": init}, stopped, here)
+    assert here.checkpoints.resumed_from == 3
+    assert sha(stopped) == sha(out)
+    timeless = [
+        [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines(folder)]
+        for folder in (out, stopped)
+    ]
+    assert timeless[0] == timeless[1], "metrics.jsonl is what an undisturbed run writes"
+
+
+KILLS = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import pipeline.trainer, pipeline.data.chat, pipeline.evals.likelihood, pipeline.model.build
+import pipeline.model.trained_positions
+from pipeline.artifacts import outside_model
+from pipeline.recipe import DataEntry
+from pipeline.runtime import Runtime
+from stages import sft
+
+model, rows, root = sys.argv[1:4]
+config = sft.SFTConfig(data=(DataEntry(source=rows),), learning_rate=1e-3, per_device_train_batch_size=4, max_steps=60,
+                       save_steps=3, logging_steps=2, held_out=0.1)
+
+def start(out):
+    out.mkdir(exist_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        runtime = Runtime.start(out, seed=0, threads=1, quiet=True)
+        sft.run(config, {"init": outside_model(Path(model))}, out, runtime)
+        (out / "resumed_from").write_text(str(runtime.checkpoints.resumed_from))
+        os._exit(0)
+    return pid
+
+def ended(pid):
+    done, status = os.waitpid(pid, os.WNOHANG)
+    return bool(done)
+
+def half_saved(out):
+    return [p for p in (out / "checkpoints").glob("checkpoint-*") if not (p / "whole.json").exists()]
+
+calm, killed = Path(root, "calm"), Path(root, "killed")
+began = time.monotonic()
+os.waitpid(start(calm), 0)
+long = time.monotonic() - began
+draw = random.Random(int(sys.argv[4]))
+kills, half = 0, 0
+while not (killed / "resumed_from").exists():
+    pid, began = start(killed), time.monotonic()
+    wait = draw.uniform(0.2, 0.6) * long
+    in_a_save = kills % 2 == 0
+    while not ended(pid):
+        late = time.monotonic() - began > wait
+        if kills < 4 and late and (half_saved(killed) if in_a_save else True):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            kills += 1
+            half += bool(half_saved(killed))
+            break
+        time.sleep(0.0005)
+print(json.dumps({"kills": kills, "half": half, "resumed_from": int((killed / "resumed_from").read_text())}))
+"""
+
+
+def test_killed_at_random_and_in_the_middle_of_a_save_it_ends_with_the_same_bits(
+    model_folder: Path, demonstrations: Path, tmp_path: Path
+) -> None:
+    seed = int.from_bytes(os.urandom(2))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, str(model_folder), str(demonstrations), str(tmp_path), str(seed)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] >= 2, found
+    assert found["half"] >= 1, f"seed {seed}: no kill hit a save: {found}"
+    assert found["resumed_from"] > 0, found
+    assert sha(tmp_path / "killed") == sha(tmp_path / "calm"), f"seed {seed}: {found}"

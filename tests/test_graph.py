@@ -1,0 +1,308 @@
+"""The graph of a recipe: references, defaults, order, and everything that can be refused before a model is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifacts import SCHEMA_VERSION, Store, write_json
+from pipeline.cli.stages import load_stage
+from pipeline.errors import MissingInputError, PipelineError, RecipeError
+from pipeline.graph import Recipe, build
+from pipeline.reading import read_recipe
+
+ROAD = """\
+seed: 7
+stages:
+  eval: {models: [sft, ppo, dpo-ipo]}
+  ppo: {init: sft, reward: reward}
+  dpo-ipo: {stage: dpo, init: sft, data: rows.jsonl, loss_type: ipo}
+  reward: {init: sft, data: rows.jsonl}
+  sft: {init: pretrain, data: [rows.jsonl, {source: more.jsonl, limit: 3}], seed: 3}
+  pretrain: {max_steps: 3}
+  tokenize: {data: text.txt}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("rows.jsonl", "more.jsonl", "text.txt"):
+        (tmp_path / name).write_text("{}\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    return tmp_path
+
+
+def recipe(folder: Path, text: str, *overrides: str) -> Recipe:
+    path = folder / "r.yaml"
+    path.write_text(text)
+    return build(read_recipe(path, overrides), load_stage, Store(folder / "artifacts"))
+
+
+def refused(folder: Path, text: str, *overrides: str, kind: type[PipelineError] = RecipeError) -> PipelineError:
+    with pytest.raises(kind) as caught:
+        recipe(folder, text, *overrides)
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def line(error: PipelineError) -> int:
+    file, _, number = error.where.rpartition(":")
+    assert file.endswith("r.yaml")
+    return int(number)
+
+
+def artifact(folder: Path, run: str, stage: str, kind: str, tokenizer: object = "words") -> None:
+    path = folder / "artifacts" / run / stage
+    (path / "model").mkdir(parents=True)
+    (path / "model" / "tokenizer.json").write_text(json.dumps({"model": tokenizer}))
+    write_json(
+        path / "manifest.json", {"schema_version": SCHEMA_VERSION, "kind": kind, "fingerprint": "f", "stage": stage}
+    )
+
+
+def hugging_face_folder(path: Path, architecture: str, tokenizer: object = "words") -> None:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    (path / "tokenizer.json").write_text(json.dumps({"model": tokenizer}))
+
+
+def test_the_graph_is_ordered_parents_first(folder: Path):
+    nodes = recipe(folder, ROAD).nodes
+    assert list(nodes) == ["tokenize", "pretrain", "sft", "dpo-ipo", "reward", "ppo", "eval"]
+    assert [node.stage.type for node in nodes.values()] == [
+        "tokenize",
+        "pretrain",
+        "sft",
+        "dpo",
+        "reward",
+        "ppo",
+        "eval",
+    ]
+    assert nodes["eval"].inputs == {
+        "models": ("sft", "ppo", "dpo-ipo"),
+        "tokens": ("tokenize",),
+        "reward": ("reward",),
+        "baseline": ("sft",),
+    }
+
+
+def test_ancestors_and_descendants(folder: Path):
+    whole = recipe(folder, ROAD)
+    assert whole.ancestors("reward") == ["tokenize", "pretrain", "sft", "reward"]
+    assert whole.descendants("reward") == {"ppo", "eval"}
+    assert whole.descendants("tokenize") == set(whole.nodes) - {"tokenize"}
+    assert whole.descendants("eval") == set()
+
+
+def test_defaults_are_printed_and_never_guessed(folder: Path):
+    nodes = recipe(folder, ROAD).nodes
+    assert nodes["pretrain"].config.tokens == "tokenize"  # type: ignore[attr-defined]
+    assert nodes["pretrain"].origins["tokens"] == "default"
+    assert nodes["ppo"].config.data == nodes["sft"].config.data  # type: ignore[attr-defined]
+    assert nodes["ppo"].origins["data"] == "default: the data of `sft`"
+    assert nodes["reward"].origins["demonstrations"] == "default: the data of `sft`"
+    assert nodes["reward"].config.demonstrations[1].limit == 3  # type: ignore[attr-defined]
+
+
+def test_seeds_come_from_the_stage_or_the_recipe(folder: Path):
+    nodes = recipe(folder, ROAD).nodes
+    assert (nodes["sft"].config.seed, nodes["ppo"].config.seed) == (3, 7)
+    assert nodes["ppo"].origins["seed"].endswith("r.yaml:1")
+    assert nodes["sft"].origins["seed"].endswith("r.yaml:7")
+    unset = recipe(folder, "stages:\n  tokenize: {data: text.txt}\n").nodes["tokenize"]
+    assert (unset.config.seed, unset.origins["seed"]) == (0, "default")
+
+
+def test_paths_start_at_the_recipe_and_those_of_set_at_the_current_folder(folder: Path):
+    Path("mine.jsonl").write_text("{}\n")
+    data = recipe(folder, ROAD).nodes["sft"].config.data  # type: ignore[attr-defined]
+    assert [entry.source for entry in data] == [str(folder / "rows.jsonl"), str(folder / "more.jsonl")]
+    data = recipe(folder, ROAD, "sft.data=mine.jsonl").nodes["sft"].config.data  # type: ignore[attr-defined]
+    assert [entry.source for entry in data] == [str(folder / "elsewhere" / "mine.jsonl")]
+    data = recipe(folder, ROAD, "sft.data.1.source=mine.jsonl").nodes["sft"].config.data  # type: ignore[attr-defined]
+    assert [entry.source for entry in data] == [str(folder / "rows.jsonl"), str(folder / "elsewhere" / "mine.jsonl")]
+
+
+def test_globs_pydocs_and_the_hub_are_sources(folder: Path):
+    text = "stages:\n  tokenize: {data: ['*.txt', pydocs, 'hub:org/name']}\n"
+    data = recipe(folder, text).nodes["tokenize"].config.data  # type: ignore[attr-defined]
+    assert [entry.source for entry in data] == [str(folder / "*.txt"), "pydocs", "hub:org/name"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "at", "what"),
+    [
+        ("init: sft, reward: reward", "init: stf, reward: reward", 4, "`init`: no stage `stf`; did you mean `sft`?"),
+        ("ppo, dpo-ipo]", "ppo, dpo-ip]", 3, "`models`: no stage `dpo-ip`; did you mean `dpo-ipo`?"),
+        (
+            "init: sft, reward: reward",
+            "init: sft, reward: sft",
+            4,
+            "`reward` takes a reward-model, and `sft` makes a causal-lm",
+        ),
+        ("init: pretrain", "init: reward", 7, "`init` takes a causal-lm, and `reward` makes a reward-model"),
+        ("init: pretrain", "init: dpo-ipo", 7, "the stages go round in a circle: "),
+        ("init: pretrain", "init: sft", 7, "the stages go round in a circle: sft → sft"),
+        ("stage: dpo", "stage: dpoo", 5, "no stage `dpoo`; did you mean `dpo`?"),
+        ("  tokenize:", "  tokenise:", 9, "no stage `tokenise`; did you mean `tokenize`?"),
+        ("  dpo-ipo:", "  ../dpo:", 5, "'../dpo' is no name"),
+        ("  dpo-ipo:", "  dpo@1:", 5, "'dpo@1' is no name"),
+        ("seed: 7", "run: ../x", 1, "'../x' is no name"),
+        ("seed: 7", "run: .hidden", 1, "'.hidden' is no name"),
+        ("seed: 7", "sede: 7", 1, "unknown key `sede`; did you mean `seed`?"),
+        ("seed: 7", "seed: -1", 1, "`seed`: input should be greater than or equal to 0"),
+        ("reward: {init: sft,", "reward: {init: pretrain,", 6, "`demonstrations` is required here"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(folder: Path, old: str, new: str, at: int, what: str):
+    assert ROAD.count(old) == 1
+    text = ROAD.replace(old, new)
+    if old == "  dpo-ipo:":
+        text = text.replace("ppo, dpo-ipo", "ppo")
+    error = refused(folder, text)
+    assert what in error.what
+    assert line(error) == at
+
+
+def test_a_circle_is_drawn_whole(folder: Path):
+    text = ROAD.replace("init: pretrain", "init: dpo-ipo")
+    what = refused(folder, text).what
+    assert what.endswith(("dpo-ipo → sft → dpo-ipo", "sft → dpo-ipo → sft"))
+
+
+def test_a_reference_in_a_list_is_refused_at_its_own_line(folder: Path):
+    text = ROAD.replace("eval: {models: [sft, ppo, dpo-ipo]}", "eval:\n    models:\n      - sft\n      - spo")
+    error = refused(folder, text)
+    assert "no stage `spo`" in error.what
+    assert line(error) == 6
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ("tokenize: {data: text.txt}", "tokenize: {data: txet.txt}", "no file or folder {folder}/txet.txt"),
+        ("tokenize: {data: text.txt}", "tokenize: {data: '*.parquet'}", "no file or folder {folder}/*.parquet"),
+        ("init: pretrain", "init: ./nothing", "`init`: nothing at {folder}/nothing"),
+        ("init: pretrain", "init: old/sft", "`init`: no artifact old/sft under {folder}/artifacts"),
+        ("stage: dpo", "stage: ./mine.py", "no stage file {folder}/mine.py"),
+    ],
+)
+def test_what_is_not_there_is_named_with_its_line(folder: Path, old: str, new: str, what: str):
+    error = refused(folder, ROAD.replace(old, new), kind=MissingInputError)
+    assert what.format(folder=folder) in error.what
+    assert line(error) == 1 + ROAD[: ROAD.index(old)].count("\n")
+
+
+def test_a_folder_that_is_no_model_is_refused(folder: Path):
+    (folder / "empty").mkdir()
+    error = refused(folder, ROAD.replace("init: pretrain", "init: ./empty"), kind=MissingInputError)
+    assert "neither manifest.json nor config.json" in error.what
+
+
+def test_a_name_that_may_be_a_hub_name_gets_both_mends(folder: Path):
+    error = refused(folder, ROAD.replace("init: pretrain", "init: org/name"), kind=MissingInputError)
+    assert error.mend == "hub:org/name for a model of the hub, ./org/name for a folder"
+    error = refused(folder, ROAD.replace("data: text.txt", "data: org/name"), kind=MissingInputError)
+    assert error.mend == "hub:org/name for a dataset of the hub"
+
+
+def test_models_from_outside_are_checked_for_their_kind(folder: Path):
+    artifact(folder, "old", "sft", "causal-lm")
+    artifact(folder, "old", "reward", "reward-model")
+    hugging_face_folder(folder / "base", "LlamaForCausalLM")
+    hugging_face_folder(folder / "scorer", "LlamaForSequenceClassification")
+    for reference in ("old/sft", "./base", str(folder / "base"), "./artifacts/old/sft"):
+        node = recipe(folder, ROAD.replace("init: pretrain", f"init: {reference}")).nodes["sft"]
+        expected = reference if reference == "old/sft" else str((folder / reference).resolve())
+        assert node.inputs["init"] == (expected,)
+    for reference in ("old/reward", "./scorer", "./artifacts/old/reward"):
+        error = refused(folder, ROAD.replace("init: pretrain", f"init: {reference}"))
+        assert "`init` takes a causal-lm, and " in error.what
+        assert error.what.endswith("is a reward-model")
+        assert line(error) == 7
+
+
+TWO_TOKENIZERS = (
+    ROAD.replace("init: sft, data: rows.jsonl}\n  sft", "init: other-sft, data: rows.jsonl}\n  sft")
+    + """\
+  other-tokens: {stage: tokenize, data: text.txt, vocab_size: 999}
+  other-base: {stage: pretrain, tokens: other-tokens}
+  other-sft: {stage: sft, init: other-base, data: rows.jsonl}
+"""
+)
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(folder: Path):
+    error = refused(folder, TWO_TOKENIZERS)
+    assert error.what == (
+        "the reward model `reward` has another tokenizer (stage:other-tokens) than `sft` (stage:tokenize)"
+    )
+    assert line(error) == 4
+
+
+def test_two_tokenize_stages_with_the_tokenizer_of_one_model_are_not_refused(folder: Path):
+    hugging_face_folder(folder / "base", "LlamaForCausalLM")
+    text = TWO_TOKENIZERS.replace("data: text.txt", "data: text.txt, tokenizer: ./base")
+    assert recipe(folder, text).nodes["ppo"].inputs["reward"] == ("reward",)
+
+
+def test_reward_models_from_outside_are_compared_by_the_tokenizers_content(folder: Path):
+    hugging_face_folder(folder / "base", "LlamaForCausalLM")
+    hugging_face_folder(folder / "same", "LlamaForSequenceClassification")
+    hugging_face_folder(folder / "other", "LlamaForSequenceClassification", tokenizer="letters")
+    artifact(folder, "old", "reward", "reward-model")
+    artifact(folder, "new", "reward", "reward-model", tokenizer="letters")
+    text = ROAD.replace("init: pretrain", "init: ./base")
+    for reference in ("./same", "old/reward", "./artifacts/old/reward"):
+        recipe(folder, text, f"ppo.reward={reference.replace('./', f'{folder}/', 1)}")
+    for reference in ("./other", "new/reward", "./artifacts/new/reward"):
+        error = refused(folder, text.replace("reward: reward", f"reward: {reference}"))
+        assert "has another tokenizer" in error.what
+        assert line(error) == 4
+
+
+STAGE = """
+from pipeline.recipe import Ref, StageConfig, field
+class C(StageConfig):
+    init: Ref | None = field(None, "x")
+    reward: str = field(..., "y")
+INPUTS = {"init": "causal-lm"}
+KIND = "causal-lm"
+def run(config, inputs, out, runtime): return {}
+"""
+
+
+def test_a_users_files_stand_where_names_do(folder: Path):
+    (folder / "mine.py").write_text(STAGE)
+    (folder / "rewards.py").write_text("def exact(): pass\n")
+    mine = "  mine: {stage: ./mine.py, init: sft, reward: './rewards.py:exact'}\n"
+    node = recipe(folder, ROAD + mine).nodes["mine"]
+    assert (node.stage.type, node.stage.file) == ("./mine.py", folder / "mine.py")
+    assert node.config.reward == f"{folder}/rewards.py:exact"  # type: ignore[attr-defined]
+    assert node.inputs == {"init": ("sft",)}
+    error = refused(folder, ROAD + mine.replace("rewards.py", "reward.py"), kind=MissingInputError)
+    assert error.what == f"`reward`: no file {folder}/reward.py"
+    assert line(error) == 10
+
+
+def test_a_users_reward_stands_in_a_role(folder: Path):
+    (folder / "rewards.py").write_text("def exact(): pass\n")
+    node = recipe(folder, ROAD.replace("reward: reward", "reward: ./rewards.py:exact")).nodes["ppo"]
+    assert node.config.reward == f"{folder}/rewards.py:exact"  # type: ignore[attr-defined]
+    assert node.inputs["reward"] == ()
+
+
+def test_an_empty_recipe_and_an_empty_stage(folder: Path):
+    assert refused(folder, "stages: {}\n").what == "no stages"
+    assert refused(folder, "run: x\n").what == "`stages` is required"
+    assert refused(folder, "stages:\n  tokenize:\n").what == "`data` is required"
+    assert recipe(folder, "stages:\n  pretrain:\n  tokenize: {data: text.txt}\n").nodes["pretrain"].config.seed == 0
+
+
+def test_a_default_reference_that_the_recipe_lacks(folder: Path):
+    error = refused(folder, "stages:\n  pretrain:\n")
+    assert error.what == "`tokens` is `tokenize` by default, and the recipe has no such stage"
+    whole = recipe(folder, "stages:\n  tokenize: {data: text.txt}\n  pretrain:\n  eval: {models: [pretrain]}\n")
+    assert whole.nodes["eval"].inputs["reward"] == ()  # may be null: none

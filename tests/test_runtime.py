@@ -1,0 +1,93 @@
+"""Randomness that is derived, threads, and what a stage finds in its runtime."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import Interrupted, MachineError, Stopped
+from pipeline.runtime import Runtime, default_threads, derive_seed
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Runtime:
+    return Runtime.start(tmp_path, seed=3, threads=1, quiet=True)
+
+
+def test_a_seed_is_a_pure_function_of_its_keys():
+    assert derive_seed(0, "data", 5) == derive_seed(0, "data", 5)
+    keys = [
+        (0, "data", 5),
+        (0, "data", 6),
+        (1, "data", 5),
+        (0, "model", 5),
+        ("0", "data", 5),
+        (0, "data5"),
+        (0, "data"),
+    ]
+    seeds = {derive_seed(*key) for key in keys}
+    assert len(seeds) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    # blake2b of "int:0\x1fstr:model", eight bytes (b2sum -l 64), halved: another value would change every trained model
+    assert derive_seed(0, "model") == 7250982863315377352
+
+
+def test_generators_come_from_the_stages_seed_and_the_keys(runtime: Runtime, tmp_path: Path):
+    def draw(runtime: Runtime, *keys: int | str) -> list[float]:
+        return torch.rand(3, generator=runtime.generator(*keys)).tolist()
+
+    first = draw(runtime, "rollout", 1)
+    torch.rand(100)
+    assert draw(runtime, "rollout", 1) == first
+    assert draw(runtime, "rollout", 2) != first
+    assert draw(Runtime.start(tmp_path, seed=4, threads=1), "rollout", 1) != first
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert (default_threads(1), default_threads(2), default_threads(16)) == (8, 4, 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert (default_threads(1), default_threads(2)) == (3, 3)
+
+
+def test_a_resumed_stage_takes_the_threads_it_began_with(runtime: Runtime, tmp_path: Path):
+    runtime.checkpoints.save(1, {"a": torch.tensor(1)}, {})
+    assert runtime.checkpoints.threads == 1
+    again = Runtime.start(tmp_path, seed=3, threads=2)
+    assert (again.threads, again.checkpoints.threads, torch.get_num_threads()) == (1, 1, 1)
+
+
+def test_what_an_earlier_try_without_a_checkpoint_wrote_is_dropped(runtime: Runtime, tmp_path: Path):
+    runtime.metrics.log(1, loss=1.0)
+    Runtime.start(tmp_path, seed=3, threads=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_fewer_processes_than_asked_for_are_refused(tmp_path: Path):
+    with pytest.raises(MachineError, match="2 processes were asked for and 1 came up"):
+        Runtime.start(tmp_path, seed=0, threads=1, world_size=2)
+
+
+@pytest.mark.parametrize("kind", [Stopped, Interrupted])
+def test_stopping(runtime: Runtime, kind: type[Stopped] | type[Interrupted]):
+    assert not runtime.stop_requested()
+    runtime.check_stop()
+    runtime.halt.asked = kind
+    assert runtime.stop_requested()
+    with pytest.raises(kind, match="before there was anything to save"):
+        runtime.check_stop()
+    with pytest.raises(kind, match="stopped at step 1,234 and saved"):
+        runtime.stop(1234)
+
+
+def test_only_rank_0_speaks(runtime: Runtime, capsys: pytest.CaptureFixture[str]):
+    runtime.quiet = False
+    runtime.say("hello")
+    runtime.rank = 1
+    runtime.say("and I")
+    with runtime.progress("train", 3) as bar:
+        bar.advance(3)
+    found = capsys.readouterr()
+    assert (found.out, found.err) == ("", "  hello\n")

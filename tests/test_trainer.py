@@ -1,0 +1,171 @@
+"""The adapter to TRL: the order of rows, fields through, several processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from trl import SFTConfig as Arguments
+
+from pipeline import trainer as adapter
+from pipeline.errors import ConfigError
+from pipeline.runtime import Runtime
+from pipeline.trainer_config import TrainerConfig
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    return Runtime.start(tmp_path_factory.mktemp("out"), seed=0, threads=1, quiet=True)
+
+
+def config(**fields: Any) -> TrainerConfig:
+    return TrainerConfig(**({"bf16": False} | fields))
+
+
+LENGTHS = [5 + (7 * index) % 40 for index in range(100)]
+
+
+def test_an_epoch_has_every_row_once_and_ends_without_a_short_step(runtime: Runtime) -> None:
+    plan = adapter.schedule(LENGTHS, config(num_train_epochs=2.0, train_sampling_strategy="random"), runtime)
+    assert (plan.batch, plan.steps, len(plan.order)) == (8, 25, 200)
+    assert sorted(plan.order[:100]) == sorted(plan.order[100:]) == list(range(100))
+    assert list(plan.order[:100]) != list(plan.order[100:]), "every epoch is shuffled anew"
+    odd = adapter.schedule(LENGTHS[:21], config(per_device_train_batch_size=4), runtime)
+    assert (odd.steps, len(odd.order)) == (6, 24), "21 rows: the sixth step is filled from the next pass"
+    assert np.bincount(odd.order, minlength=21).sum() == 24
+    assert set(odd.order) == set(range(21))
+
+
+def test_grouped_by_length_has_the_same_rows_and_little_padding(runtime: Runtime) -> None:
+    def padding(plan: adapter.Schedule) -> float:
+        lengths = np.array(LENGTHS)[plan.order].reshape(plan.steps, plan.batch)
+        return 1 - float(lengths.sum() / (lengths.max(axis=1) * plan.batch).sum())
+
+    shuffled, grouped = (
+        adapter.schedule(LENGTHS, config(num_train_epochs=3.0, train_sampling_strategy=strategy), runtime)
+        for strategy in ("random", "group_by_length")
+    )
+    assert sorted(grouped.order) == sorted(shuffled.order)
+    assert padding(shuffled) > 0.3
+    assert padding(grouped) < 0.05
+    steps = np.array(LENGTHS)[grouped.order].reshape(grouped.steps, -1).mean(axis=1)
+    assert not np.array_equal(steps, np.sort(steps)), "steps are not in order of length"
+
+
+def test_the_order_is_a_function_of_seed_and_batch_alone(runtime: Runtime, tmp_path: Path) -> None:
+    whole = adapter.schedule(LENGTHS, config(), runtime)
+    split = adapter.schedule(
+        LENGTHS, config(per_device_train_batch_size=2, gradient_accumulation_steps=4), runtime
+    )
+    assert np.array_equal(whole.order, split.order)
+    assert np.array_equal(whole.order, adapter.schedule(LENGTHS, config(), runtime).order)
+    other = Runtime.start(tmp_path, seed=1, threads=1, quiet=True)
+    assert not np.array_equal(whole.order, adapter.schedule(LENGTHS, config(), other).order)
+
+
+def test_tokens_are_counted_by_step(runtime: Runtime) -> None:
+    plan = adapter.schedule([3, 3, 3, 3], config(per_device_train_batch_size=2, max_steps=5), runtime)
+    assert plan.tokens.tolist() == [6, 12, 18, 24, 30]
+
+
+def build(runtime: Runtime, tmp_path: Path, **fields: Any) -> Any:
+    settings = config(**fields)
+    plan = adapter.schedule(LENGTHS, settings, runtime)
+    return adapter.trainer_arguments(Arguments, settings, plan, tmp_path, runtime, {"packing": False})
+
+
+def test_fields_reach_trl(runtime: Runtime, tmp_path: Path) -> None:
+    fields = {"learning_rate": 3e-4, "weight_decay": 0.01, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
+    made = build(runtime, tmp_path, **fields, trainer={"adam_beta2": 0.95, "neftune_noise_alpha": 5.0})
+    assert (made.learning_rate, made.weight_decay, made.lr_scheduler_type) == (3e-4, 0.01, "cosine")
+    assert made.get_warmup_steps(1000) == 100
+    assert (made.adam_beta2, made.neftune_noise_alpha) == (0.95, 5.0)
+    assert (made.max_steps, made.bf16, made.use_cpu) == (13, False, not torch.cuda.is_available())
+    assert (made.report_to, made.eval_strategy, made.gradient_checkpointing) == ([], "no", False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adam_beta3": 0.9}, r"no field `adam_beta3`; did you mean `adam_beta[12]`\?"),
+        ({"learning_rate": 1.0}, "`learning_rate` is not taken from `trainer`"),
+        ({"eval_strategy": "steps"}, "`eval_strategy` is not taken from `trainer`"),
+        ({"packing": True}, "`packing` is not taken from `trainer`"),
+        ({"optim": "no_such_optimiser"}, "TRL refuses this"),
+    ],
+)
+def test_a_wrong_trainer_option_is_a_config_error(
+    runtime: Runtime, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(runtime, tmp_path, trainer=options)
+
+
+def test_values_are_shared_out_and_come_back_in_order(runtime: Runtime) -> None:
+    found = adapter.over_ranks(runtime, (5, 2), lambda own: [[i, i * i] for i in own])
+    assert found.tolist() == [[0, 0], [1, 1], [2, 4], [3, 9], [4, 16]]
+
+
+TWO = """
+import json, os, sys
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
+from datasets import Dataset
+import torch
+from trl import SFTConfig, SFTTrainer
+from pipeline import trainer as adapter
+from pipeline.model.trained_positions import trim_head
+from pipeline.runtime import Runtime
+from pipeline.trainer_config import TrainerConfig
+
+world, out = int(sys.argv[1]), Path(sys.argv[2])
+out.mkdir(exist_ok=True)
+runtime = Runtime.start(out, seed=0, threads=1, world_size=world, quiet=True)
+config = TrainerConfig(bf16=False, learning_rate=1e-2, per_device_train_batch_size=4 // world, num_train_epochs=2.0,
+                       save_steps=100, logging_steps=1)
+rows = [{"input_ids": [3 + (index * k) % 60 for k in range(1, 4 + index % 9)]} for index in range(21)]
+rows = [row | {"labels": [-100, *row["input_ids"][1:]]} for row in rows]
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                     num_attention_heads=1))
+vocabulary = {f"t{i}": i for i in range(64)}
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, [])), pad_token="t0", eos_token="t1")
+plan = adapter.schedule([len(row["input_ids"]) for row in rows], config, runtime)
+arguments = adapter.trainer_arguments(SFTConfig, config, plan, out, runtime, {"dataset_kwargs": {"skip_prepare_dataset": True}})
+trainer = SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows[:1]), processing_class=tokenizer)
+trim_head(trainer.model)
+adapter.train(trainer, rows, plan, runtime, None, phase="x", shown={}, state={})
+shared = adapter.over_ranks(runtime, (5,), lambda own: [10.0 * i for i in own])
+if runtime.is_main:
+    model = adapter.trained_model(trainer)
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    print(json.dumps({"steps": plan.steps, "weights": flat.tolist(), "shared": shared.tolist()}))
+"""
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+    """The same rows a step, split over two gloo ranks: weights equal to 1e-6 after 11 steps, the epoch's tail too."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    running = []
+    for world, rank in ((1, 0), (2, 0), (2, 1)):
+        env = dict(os.environ)
+        if world == 2:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, "-c", TWO, str(world), str(tmp_path / str(world))]
+        running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    ended = [process.communicate(timeout=240) for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], "\n".join(error for _, error in ended)
+    one, two = (json.loads(output.splitlines()[-1]) for output, _ in ended[:2])
+    assert one["steps"] == two["steps"] == 11
+    assert two["shared"] == one["shared"] == [0.0, 10.0, 20.0, 30.0, 40.0]
+    np.testing.assert_allclose(two["weights"], one["weights"], rtol=0, atol=1e-6)
