@@ -4,8 +4,9 @@ Direct Preference Optimization (Rafailov et al. 2023, equation 7): with the impl
 ref(y | x)], the loss of a pair is -log sigmoid(r(chosen) - r(rejected)). The reference is the model it starts from.
 `loss_type` names any of TRL's losses, or several with `loss_weights`.
 
-Departures: the reference's log-probabilities are computed once, before training, so that no second model is held; they
-are kept beside the model. The KL that is reported is exact over the vocabulary, along held-out chosen answers.
+Departures: the reference's log-probabilities are computed once, before training and on the batches that will be trained
+on, so that no second model is held; they are kept beside the model. The KL that is reported is exact over the
+vocabulary, along held-out chosen answers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.evals.likelihood import Request
     from pipeline.evals.subject import Subject
     from pipeline.runtime import Runtime
-    from pipeline.trainer import Row
+    from pipeline.trainer import Row, Schedule
 
 Loss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -62,26 +63,18 @@ RESULT_VERSION = 1
 
 def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
     """Train on pairs; returns held-out preference accuracy, by kind of negative, margin and KL from the reference."""
-    import torch
-    from datasets import Dataset
-    from trl import DPOConfig as Arguments
-
     from pipeline import trainer as adapter
     from pipeline.data.chat import stop_token_id
     from pipeline.data.formats import read_rows
-    from pipeline.data.tokenizers import load_tokenizer
     from pipeline.evals.preference_accuracy import score
-    from pipeline.model.build import load_causal_lm, save_model
-    from pipeline.model.trained_positions import trim_head
+    from pipeline.model.build import save_model
 
     adapter.quieten()
     checkpoint = runtime.checkpoints.latest()
     init = inputs["init"]
 
     # 1. pairs as tokens
-    tokenizer = load_tokenizer(init.model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths
+    tokenizer = adapter.load_padded_tokenizer(init.model)
     stop_id = stop_token_id(tokenizer)
     length = adapter.longest_row(init.model, config.max_length, runtime)
     pairs = read_rows(config.data, "preference", held_out=config.held_out, say=runtime.say)
@@ -90,15 +83,51 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     if config.held_out:
         held_out = read_rows(config.data, "preference", split="held_out", held_out=config.held_out)[: config.eval_rows]
 
-    # 2. the model, and what it says of both sides before it is trained
-    model = load_causal_lm(init.model, dtype=getattr(torch, config.dtype)).to(runtime.device)
-    adapter.no_dropout(model)
-    _add_reference(rows, model.eval(), config, out / "reference.safetensors", runtime)
+    # 2. the model, and what it says of held-out answers before it is trained
+    model = adapter.load_policy(init.model, config, runtime)
     with adapter.autocast(config, runtime):
         reference = score(_subject(model, tokenizer, length, runtime), held_out)
 
     # 3. train
     plan = adapter.schedule([_tokens(row) for row in rows], config, runtime)
+    trainer = _trainer(config, model, rows, tokenizer, plan, out, runtime)
+    runtime.say(adapter.describe(trainer, plan, len(rows)))
+    _add_reference(trainer, rows, plan, out / "reference.safetensors", runtime)
+    shown = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
+    adapter.train(trainer, rows, plan, runtime, checkpoint, phase="dpo", shown=shown, state={})
+
+    # 4. save, then evaluate
+    flops = adapter.training_flops(trainer, plan)
+    model = adapter.trained_model(trainer)
+    if runtime.is_main:
+        save_model(model, out / "model", init.model, [stop_id], tokenizer.pad_token_id)
+    runtime.barrier()
+    figures = {"rows": float(len(rows)), "epochs": len(plan.order) / len(rows)}
+    if held_out:
+        start = adapter.load_policy(init.model, config, runtime)
+        with adapter.autocast(config, runtime):
+            subject = _subject(model, tokenizer, length, runtime)
+            figures |= _held_out(config, subject, start, held_out, reference, pairs, runtime)
+    runtime.metrics.log(plan.steps, int(plan.tokens[-1]), **figures)
+    return {**figures, "flops": flops}
+
+
+def _trainer(
+    config: DPOConfig,
+    model: PreTrainedModel,
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerFast,
+    plan: Schedule,
+    out: Path,
+    runtime: Runtime,
+) -> Any:
+    """TRL's trainer of this config."""
+    from datasets import Dataset
+    from trl import DPOConfig as Arguments
+
+    from pipeline import trainer as adapter
+    from pipeline.model.trained_positions import trim_head
+
     own = {
         "beta": config.beta,
         "loss_type": list(config.loss_type),
@@ -117,24 +146,7 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
         )
     if not config.trainer.get("use_weighting"):  # its weights need a figure of TRL's own head
         trim_head(trainer.model)
-    runtime.say(adapter.describe(trainer, plan, len(rows)))
-    shown = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
-    adapter.train(trainer, rows, plan, runtime, checkpoint, phase="dpo", shown=shown, state={})
-
-    # 4. save, then evaluate
-    flops = adapter.training_flops(trainer, plan)
-    model = adapter.trained_model(trainer)
-    if runtime.is_main:
-        save_model(model, out / "model", init.model, [stop_id], tokenizer.pad_token_id)
-    runtime.barrier()
-    figures = {"rows": float(len(rows)), "epochs": len(plan.order) / len(rows)}
-    if held_out:
-        start = load_causal_lm(init.model, dtype=getattr(torch, config.dtype)).to(runtime.device).eval()
-        with adapter.autocast(config, runtime):
-            subject = _subject(model, tokenizer, length, runtime)
-            figures |= _held_out(config, subject, start, held_out, reference, pairs, runtime)
-    runtime.metrics.log(plan.steps, None, **figures)
-    return {**figures, "flops": flops}
+    return trainer
 
 
 def _encode(pairs: list[Row], tokenizer: PreTrainedTokenizerFast, length: int, runtime: Runtime) -> list[Row]:
@@ -169,35 +181,46 @@ def _tokens(row: Row) -> int:
     return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
-def _add_reference(rows: list[Row], model: PreTrainedModel, config: DPOConfig, path: Path, runtime: Runtime) -> None:
-    """Put the reference's log-probabilities of both answers into the rows; from `path` where a resumed run has them."""
+def _add_reference(trainer: Any, rows: list[Row], plan: Schedule, path: Path, runtime: Runtime) -> None:
+    """Put the reference's log-probabilities of both answers into the rows that the run will read.
+
+    They are computed by TRL's own forward on the very batches that will be trained on (a row's first, where there are
+    several epochs), so that the first step's margins are zero in bf16 too. Kept at `path` for a resumed run.
+    """
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
     from pipeline import trainer as adapter
-    from pipeline.evals.likelihood import Request, log_likelihoods
-
-    def compute(indices: list[int]) -> Any:
-        requests = [
-            Request(tuple(rows[index]["prompt_ids"]), tuple(rows[index][f"{side}_ids"]))
-            for index in indices
-            for side in SIDES
-        ]
-        with adapter.autocast(config, runtime):
-            values = log_likelihoods(model, requests, tick=runtime.check_stop)
-        return values.reshape(-1, 2)
 
     if path.exists():
-        values = load_file(path)["log_probs"]
+        kept = load_file(path)
     else:
-        runtime.say(f"the reference's log-probabilities of {len(rows):,} pairs")
-        values = adapter.over_ranks(runtime, (len(rows), 2), compute).astype(np.float32)
+        used, first = np.unique(plan.order, return_index=True)
+        micro = trainer.args.per_device_train_batch_size
+        batches = plan.order.reshape(-1, micro)
+        needed = np.unique(first // micro)
+
+        def compute(indices: list[int]) -> Any:
+            found = []
+            with runtime.progress("reference", len(indices), "batches") as bar:
+                for index in indices:
+                    batch = trainer.data_collator([rows[row] for row in batches[needed[index]]])
+                    batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
+                    sides = trainer.compute_ref_log_probs(trainer.model, batch)
+                    found.append(np.stack([side.float().cpu().numpy() for side in sides], axis=1))
+                    bar.advance()
+                    runtime.check_stop()
+            return np.stack(found) if found else np.zeros((0, micro, 2))
+
+        values = adapter.over_ranks(runtime, (len(needed), micro, 2), compute)
+        places = np.searchsorted(needed, first // micro)
+        kept = {"rows": used, "log_probs": values[places, first % micro].astype(np.float32)}
         if runtime.is_main:
-            save_file({"log_probs": values}, path.with_suffix(".part"))
+            save_file(kept, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
     runtime.barrier()
-    for row, (chosen, rejected) in zip(rows, values.tolist(), strict=True):
-        row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    for row, (chosen, rejected) in zip(kept["rows"].tolist(), kept["log_probs"].tolist(), strict=True):
+        rows[row] |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
 
 def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, length: int, runtime: Runtime) -> Subject:

@@ -45,6 +45,7 @@ class EvalConfig(StageConfig):
     preference_rows: int = field(512, "for the two accuracies", unit="rows", gt=0)
     max_length: int = field(1024, "longest row; a model of shorter reach lowers it", unit="tokens", gt=1)
     max_new_tokens: int = field(96, "longest answer", unit="tokens", gt=0)
+    bf16: bool | None = field(None, "run the models in bf16; where the hardware gains by it unless set")
     token_budget: int = field(4096, "tokens of a batch, padding included", unit="tokens", run_only=True, gt=0)
 
 
@@ -94,7 +95,7 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
 
     prompts: list[dict[str, Any]] = []
     preferences: list[dict[str, Any]] = []
-    training: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
     if {"greedy", "sampled"} & set(tasks):
         assert config.data is not None
         rows = read_rows(config.data, "prompt", split="held_out", held_out=config.held_out, say=runtime.say)
@@ -102,9 +103,10 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
     if {"reward_accuracy", "preference_accuracy"} & set(tasks):
         assert config.preferences is not None
         rows = read_rows(config.preferences, "preference", split="held_out", held_out=config.held_out)
-        preferences = draw(rows, config.preference_rows, "preferences")
-        training = read_rows(config.preferences, "preference", split="train", held_out=config.held_out)
-        training = draw(training, 4 * config.preference_rows, "lengths")
+        rows = draw(rows, len(rows), "preferences")
+        preferences, others = rows[: config.preference_rows], rows[config.preference_rows :]
+        if len(others) < len(preferences):  # too few to learn from what lengths tell
+            others = read_rows(config.preferences, "preference", split="train", held_out=config.held_out)
     asked = questions("held_out", config.questions) if "multiple_choice" in tasks else []
     return Plan(
         models=tuple(_named(config.models, inputs["models"])),
@@ -116,11 +118,12 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
         swapped=config.swapped_questions,
         prompts=prompts,
         preferences=preferences,
-        training_lengths=(_lengths(training, "chosen"), _lengths(training, "rejected")),
+        lengths=(_lengths(others, "chosen"), _lengths(others, "rejected")),
         seed=config.seed,
         max_length=config.max_length,
         max_new_tokens=config.max_new_tokens,
         token_budget=config.token_budget,
+        bf16=runtime.bf16 if config.bf16 is None else config.bf16,
     )
 
 

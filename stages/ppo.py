@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.errors import ConfigError, TrainingError
+from pipeline.errors import ConfigError
 from pipeline.recipe import Data, Ref, StageConfig, field
 
 if TYPE_CHECKING:
@@ -64,9 +64,7 @@ class PPOConfig(StageConfig):
     cliprange: float = field(0.2, "the ratio is held above 1 - this, and below 1 + this", gt=0, lt=1)
     clip_higher: float | None = field(None, "the upper bound of its own (DAPO: 0.28)", gt=0)
     dual_clip: float | None = field(None, "loss of a bad token at most this times its advantage (verl: 3)", gt=1)
-    cliprange_value: float | None = field(
-        0.2, "values are held this near to those of the rollout; null for no clip", gt=0
-    )
+    cliprange_value: float | None = field(0.2, "values stay this near to the rollout's; null for no clip", gt=0)
     vf_coef: float = field(0.1, "weight of the value loss, which has a factor 1/2", gt=0)
     target_kl: float | None = field(None, "skip the rest of a step's updates above this KL", unit="nats a token", gt=0)
 
@@ -77,7 +75,7 @@ class PPOConfig(StageConfig):
     adaptive_kl_horizon: float = field(10_000, "adaptive_kl: how slowly the price moves", unit="episodes", gt=0)
     score_clip: float | None = field(10.0, "scores are held within plus and minus this; null for no clip", gt=0)
     missing_eos_rule: Literal["replace", "subtract", "keep"] = field(
-        "replace", "a response cut off before its stop token scores -penalty, its score - penalty, or its score"
+        "replace", "a response without a stop token scores -penalty, its score - penalty, or its score"
     )
     missing_eos_penalty: float = field(1.0, "the penalty of that rule", ge=0)
 
@@ -91,15 +89,17 @@ DEFAULTS = {"data": "demonstrations"}
 
 HEALTHY_GAP = 0.01
 """Mean |p(rollout) - p(training)| a token above which the two forwards don't agree."""
+SHOWN = ("reward", "kl", "length", "ended", "samples_per_second")
 RECENT = 10
 """Steps that the closing figures are the mean of."""
 
 
 def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
-    """Train the policy; returns its reward at the start and at the end, and the KL it took."""
+    """Train the policy; returns its reward in the first step and in the last ones, and the KL it took."""
     from transformers.utils import logging
 
     from pipeline.data.tokenizers import load_tokenizer
+    from pipeline.rl.learners import write_policy
 
     logging.set_verbosity_error()  # no report that a critic's new head is new
 
@@ -121,9 +121,7 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
             figures = loop.step(step, step / steps)
             step += 1
             runtime.metrics.log(step, loop.tokens, **figures)
-            bar.advance(
-                1, **{name: figures[name] for name in ("reward", "kl", "length", "ended", "samples_per_second")}
-            )
+            bar.advance(1, **{name: figures[name] for name in SHOWN})
             stopping = runtime.stop_requested()
             if step % config.save_steps == 0 or stopping or step == steps:
                 loop.save(step)
@@ -132,7 +130,7 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
 
     # 4. the policy, as its start was
     if runtime.is_main:
-        loop.write_policy(out / "model", inputs["init"].model)
+        write_policy(loop.policy.model, out / "model", inputs["init"].model, loop.stop_id)
     runtime.barrier()
     return loop.summary()
 
@@ -191,17 +189,16 @@ class _Loop:
         from pipeline.data.chat import stop_token_id
         from pipeline.model.build import check_vocabulary, load_causal_lm
         from pipeline.rl.learners import Learner
-        from pipeline.rl.masking import alone
+        from pipeline.rl.masking import alone, sum_over_ranks
         from pipeline.rl.scoring import load_scorer
         from pipeline.rl.updates import Objective
 
-        self.config, self.tokenizer, self.prompts = config, tokenizer, prompts
-        self.runtime, self.device = runtime, runtime.device
+        self.config, self.prompts, self.runtime, self.device = config, prompts, runtime, runtime.device
         self.bf16 = runtime.bf16 if config.bf16 is None else config.bf16
         self.stop_id = stop_token_id(tokenizer)
         self.pad_id = self.stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.own = config.batch_size // runtime.world_size
-        self.reduce = alone if runtime.world_size == 1 else _sum_over_ranks
+        self.reduce = alone if runtime.world_size == 1 else sum_over_ranks
 
         init = inputs["init"]
         policy = load_causal_lm(init.model).to(self.device).eval()  # eval: no dropout, in training either
@@ -219,16 +216,9 @@ class _Loop:
             runtime=runtime,
         )
         critic = self.scorer.critic(init, config.seed).to(self.device).eval()
-        learners = [
-            Learner(
-                model,
-                eps=config.adam_epsilon,
-                weight_decay=config.weight_decay,
-                max_grad_norm=config.max_grad_norm,
-            )
-            for model in (policy, critic)
-        ]
-        self.policy, self.critic = learners
+        self.policy, self.critic = (
+            Learner(model, config.adam_epsilon, config.weight_decay, config.max_grad_norm) for model in (policy, critic)
+        )
         self.objective = Objective(
             temperature=config.temperature,
             cliprange=config.cliprange,
@@ -240,87 +230,66 @@ class _Loop:
             value_std=self.scorer.scale[1],
             target_kl=config.target_kl,
         )
-        self.kl_coef = config.init_kl_coef if config.adaptive_kl else config.kl_coef
-        self.tokens = 0
+        self.kl_coef, self.tokens = config.init_kl_coef if config.adaptive_kl else config.kl_coef, 0
         self.history: list[dict[str, float]] = []  # the first step and the last few: what the summary is made of
 
     def step(self, step: int, done: float) -> dict[str, float]:
         """One step, `done` being the share of the run before it. Returns its figures."""
-        rows = self._rows(step)
+        from pipeline.rl.kl import adaptive_kl_coef
+        from pipeline.rl.updates import check_finite
+
+        config = self.config
+        first = step * config.batch_size + self.runtime.rank * self.own
+        rows = self.prompts.order[first : first + self.own]
         times = [self._clock()]
         rollout, sampled_BT = self.roll_out(step, rows)
         times.append(self._clock())
         scores_B = self.scorer.score(rollout, [self.prompts.rows[row] for row in rows])
         times.append(self._clock())
         experience, figures = self.appraise(rollout, sampled_BT, scores_B)
-        self._watch(step, figures)
+        check_finite(figures)
         times.append(self._clock())
         figures |= self.update(step, experience, done)
         times.append(self._clock())
 
-        if self.config.adaptive_kl:
-            self.kl_coef = self._next_kl_coef(figures["kl"])
-        tokens = round(figures["length"] * self.config.batch_size)
+        if config.adaptive_kl:
+            target, horizon = config.adaptive_kl_target, config.adaptive_kl_horizon
+            self.kl_coef = adaptive_kl_coef(
+                self.kl_coef, figures["kl"], target=target, horizon=horizon, episodes=config.batch_size
+            )
+        if step == 0 and figures["rollout_gap"] > HEALTHY_GAP:
+            gap = f"{figures['rollout_gap']:.3f}"
+            self.runtime.say(f"sampled and trained probabilities are {gap} apart a token: one of two forwards is wrong")
+        tokens = round(figures["length"] * config.batch_size)
         self.tokens += tokens
         phases = ("generate", "score", "reference", "train")
         figures |= {f"seconds_{phase}": end - start for phase, start, end in zip(phases, times, times[1:])}
-        figures["samples_per_second"] = self.config.batch_size / (times[-1] - times[0])
+        figures["samples_per_second"] = config.batch_size / (times[-1] - times[0])
         figures["tokens_per_second"] = tokens / (times[-1] - times[0])
         self.history = [*self.history[:1], *self.history[1:][1 - RECENT :], figures]
         return figures
 
-    def _watch(self, step: int, figures: dict[str, float]) -> None:
-        """TrainingError for figures that are not finite; a word where rollout and training forwards don't agree."""
-        wrong = ", ".join(name for name, value in figures.items() if not math.isfinite(value))
-        if wrong:
-            raise TrainingError(
-                f"not finite after the rollout: {wrong}",
-                where=f"ppo step {step + 1:,}",
-                mend="a lower learning_rate; the last checkpoint is kept",
-            )
-        if step == 0 and figures["rollout_gap"] > HEALTHY_GAP:
-            self.runtime.say(
-                f"a sampled token's probability differs by {figures['rollout_gap']:.3f} in training: above "
-                f"{HEALTHY_GAP} one of the two forwards is wrong"
-            )
-
-    def _rows(self, step: int) -> list[int]:
-        """The rows that this rank answers in this step."""
-        first = step * self.config.batch_size + self.runtime.rank * self.own
-        return self.prompts.order[first : first + self.own]
-
     def roll_out(self, step: int, rows: list[int]) -> tuple[Rollout, Tensor]:
-        """The policy's responses, and their log-probs as they were sampled, [B, T].
+        """The policy's responses to the prompts of `rows`, and their log-probs as they were sampled.
 
         Random numbers are drawn for the whole batch, so that a row's do not depend on how many ranks share it.
         """
-        from pipeline.model.generation import Sampling, draw_uniforms, generate
+        from pipeline.model.generation import draw_uniforms
         from pipeline.rl.forwards import precision
-        from pipeline.rl.rollouts import assemble
+        from pipeline.rl.rollouts import roll_out
 
         config, first = self.config, self.runtime.rank * self.own
         uniforms_BT = draw_uniforms(config.batch_size, config.response_length, self.runtime.generator("sampling", step))
-        prompts = [self.prompts.ids[row] for row in rows]
         with precision(self.device, self.bf16):
-            written = generate(
+            return roll_out(
                 self.policy.model,
-                prompts,
-                max_new_tokens=config.response_length,
-                stop_ids=[self.stop_id],
+                [self.prompts.ids[row] for row in rows],
+                uniforms_BT[first : first + self.own],
+                stop_id=self.stop_id,
                 pad_id=self.pad_id,
-                sampling=Sampling(config.temperature),
-                uniforms_BT=uniforms_BT[first : first + self.own],
+                temperature=config.temperature,
                 batch_size=config.local_rollout_forward_batch_size,
             )
-        longest = int(written.lengths_B.max())
-        rollout = assemble(
-            prompts,
-            written.ids_BT[:, :longest].to(self.device),
-            written.lengths_B.to(self.device),
-            written.is_ended_B.to(self.device),
-            self.pad_id,
-        )
-        return rollout, written.logprobs_BT[:, :longest].to(self.device)
 
     def appraise(self, rollout: Rollout, sampled_BT: Tensor, scores_B: Tensor) -> tuple[Experience, dict[str, float]]:
         """Log-probs of policy and reference, values; from them rewards, advantages and returns."""
@@ -339,12 +308,8 @@ class _Loop:
             values_BT = sweep(rollout, size, lambda r: response_values(self.critic.model, r, mean, std))
 
         kl_BT = kl.k1(logprobs_BT, reference_BT)
-        rewards_B = missing_eos(
-            clip_scores(scores_B, config.score_clip),
-            rollout.is_ended_B,
-            penalty=config.missing_eos_penalty,
-            rule=config.missing_eos_rule,
-        )
+        clipped_B, penalty = clip_scores(scores_B, config.score_clip), config.missing_eos_penalty
+        rewards_B = missing_eos(clipped_B, rollout.is_ended_B, penalty=penalty, rule=config.missing_eos_rule)
         rewards_BT = token_rewards(rewards_B, kl_BT, rollout.lengths_B, kl_coef=self.kl_coef)
         if config.whiten_rewards:
             rewards_BT = whiten(rewards_BT, mask_BT, shift_mean=False, reduce=self.reduce)
@@ -361,10 +326,8 @@ class _Loop:
             "ended": rollout.is_ended_B,
         }
         of_tokens = {"entropy": entropies_BT, "rollout_gap": (logprobs_BT.exp() - sampled_BT.exp()).abs()}
-        figures = means(of_rows, of_tokens, rollout.lengths_B, self.reduce) | {
-            "explained_variance": explained,
-            "kl_coef": self.kl_coef,
-        }
+        figures = means(of_rows, of_tokens, rollout.lengths_B, self.reduce)
+        figures |= {"explained_variance": explained, "kl_coef": self.kl_coef}
         figures["sqrt_kl"] = math.sqrt(max(0.0, figures["kl"]))
         return Experience(rollout, logprobs_BT, values_BT, advantages_BT, returns_BT), figures
 
@@ -374,10 +337,10 @@ class _Loop:
 
         from pipeline.rl.updates import update
 
-        config, runtime = self.config, self.runtime
+        config = self.config
         share = 1.0 - done if config.lr_scheduler_type == "linear" else 1.0
         orders = [
-            torch.randperm(config.batch_size, generator=runtime.generator("minibatches", step, epoch))
+            torch.randperm(config.batch_size, generator=self.runtime.generator("minibatches", step, epoch))
             for epoch in range(config.num_ppo_epochs)
         ]
         figures = update(
@@ -385,7 +348,7 @@ class _Loop:
             self.critic,
             experience,
             self.objective,
-            [order - runtime.rank * self.own for order in orders],
+            [order - self.runtime.rank * self.own for order in orders],
             minibatches=config.num_mini_batches,
             microbatch=config.per_device_train_batch_size,
             rates=(share * config.learning_rate, share * (config.value_learning_rate or 3 * config.learning_rate)),
@@ -393,18 +356,6 @@ class _Loop:
             reduce=self.reduce,
         )
         return figures | {"learning_rate": share * config.learning_rate}
-
-    def _next_kl_coef(self, kl: float) -> float:
-        from pipeline.rl.kl import adaptive_kl_coef
-
-        config = self.config
-        return adaptive_kl_coef(
-            self.kl_coef,
-            kl,
-            target=config.adaptive_kl_target,
-            horizon=config.adaptive_kl_horizon,
-            episodes=config.batch_size,
-        )
 
     def _clock(self) -> float:
         """Seconds, when all that was asked of the device is done."""
@@ -435,17 +386,6 @@ class _Loop:
         state = {"kl_coef": self.kl_coef, "tokens": self.tokens, "history": self.history, "optimizers": optimizers}
         self.runtime.checkpoints.save(step, tensors, state)
 
-    def write_policy(self, folder: Path, init: Path) -> None:
-        """The policy's folder, with the tokenizer, chat template and generation settings of `init`."""
-        from pipeline.model.build import copy_tokenizer
-
-        settings = self.policy.model.generation_config
-        stops = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-        if self.stop_id not in stops:
-            settings.eos_token_id = [self.stop_id, *(stop for stop in stops if stop is not None)]
-        self.policy.model.save_pretrained(folder)
-        copy_tokenizer(init, folder)
-
     def summary(self) -> dict[str, float]:
         """Figures of the first step and the means of the last ones."""
         from pipeline.model.build import count_parameters
@@ -455,14 +395,6 @@ class _Loop:
         means = {name: sum(figures[name] for figures in last) / len(last) for name in names}
         # Five forwards (decode, reward, policy, reference, critic) and two updates of 6 N, every model taken for alike.
         passes = 5 * 2 + 2 * 6 * self.config.num_ppo_epochs
-        flops = float(passes * count_parameters(self.policy.model)[1] * self.tokens)
+        read = self.tokens + sum(len(self.prompts.ids[row]) for row in self.prompts.order)
+        flops = float(passes * count_parameters(self.policy.model)[1] * read)
         return {"reward_first": self.history[0]["reward"], **means, "flops": flops}
-
-
-def _sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of every rank's tensor, on every rank."""
-    import torch
-
-    total = tensor.clone()
-    torch.distributed.all_reduce(total)
-    return total

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.errors import ConfigError, MismatchError, TrainingError
+from pipeline.errors import CheckpointError, ConfigError, MismatchError, TrainingError
 from pipeline.recipe import Section, StageConfig, field
 
 if TYPE_CHECKING:
@@ -221,6 +221,12 @@ class _Loop:
         checkpoint = self.runtime.checkpoints.latest()
         if checkpoint is None:
             return 0
+        if checkpoint.state["batch"] != self.batch:  # the data's position is step × batch
+            raise CheckpointError(
+                f"begun with {checkpoint.state['batch']} samples a step, and this run has {self.batch}",
+                where=str(checkpoint.path),
+                mend=f"as many processes as before (now {self.runtime.world_size}), or rm -r {checkpoint.path.parent}",
+            )
         tensors = checkpoint.tensors()
         load_parameters(self.model, tensors, "model")
         for index, optimizer in enumerate(self.optimizers):
@@ -239,7 +245,7 @@ class _Loop:
             moments, state = optimizer_tensors(optimizer, f"optimizer{index}")
             tensors |= moments
             states.append(state)
-        self.runtime.checkpoints.save(step, tensors, {"optimizers": states})
+        self.runtime.checkpoints.save(step, tensors, {"optimizers": states, "batch": self.batch})
 
     def step(self, step: int) -> None:
         """One optimiser step on this rank's share of the global batch."""

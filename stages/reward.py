@@ -19,11 +19,11 @@ from pipeline.recipe import Data, Ref, field
 from pipeline.trainer_config import TrainerConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from pipeline.model.reward import RewardModel
     from pipeline.runtime import Runtime
-    from pipeline.trainer import Row
+    from pipeline.trainer import Row, Schedule
 
 SCORED_TOKENS = 4096
 """Tokens of a batch that is only scored, padding included."""
@@ -50,9 +50,6 @@ RESULT_VERSION = 1
 def run(config: RewardConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
     """Train on pairs; returns held-out accuracy, by kind of negative, beside what lengths alone reach."""
     import torch
-    from datasets import Dataset
-    from trl import RewardConfig as Arguments
-    from trl import RewardTrainer
 
     from pipeline import trainer as adapter
     from pipeline.data.chat import stop_token_id
@@ -80,19 +77,7 @@ def run(config: RewardConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
 
     # 3. train
     plan = adapter.schedule([len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows], config, runtime)
-    own = {
-        "center_rewards_coefficient": config.center_rewards_coefficient,
-        "pad_token": tokenizer.convert_ids_to_tokens(pad_id),
-        "disable_dropout": False,
-    }
-    with adapter.building():
-        trainer = RewardTrainer(
-            model=model,
-            args=adapter.trainer_arguments(Arguments, config, plan, out, runtime, own),
-            train_dataset=Dataset.from_list(rows[:1]),
-            processing_class=load_tokenizer(init.model),
-            peft_config=adapter.lora(config.peft, "SEQ_CLS", modules_to_save=["score"]),
-        )
+    trainer = _trainer(config, model, rows, load_tokenizer(init.model), pad_id, plan, out, runtime)
     runtime.say(adapter.describe(trainer, plan, len(rows)))
     shown = {"loss": "loss", "acc": "accuracy", "margin": "margin"}
     adapter.train(trainer, rows, plan, runtime, checkpoint, phase="reward", shown=shown, state={})
@@ -110,8 +95,40 @@ def run(config: RewardConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
     figures = {"mean": mean, "std": std, "rows": float(len(rows)), "epochs": len(plan.order) / len(rows)}
     if config.held_out:
         figures |= _held_out(config, raw, tokenizer, pairs, length, runtime)
-    runtime.metrics.log(plan.steps, None, **figures)
+    runtime.metrics.log(plan.steps, int(plan.tokens[-1]), **figures)
     return {**figures, "flops": flops}
+
+
+def _trainer(
+    config: RewardConfig,
+    model: PreTrainedModel,
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerFast,
+    pad_id: int,
+    plan: Schedule,
+    out: Path,
+    runtime: Runtime,
+) -> Any:
+    """TRL's trainer of this config; it makes `pad_id` the tokenizer's pad."""
+    from datasets import Dataset
+    from trl import RewardConfig as Arguments
+    from trl import RewardTrainer
+
+    from pipeline import trainer as adapter
+
+    own = {
+        "center_rewards_coefficient": config.center_rewards_coefficient,
+        "pad_token": tokenizer.convert_ids_to_tokens(pad_id),
+        "disable_dropout": False,
+    }
+    with adapter.building():
+        return RewardTrainer(
+            model=model,
+            args=adapter.trainer_arguments(Arguments, config, plan, out, runtime, own),
+            train_dataset=Dataset.from_list(rows[:1]),
+            processing_class=tokenizer,
+            peft_config=adapter.lora(config.peft, "SEQ_CLS", modules_to_save=["score"]),
+        )
 
 
 def _encode(pairs: list[Row], tokenizer: PreTrainedTokenizerFast, length: int, runtime: Runtime) -> list[Row]:
@@ -198,6 +215,9 @@ def _held_out(
     items = reward_accuracy.score(
         raw, tokenizer, held_out, max_length=length, token_budget=SCORED_TOKENS, tick=runtime.check_stop
     )
+    if not items:
+        runtime.say("no held-out pair fits the length: nothing is measured")
+        return {}
     lengths = ([len(pair[side][0]["content"]) for pair in pairs] for side in ("chosen", "rejected"))
     found = reward_accuracy.figures(items, length_only.fit(*lengths), config.seed)
     runtime.say("held out: " + "  ".join(f"{name} {each.value:.3f}" for name, each in found.items()))

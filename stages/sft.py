@@ -46,14 +46,13 @@ RESULT_VERSION = 1
 
 def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
     """Train on the rows' answers; returns the held-out loss before and after, in nats a trained token."""
-    import torch
     from datasets import Dataset
     from trl import SFTConfig as Arguments
     from trl import SFTTrainer
 
     from pipeline import trainer as adapter
     from pipeline.data.chat import stop_token_id
-    from pipeline.model.build import check_vocabulary, load_causal_lm, save_model
+    from pipeline.model.build import check_vocabulary, save_model
     from pipeline.model.trained_positions import trim_head
 
     adapter.quieten()
@@ -61,7 +60,7 @@ def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     init = inputs["init"]
 
     # 1. rows as tokens
-    tokenizer = _tokenizer(config, init, runtime)
+    tokenizer = _tokenizer(config, init)
     stop_id = stop_token_id(tokenizer)
     length = adapter.longest_row(init.model, config.max_length, runtime)
     encoded = _encode(config, tokenizer, "train", runtime)
@@ -71,9 +70,8 @@ def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
         rows = _pack(rows, length)
 
     # 2. model
-    model = load_causal_lm(init.model, dtype=getattr(torch, config.dtype)).to(runtime.device)
+    model = adapter.load_policy(init.model, config, runtime)
     check_vocabulary(model, len(tokenizer), "sft.init")
-    adapter.no_dropout(model)
     before = checkpoint.state["before"] if checkpoint else _held_out_loss(model, held_out, config, runtime)
 
     # 3. train
@@ -102,15 +100,16 @@ def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     runtime.barrier()
     after = _held_out_loss(model, held_out, config, runtime)
     figures = {"held_out_loss_before": before, "held_out_loss": after} if held_out else {}
-    runtime.metrics.log(plan.steps, None, **figures)
+    runtime.metrics.log(plan.steps, int(plan.tokens[-1]), **figures)
     return {**figures, "rows": float(len(encoded)), "epochs": len(plan.order) / len(rows), "flops": flops}
 
 
-def _tokenizer(config: SFTConfig, init: Any, runtime: Runtime) -> PreTrainedTokenizerFast:
+def _tokenizer(config: SFTConfig, init: Any) -> PreTrainedTokenizerFast:
     """The init's tokenizer, with the recipe's chat template where it names one."""
-    from pipeline.data.tokenizers import CHATML, load_tokenizer
+    from pipeline import trainer as adapter
+    from pipeline.data.tokenizers import CHATML
 
-    tokenizer = load_tokenizer(init.model)
+    tokenizer = adapter.load_padded_tokenizer(init.model)
     if config.chat_template is not None:
         tokenizer.chat_template = CHATML if config.chat_template == "chatml" else config.chat_template
     if not tokenizer.chat_template:
@@ -119,9 +118,6 @@ def _tokenizer(config: SFTConfig, init: Any, runtime: Runtime) -> PreTrainedToke
             where="sft.init",
             mend="chat_template: chatml (for a tokenizer with <|im_start|> and <|im_end|>), or the text of a template",
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-        runtime.say("the tokenizer has no pad token: eos stands in; masks come from lengths, so eos is still trained")
     return tokenizer
 
 

@@ -1,7 +1,6 @@
 """The adapter to TRL: the order of rows, fields through, several processes."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -60,9 +59,7 @@ def test_grouped_by_length_has_the_same_rows_and_little_padding(runtime: Runtime
 
 def test_the_order_is_a_function_of_seed_and_batch_alone(runtime: Runtime, tmp_path: Path) -> None:
     whole = adapter.schedule(LENGTHS, config(), runtime)
-    split = adapter.schedule(
-        LENGTHS, config(per_device_train_batch_size=2, gradient_accumulation_steps=4), runtime
-    )
+    split = adapter.schedule(LENGTHS, config(per_device_train_batch_size=2, gradient_accumulation_steps=4), runtime)
     assert np.array_equal(whole.order, split.order)
     assert np.array_equal(whole.order, adapter.schedule(LENGTHS, config(), runtime).order)
     other = Runtime.start(tmp_path, seed=1, threads=1, quiet=True)
@@ -125,28 +122,49 @@ from pipeline.model.trained_positions import trim_head
 from pipeline.runtime import Runtime
 from pipeline.trainer_config import TrainerConfig
 
-world, out = int(sys.argv[1]), Path(sys.argv[2])
-out.mkdir(exist_ok=True)
-runtime = Runtime.start(out, seed=0, threads=1, world_size=world, quiet=True)
-config = TrainerConfig(bf16=False, learning_rate=1e-2, per_device_train_batch_size=4 // world, num_train_epochs=2.0,
-                       save_steps=100, logging_steps=1)
-rows = [{"input_ids": [3 + (index * k) % 60 for k in range(1, 4 + index % 9)]} for index in range(21)]
-rows = [row | {"labels": [-100, *row["input_ids"][1:]]} for row in rows]
-torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                                     num_attention_heads=1))
-vocabulary = {f"t{i}": i for i in range(64)}
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, [])), pad_token="t0", eos_token="t1")
-plan = adapter.schedule([len(row["input_ids"]) for row in rows], config, runtime)
-arguments = adapter.trainer_arguments(SFTConfig, config, plan, out, runtime, {"dataset_kwargs": {"skip_prepare_dataset": True}})
-trainer = SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows[:1]), processing_class=tokenizer)
-trim_head(trainer.model)
-adapter.train(trainer, rows, plan, runtime, None, phase="x", shown={}, state={})
-shared = adapter.over_ranks(runtime, (5,), lambda own: [10.0 * i for i in own])
-if runtime.is_main:
-    model = adapter.trained_model(trainer)
-    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
-    print(json.dumps({"steps": plan.steps, "weights": flat.tolist(), "shared": shared.tolist()}))
+def work(world, out):
+    runtime = Runtime.start(out, seed=0, threads=1, world_size=world, quiet=True)
+    config = TrainerConfig(bf16=False, learning_rate=1e-2, per_device_train_batch_size=4 // world, num_train_epochs=2.0,
+                           save_steps=100, logging_steps=1)
+    rows = [{"input_ids": [3 + (index * k) % 60 for k in range(1, 4 + index % 9)]} for index in range(21)]
+    rows = [row | {"labels": [-100, *row["input_ids"][1:]]} for row in rows]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                         num_attention_heads=1))
+    vocabulary = Tokenizer(models.BPE({f"t{i}": i for i in range(64)}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="t0", eos_token="t1")
+    plan = adapter.schedule([len(row["input_ids"]) for row in rows], config, runtime)
+    own = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    arguments = adapter.trainer_arguments(SFTConfig, config, plan, out, runtime, own)
+    sample = Dataset.from_list(rows[:1])
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=sample, processing_class=tokenizer)
+    trim_head(trainer.model)
+    adapter.train(trainer, rows, plan, runtime, None, phase="x", shown={}, state={})
+    shared = adapter.over_ranks(runtime, (5,), lambda own: [10.0 * i for i in own])
+    if runtime.is_main:
+        flat = torch.cat([p.detach().flatten() for p in adapter.trained_model(trainer).parameters()])
+        found = {"steps": plan.steps, "weights": flat.tolist(), "shared": shared.tolist()}
+        (out / "found.json").write_text(json.dumps(found))
+
+root, port = Path(sys.argv[1]), sys.argv[2]
+children = []
+for world, rank in ((1, 0), (2, 0), (2, 1)):
+    out = root / str(world)
+    out.mkdir(exist_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        if world == 2:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
+        code = 1
+        try:
+            work(world, out)
+            code = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    children.append(pid)
+sys.exit(sum(os.waitpid(pid, 0)[1] for pid in children) != 0)
 """
 
 
@@ -155,17 +173,10 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    running = []
-    for world, rank in ((1, 0), (2, 0), (2, 1)):
-        env = dict(os.environ)
-        if world == 2:
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-        command = [sys.executable, "-c", TWO, str(world), str(tmp_path / str(world))]
-        running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    ended = [process.communicate(timeout=240) for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0], "\n".join(error for _, error in ended)
-    one, two = (json.loads(output.splitlines()[-1]) for output, _ in ended[:2])
+    command = [sys.executable, "-c", TWO, str(tmp_path), port]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / world / "found.json").read_text()) for world in "12")
     assert one["steps"] == two["steps"] == 11
     assert two["shared"] == one["shared"] == [0.0, 10.0, 20.0, 30.0, 40.0]
     np.testing.assert_allclose(two["weights"], one["weights"], rtol=0, atol=1e-6)

@@ -25,15 +25,20 @@ from pipeline.cli import main
 
 
 def start(args: list[str], cwd: str, env: dict[str, str], log: str) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    logs = {1: os.open(f"{log}.out", flags), 2: os.open(f"{log}.err", flags)}
     pid = os.fork()
     if pid:
+        os.setpgid(pid, pid)  # here as well as there: whoever comes first
+        for file in logs.values():
+            os.close(file)
         return pid
-    os.setsid()
+    os.setpgid(0, 0)
     os.chdir(cwd)
     os.environ.update(env)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for descriptor, suffix in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{log}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    for descriptor, file in logs.items():
+        os.dup2(file, descriptor)
     sys.argv = ["llmpipe", *args]
     code = 0
     try:

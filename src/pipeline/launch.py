@@ -43,15 +43,17 @@ class Launch:
     strategy: str = "auto"
     quiet: bool = False
 
-    def processes(self) -> int:
-        """How many processes: what was asked for, else one a GPU, else one."""
+    def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"--strategy is one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
+        if self.num_processes is not None and self.num_processes < 1:
+            raise ConfigError("--num-processes is at least 1")
+        if self.strategy == "single" and (self.num_processes or 1) > 1:
+            raise ConfigError("--strategy single is one process", mend="--strategy ddp")
+
+    def processes(self) -> int:
+        """How many processes: what was asked for, else one a GPU, else one."""
         if self.num_processes is not None:
-            if self.num_processes < 1:
-                raise ConfigError("--num-processes is at least 1")
-            if self.strategy == "single" and self.num_processes > 1:
-                raise ConfigError("--strategy single is one process", mend="--strategy ddp")
             return self.num_processes
         if self.strategy == "single":
             return 1

@@ -29,12 +29,22 @@ import numpy.typing as npt
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
-from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
+from pipeline.artifacts import need_disk
 from pipeline.checkpoint import Checkpoint
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, TrainingError
-from pipeline.model.build import flops_per_token
+from pipeline.model.build import flops_per_token, load_causal_lm
 from pipeline.progress import Bar
 from pipeline.reading import meant
 from pipeline.recipe import PeftConfig
@@ -239,6 +249,21 @@ def longest_row(folder: Path, max_length: int, runtime: Runtime) -> int:
     return int(reach)
 
 
+def load_padded_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer, eos standing in for a missing pad: masks come from lengths, so eos is trained all the same."""
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(folder: Path, config: TrainerConfig, runtime: Runtime) -> PreTrainedModel:
+    """The language model in `folder` on the runtime's device, without dropout, in evaluation mode."""
+    model = load_causal_lm(folder, dtype=getattr(torch, config.dtype)).to(runtime.device)
+    no_dropout(model)
+    return model.eval()
+
+
 def no_dropout(model: PreTrainedModel) -> None:
     """Dropout off for good; an adapter's own, asked for by `peft.lora_dropout`, comes later and stays."""
     for module in model.modules():
@@ -301,6 +326,7 @@ def train(
     `shown`: label -> TRL's name of the key figures of the progress line. `state` is kept with every checkpoint. Raises
     TrainingError for a loss that is not finite, Stopped or Interrupted after saving when asked to stop.
     """
+    need_disk(Path(trainer.args.output_dir).parent, _bytes_to_write(trainer.model), "saving and checkpoints")
     trainer.remove_callback(PrinterCallback)
     trainer.train_dataset = _Unrolled(rows, plan.order)
     if checkpoint is not None:
@@ -311,6 +337,14 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     if watch.is_stopping and trainer.state.global_step < plan.steps:
         runtime.stop(trainer.state.global_step)
+
+
+def _bytes_to_write(model: torch.nn.Module) -> int:
+    """Three checkpoints (two are kept while a third is written: what is trained and AdamW's moments) and the model."""
+    parameters = list(model.parameters())
+    whole = sum(p.numel() * p.element_size() for p in parameters)
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    return 3 * 3 * trained + whole
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]

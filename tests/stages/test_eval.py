@@ -40,6 +40,7 @@ SMALL = {
     "preference_rows": 8,
     "max_length": 128,
     "max_new_tokens": 10,
+    "bf16": False,
 }
 
 

@@ -548,3 +548,10 @@ def test_the_reference_is_the_init(parts: Parts, tmp_path: Path):
         p, q = (model(input_ids=prompt).logits[0, -1].log_softmax(-1) for model in (policy, init))
     assert (p.exp() * (p - q)).sum().item() > 1e-4
     assert done.lines()[1]["kl"] != 0
+
+
+def test_every_field_and_figure_is_in_the_docs(parts: Parts, tmp_path: Path):
+    text = (Path(__file__).parents[2] / "docs/ppo.md").read_text()
+    figures = set(run(parts, tmp_path, total_episodes=16).lines()[0]) - {"step", "tokens", "learning_rate"}
+    missing = [name for name in [*stage.PPOConfig.model_fields, *figures] if f"`{name}`" not in text]
+    assert missing == []

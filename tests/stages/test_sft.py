@@ -115,9 +115,7 @@ def test_refuses_a_run_that_trains_no_stop_token(quiet: Runtime) -> None:
         sft._fit([Encoded([5, 6, 7], [False, True, True])], 9, 10, quiet)
 
 
-def test_refuses_a_model_without_chat_template(
-    model_folder: Path, tmp_path: Path, runtime: Any, config: Any
-) -> None:
+def test_refuses_a_model_without_chat_template(model_folder: Path, tmp_path: Path, runtime: Any, config: Any) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(model_folder, bare)
     (bare / "chat_template.jinja").unlink()
@@ -229,7 +227,9 @@ def test_the_folder_is_a_chat_model_and_better_on_held_out_rows(init: Any, runti
     assert (made.tokenizer_hash, made.template_hash) == (init.tokenizer_hash, init.template_hash)
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What does the cow number 85 say?"}], add_generation_prompt=True, return_tensors="pt"
+        [{"role": "user", "content": "What does the cow number 85 say?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
     )["input_ids"]
     answer = model.generate(prompt, max_new_tokens=20)[0, prompt.shape[1] :]
     assert answer[-1] == stop, "it learnt to stop"
@@ -292,7 +292,7 @@ from stages import sft
 
 model, rows, root = sys.argv[1:4]
 config = sft.SFTConfig(data=(DataEntry(source=rows),), learning_rate=1e-3, per_device_train_batch_size=4, max_steps=60,
-                       save_steps=3, logging_steps=2, held_out=0.1)
+                       save_steps=4, logging_steps=2, held_out=0.1)
 
 def start(out):
     out.mkdir(exist_ok=True)
@@ -311,29 +311,31 @@ def ended(pid):
 def half_saved(out):
     return [p for p in (out / "checkpoints").glob("checkpoint-*") if not (p / "whole.json").exists()]
 
+def saved(out):
+    return max([int(p.parent.name.split("-")[1]) for p in (out / "checkpoints").glob("checkpoint-*/whole.json")] or [0])
+
 calm, killed = Path(root, "calm"), Path(root, "killed")
-began = time.monotonic()
 os.waitpid(start(calm), 0)
-long = time.monotonic() - began
 draw = random.Random(int(sys.argv[4]))
+targets = [draw.randrange(*span) for span in ((4, 9), (13, 21), (25, 33))]  # steps that are whole by then
 kills, half = 0, 0
 while not (killed / "resumed_from").exists():
-    pid, began = start(killed), time.monotonic()
-    wait = draw.uniform(0.2, 0.6) * long
-    in_a_save = kills % 2 == 0
+    pid = start(killed)
     while not ended(pid):
-        late = time.monotonic() - began > wait
-        if kills < 4 and late and (half_saved(killed) if in_a_save else True):
+        in_a_save = kills % 2  # every other one in the middle of a save
+        if kills < 3 and saved(killed) >= targets[kills] and (half_saved(killed) or not in_a_save):
+            time.sleep(0 if in_a_save else draw.uniform(0, 0.05))
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             kills += 1
             half += bool(half_saved(killed))
             break
-        time.sleep(0.0005)
+        time.sleep(0.0003)
 print(json.dumps({"kills": kills, "half": half, "resumed_from": int((killed / "resumed_from").read_text())}))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_and_in_the_middle_of_a_save_it_ends_with_the_same_bits(
     model_folder: Path, demonstrations: Path, tmp_path: Path
 ) -> None:
@@ -344,7 +346,7 @@ def test_killed_at_random_and_in_the_middle_of_a_save_it_ends_with_the_same_bits
     )  # fmt: skip
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["kills"] >= 2, found
+    assert found["kills"] == 3, found
     assert found["half"] >= 1, f"seed {seed}: no kill hit a save: {found}"
     assert found["resumed_from"] > 0, found
     assert sha(tmp_path / "killed") == sha(tmp_path / "calm"), f"seed {seed}: {found}"

@@ -71,6 +71,8 @@ def schema() -> dict[str, Any]:
         stage = load_stage(name, Path.cwd()).config.model_json_schema(ref_template="#/$defs/{model}")
         definitions |= stage.pop("$defs", {})
         stage["properties"]["stage"] = {"type": "string", "description": "the stage's type, or ./file.py"}
+        if not stage.get("required"):
+            stage["type"] = ["object", "null"]  # `pretrain:` and nothing behind it is all its defaults
         definitions[name] = stage
     top = RecipeFile.model_json_schema()
     top["$schema"] = "https://json-schema.org/draft/2020-12/schema"

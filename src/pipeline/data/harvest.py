@@ -208,9 +208,7 @@ _ROLE = re.compile(r":[\w:+-]+:`[~!]?([^`<]*?)(?:\s*<[^`>]*>)?`")  # :func:`~jso
 _LINK = re.compile(r"\[(`[^`\]]*`)\]")  # [`BertModel`]
 _ABBREVIATION = r"(?<![\s.(][a-zA-Z])(?<!e\.g)(?<!i\.e)(?<!etc)(?<! vs)(?<! cf)"
 _END = re.compile(_ABBREVIATION + r"[.!?](?=[`\"')]*\s+[^a-z\s])")
-_NOT_A_DESCRIPTION = re.compile(
-    r"[\w*`]+ \(|\.\.|[>:=*|-]|(todo|fixme|note|warning|deprecated|args|alias|see)\b", re.I
-)
+_NOT_A_DESCRIPTION = re.compile(r"[\w*`]+ \(|\.\.|[>:=*|-]|(todo|fixme|note|warning|deprecated|args|alias|see)\b", re.I)
 
 
 def words(text: str) -> list[str]:

@@ -92,9 +92,7 @@ def instruction_rows(which: Split) -> Iterator[dict[str, list[Message]]]:
 
 
 def _prompt(entry: Entry) -> list[Message]:
-    phrasing = (
-        0 if entry.is_held_out else max(0, hash32("phrasing", entry.name) % 4 - 1)
-    )  # half are the first
+    phrasing = 0 if entry.is_held_out else max(0, hash32("phrasing", entry.name) % 4 - 1)  # half are the first
     return [{"role": "user", "content": QUESTIONS[phrasing].format(entry.name)}]
 
 

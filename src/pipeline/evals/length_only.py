@@ -1,7 +1,7 @@
 """A scorer that knows nothing but an answer's length: what a preference figure must beat to mean anything.
 
-Learnt from training pairs: the log-odds of being the chosen one for each length, so that it knows the best length and
-not only a direction. Lengths are in characters.
+Learnt from pairs that it is not measured on: the log-odds of being the chosen one for each length, so that it knows
+the best length and not only a direction. Lengths are in characters.
 """
 
 from __future__ import annotations

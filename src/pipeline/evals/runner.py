@@ -64,12 +64,13 @@ class Plan:
     """How many of the questions are asked with another function's name too."""
     prompts: Sequence[Row]
     preferences: Sequence[Row]
-    training_lengths: tuple[Sequence[int], Sequence[int]]
-    """Characters of the chosen and of the rejected answers of training pairs."""
+    lengths: tuple[Sequence[int], Sequence[int]]
+    """Characters of the chosen and of the rejected answers of other pairs: what the length-only scorer learns from."""
     seed: int
     max_length: int
     max_new_tokens: int
     token_budget: int
+    bf16: bool
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class Scorers:
                 self.runtime.device,
                 max_length=self.plan.max_length,
                 token_budget=self.plan.token_budget,
-                bf16=self.runtime.bf16,
+                bf16=self.plan.bf16,
                 tick=self.tick,
             )
         return self.loaded[model.name]
@@ -251,8 +252,8 @@ def _figures(plan: Plan, task: str, items: list[Item], baseline: list[Item] | No
     if task == "multiple_choice":
         return multiple_choice.figures(items, baseline, plan.seed)
     if task == "reward_accuracy":
-        return reward_accuracy.figures(items, length_only.fit(*plan.training_lengths), plan.seed)
+        return reward_accuracy.figures(items, length_only.fit(*plan.lengths), plan.seed)
     if task == "preference_accuracy":
-        lengths = length_only.fit(*plan.training_lengths)
-        return preference_accuracy.figures(items, baseline, lengths, plan.seed) if baseline is not None else {}
+        scorer = length_only.fit(*plan.lengths)
+        return preference_accuracy.figures(items, baseline, scorer, plan.seed) if baseline is not None else {}
     return samples.figures(items, baseline, plan.seed)

@@ -14,13 +14,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 SHRINK_BELOW = 0.8
 """Ended rows leave when no more than this share of the batch is unfinished: leaving copies the cache of all
@@ -93,10 +92,41 @@ def sample(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     rounding left over (not quite 1) is what the uniform number is a share of.
     """
     wide = torch.float32 if probs_BV.device.type == "mps" else torch.float64
-    cumulative_BV = probs_BV.cumsum(dim=-1, dtype=wide)
+    cumulative_BV = probs_BV.to(wide).cumsum(dim=-1)  # five times as fast as cumsum(dtype=wide)
     targets_B1 = uniforms_B.to(probs_BV.device, wide)[:, None] * cumulative_BV[:, -1:]
     ids_B = torch.searchsorted(cumulative_BV, targets_B1, right=True).squeeze(-1)
     return ids_B.clamp(max=probs_BV.shape[-1] - 1)
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one layer, [B, heads, L, channels], in memory that has room for all that will be written.
+
+    DynamicLayer copies everything it holds at every token, which is a fifth of the time of decoding 200 of them.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new positions; all keys and values so far."""
+        held = self.get_seq_length()
+        if held == 0:
+            self.lazy_initialization(key_states, value_states)
+            self.key_room, self.value_room = (
+                states.new_empty(*states.shape[:2], self.room, states.shape[3]) for states in (key_states, value_states)
+            )
+        end = held + key_states.shape[2]
+        self.key_room[:, :, held:end] = key_states
+        self.value_room[:, :, held:end] = value_states
+        self.keys, self.values = self.key_room[:, :, :end], self.value_room[:, :, :end]
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows."""
+        end = self.keys.shape[2]
+        self.key_room, self.value_room = self.key_room[beam_idx], self.value_room[beam_idx]
+        self.keys, self.values = self.key_room[:, :, :end], self.value_room[:, :, :end]
 
 
 class Decoder:
@@ -106,12 +136,13 @@ class Decoder:
     side.
     """
 
-    def __init__(self, model: PreTrainedModel, prompt_ids_BP: Tensor, is_real_BP: Tensor) -> None:
-        from transformers import DynamicCache
-
+    def __init__(self, model: PreTrainedModel, prompt_ids_BP: Tensor, is_real_BP: Tensor, max_new_tokens: int) -> None:
         parameters = inspect.signature(model.forward).parameters
         self.model = model
         self.cache = DynamicCache(config=model.config)
+        room = prompt_ids_BP.shape[1] + max_new_tokens
+        # Plain attention only: sliding windows and recurrent states have layers of their own kind.
+        self.cache.layers = [_RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
         self.takes_positions = "position_ids" in parameters  # not where positions are biases (BLOOM, MPT)
         self.is_recurrent = "cache_params" in parameters  # Mamba: a state a layer, no keys to mask
         self.is_real_BL = is_real_BP.long()
@@ -176,7 +207,7 @@ def generate_batch(
     is_ended_B = torch.zeros(rows, dtype=torch.bool, device=device)
     uniforms_BT = None if uniforms_BT is None else uniforms_BT.to(device)
 
-    decoder = Decoder(model, prompt_ids_BP.to(device), is_real_BP.to(device))
+    decoder = Decoder(model, prompt_ids_BP.to(device), is_real_BP.to(device), max_new_tokens)
     present_B = torch.arange(rows, device=device)  # the rows still in the batch
     for t in range(max_new_tokens):
         if uniforms_BT is None:
@@ -257,7 +288,7 @@ def stream(
     """The ids of one answer as they are written, without the stop token. As `generate` otherwise."""
     assert (sampling.temperature == 0) == (uniforms_T is None), "greedy takes no randomness, sampling needs it"
     prompt_ids_BP = torch.tensor([list(prompt)], device=model.device)
-    decoder = Decoder(model, prompt_ids_BP, torch.ones_like(prompt_ids_BP))
+    decoder = Decoder(model, prompt_ids_BP, torch.ones_like(prompt_ids_BP), max_new_tokens)
     for t in range(max_new_tokens):
         if uniforms_T is None:
             next_B = decoder.logits_BV.argmax(dim=-1)

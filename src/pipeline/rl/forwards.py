@@ -41,7 +41,7 @@ def response_logits(policy: PreTrainedModel, rollout: Rollout, temperature: floa
         logits_NV: Tensor = policy(input_ids=rollout.ids_BL, use_cache=False).logits[0]
     finally:
         hook.remove()
-    return logits_NV.float() / temperature
+    return logits_NV.float() if temperature == 1 else logits_NV.float() / temperature
 
 
 def response_logprobs(policy: PreTrainedModel, rollout: Rollout, temperature: float) -> Tensor:
@@ -79,7 +79,7 @@ def sweep_policy(
     logprobs_BT = torch.zeros_like(entropies_BT)
     for rows in microbatches(rollout.prompt_lengths_B + rollout.lengths_B, batch_size):
         part = rollout.select(rows)
-        logits_NV = response_logits(policy, part, temperature)
-        logprobs_BT[rows] = part.spread(-F.cross_entropy(logits_NV, part.targets_N, reduction="none"))
-        entropies_BT[rows] = part.spread(entropy(logits_NV))
+        all_NV = response_logits(policy, part, temperature).log_softmax(dim=-1)
+        logprobs_BT[rows] = part.spread(all_NV.gather(1, part.targets_N[:, None])[:, 0])
+        entropies_BT[rows] = part.spread(entropy(all_NV))
     return logprobs_BT, entropies_BT

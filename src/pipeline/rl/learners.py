@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.checkpoint import load_optimizer, optimizer_tensors
-from pipeline.model.build import load_parameters, unique_parameters
+from pipeline.model.build import copy_tokenizer, load_parameters, unique_parameters
 from pipeline.rl.masking import Reduce, alone
 
 
 class Learner:
     """A model with its optimizer."""
 
-    def __init__(self, model: PreTrainedModel, *, eps: float, weight_decay: float, max_grad_norm: float) -> None:
+    def __init__(self, model: PreTrainedModel, eps: float, weight_decay: float, max_grad_norm: float) -> None:
         self.model, self.max_grad_norm = model, max_grad_norm
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=eps, weight_decay=weight_decay, fused=True)
 
@@ -60,3 +61,14 @@ def restore(learners: Mapping[str, Learner], tensors: dict[str, Tensor], setting
     for name, learner in learners.items():
         load_parameters(learner.model, tensors, name)
         load_optimizer(learner.optimizer, f"{name}_optimizer", tensors, settings[name])
+
+
+def write_policy(policy: PreTrainedModel, folder: Path, init: Path, stop_id: int) -> None:
+    """The policy's folder, with the tokenizer, chat template and generation settings of `init`, ending at the stop."""
+    settings = policy.generation_config
+    assert settings is not None
+    stops = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    if stop_id not in stops:
+        settings.eos_token_id = [stop_id, *(stop for stop in stops if stop is not None)]
+    policy.save_pretrained(folder)
+    copy_tokenizer(init, folder)

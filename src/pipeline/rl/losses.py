@@ -1,4 +1,4 @@
-"""The clipped losses of PPO, and the entropy of a distribution given by its logits.
+"""The clipped losses of PPO, and the entropy of a distribution.
 
 Letters: B rows, T response tokens, N tokens, V vocabulary. `normaliser` is the number of response tokens of
 the whole optimiser step, over all its microbatches and all ranks: the losses and figures of the parts then
@@ -116,11 +116,6 @@ def value_loss(
         return ValueLoss(loss, masked_sum(is_clipped_BT.to(values_BT.dtype), response_mask_BT) / normaliser)
 
 
-def entropy(logits_NV: Tensor) -> Tensor:
-    """Entropy of each distribution, nats: H = log sum exp z - sum p z, which -inf logits leave finite.
-
-    [N, V] -> [N]
-    """
-    probs_NV = logits_NV.softmax(dim=-1)
-    weighted_NV = torch.where(probs_NV > 0, probs_NV * logits_NV, 0)
-    return logits_NV.logsumexp(dim=-1) - weighted_NV.sum(dim=-1)
+def entropy(logprobs_NV: Tensor) -> Tensor:
+    """Entropy of each distribution from its log-probs, nats: H = -sum p log p, 0 where p is 0. [N, V] -> [N]"""
+    return -torch.where(logprobs_NV == -torch.inf, 0, logprobs_NV.exp() * logprobs_NV).sum(dim=-1)

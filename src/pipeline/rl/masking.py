@@ -20,6 +20,13 @@ def alone(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The `Reduce` of several processes: a collective of torch.distributed."""
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
 def length_mask(lengths_B: Tensor, length: int) -> Tensor:
     """True where t < length of the row: [B] int -> [B, length] bool."""
     return torch.arange(length, device=lengths_B.device)[None, :] < lengths_B[:, None]

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from pipeline.model.generation import Sampling, generate
 from pipeline.rl.masking import length_mask
 
 
@@ -85,6 +87,36 @@ class Experience:
             self.advantages_BT[rows],
             self.returns_BT[rows],
         )
+
+
+def roll_out(
+    policy: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    uniforms_BT: Tensor,
+    *,
+    stop_id: int,
+    pad_id: int,
+    temperature: float,
+    batch_size: int,
+) -> tuple[Rollout, Tensor]:
+    """The policy's responses to `prompts`, and their log-probs as they were sampled, [B, T].
+
+    `uniforms_BT` [B, greatest response length] is all the randomness. Precision is that of the caller's autocast.
+    """
+    written = generate(
+        policy,
+        prompts,
+        max_new_tokens=uniforms_BT.shape[1],
+        stop_ids=[stop_id],
+        pad_id=pad_id,
+        sampling=Sampling(temperature),
+        uniforms_BT=uniforms_BT,
+        batch_size=batch_size,
+    )
+    device, longest = policy.device, int(written.lengths_B.max())
+    ids_BT, lengths_B = written.ids_BT[:, :longest].to(device), written.lengths_B.to(device)
+    rollout = assemble(prompts, ids_BT, lengths_B, written.is_ended_B.to(device), pad_id)
+    return rollout, written.logprobs_BT[:, :longest].to(device)
 
 
 def assemble(

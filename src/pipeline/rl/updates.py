@@ -7,6 +7,7 @@ weighs one over the tokens of the whole minibatch, so neither how it is cut up n
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,9 +76,7 @@ def update(
             break
         norms = policy.gather(reduce), critic.gather(reduce)
         figures |= {"policy_grad_norm": norms[0].item(), "value_grad_norm": norms[1].item()}
-        if not all(map(math.isfinite, figures.values())):
-            what = ", ".join(f"{name} {value:.3g}" for name, value in figures.items() if not math.isfinite(value))
-            raise TrainingError(f"not finite: {what}", mend="a lower learning_rate; the last checkpoint is kept")
+        check_finite(figures)
         for learner, norm, rate in zip((policy, critic), norms, rates, strict=True):
             learner.step(norm, rate)
         done.append(figures)
@@ -134,6 +133,13 @@ def minibatch(
         ratio_error = max(ratio_error, of_policy.max_ratio_error.item())
     names = ("policy_loss", "clip_fraction", "approx_kl", "value_loss", "value_clip_fraction")
     return dict(zip(names, reduce(totals).tolist(), strict=True)), ratio_error
+
+
+def check_finite(figures: Mapping[str, float]) -> None:
+    """TrainingError where one of them is not."""
+    wrong = ", ".join(f"{name} {value}" for name, value in figures.items() if not math.isfinite(value))
+    if wrong:
+        raise TrainingError(f"not finite: {wrong}", mend="a lower learning_rate; the last checkpoint is kept")
 
 
 def check_first_ratio(error: float, tolerance: float) -> None:

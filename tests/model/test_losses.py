@@ -1,0 +1,112 @@
+"""The chunked cross entropy against torch's own: value, both gradients, in either precision, over chunk borders."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.model.losses import IGNORED, cross_entropy_sum, token_nats
+
+N, D, V = 37, 16, 53
+
+
+def made(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [N, D], weight [V, D] (float32, as a model's is), target [N] with some ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden_ND = torch.randn(N, D, generator=generator).to(dtype).requires_grad_()
+    weight_VD = torch.randn(V, D, generator=generator).requires_grad_()
+    target_N = torch.randint(0, V, (N,), generator=generator)
+    target_N[[0, 5, 6, 20, N - 1]] = IGNORED
+    return hidden_ND, weight_VD, target_N
+
+
+def reference(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
+    logits_NV = hidden_ND.double() @ weight_VD.to(hidden_ND.dtype).double().T
+    return F.cross_entropy(logits_NV, target_N, reduction="sum", ignore_index=IGNORED)
+
+
+def test_by_hand():
+    """Two positions, three words: logits (ln 1, ln 2, ln 5) and (0, 0, 0), targets 2 and 0."""
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0, 0.0], [math.log(2), 0.0], [math.log(5), 0.0]], requires_grad=True)
+    loss = cross_entropy_sum(hidden, weight, torch.tensor([2, 0]))
+    assert loss.item() == pytest.approx(math.log(8 / 5) + math.log(3), rel=1e-6)
+    loss.backward()
+    # softmax − onehot: (1/8, 2/8, −3/8) and (−2/3, 1/3, 1/3)
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, torch.tensor([[1 / 8, -2 / 3], [2 / 8, 1 / 3], [-3 / 8, 1 / 3]]))
+    assert hidden.grad is not None
+    first = 2 / 8 * math.log(2) - 3 / 8 * math.log(5)
+    second = (math.log(2) + math.log(5)) / 3
+    torch.testing.assert_close(hidden.grad, torch.tensor([[first, 0.0], [second, 0.0]]))
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 36, 37, 38, 2048])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_value_and_gradients_are_torchs(dtype: torch.dtype, tolerance: float, chunk: int):
+    hidden_ND, weight_VD, target_N = made(dtype)
+    loss = cross_entropy_sum(hidden_ND, weight_VD, target_N, chunk)
+    assert (loss.dtype, loss.shape) == (torch.float32, ())
+    (0.5 * loss).backward()
+    own = [hidden_ND.grad, weight_VD.grad]
+    hidden_ND.grad = weight_VD.grad = None
+    expected = reference(hidden_ND, weight_VD, target_N)
+    (0.5 * expected).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for mine, theirs, name in zip(own, [hidden_ND.grad, weight_VD.grad], ["hidden", "weight"], strict=True):
+        assert mine is not None
+        assert theirs is not None
+        assert mine.dtype == theirs.dtype
+        error = (mine.double() - theirs.double()).norm() / theirs.double().norm()
+        assert error < tolerance, name
+
+
+def test_autocast_gives_low_precision_products_and_float32_gradients():
+    hidden_ND, weight_VD, target_N = made(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = cross_entropy_sum(hidden_ND, weight_VD, target_N, 10)
+    loss.backward()
+    expected = reference(hidden_ND, weight_VD, target_N)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-2)
+    assert loss.item() != pytest.approx(expected.item(), rel=1e-6)
+    assert hidden_ND.grad is not None
+    assert weight_VD.grad is not None
+    assert hidden_ND.grad.dtype == weight_VD.grad.dtype == torch.float32
+
+
+def test_ignored_targets_count_nothing():
+    hidden_ND, weight_VD, target_N = made(torch.float32)
+    loss = cross_entropy_sum(hidden_ND, weight_VD, target_N, 10)
+    loss.backward()
+    assert hidden_ND.grad is not None
+    is_ignored = target_N == IGNORED
+    assert torch.equal(hidden_ND.grad[is_ignored], torch.zeros(5, D))
+    assert (hidden_ND.grad[~is_ignored].abs().sum(-1) > 0).all()
+    counted = cross_entropy_sum(hidden_ND[~is_ignored], weight_VD, target_N[~is_ignored])
+    assert loss.item() == pytest.approx(counted.item(), rel=1e-6)
+    nothing = cross_entropy_sum(hidden_ND, weight_VD, torch.full((N,), IGNORED))
+    assert nothing.item() == 0
+
+
+def test_large_logits_stay_finite():
+    hidden_ND, weight_VD, target_N = made(torch.float32)
+    loss = cross_entropy_sum(hidden_ND * 1e4, weight_VD, target_N)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert weight_VD.grad is not None
+    assert weight_VD.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 2048])
+def test_nats_of_every_token(chunk: int):
+    hidden_ND, weight_VD, target_N = made(torch.float32)
+    nats_N = token_nats(hidden_ND, weight_VD, target_N, chunk)
+    logits_NV = hidden_ND @ weight_VD.T
+    expected_N = F.cross_entropy(logits_NV, target_N, reduction="none", ignore_index=IGNORED)
+    torch.testing.assert_close(nats_N, expected_N.detach())
+    assert nats_N[target_N == IGNORED].tolist() == [0.0] * 5
+    assert not nats_N.requires_grad
+    assert nats_N.sum().item() == pytest.approx(cross_entropy_sum(hidden_ND, weight_VD, target_N).item(), rel=1e-6)

@@ -1,0 +1,102 @@
+"""Learning-rate schedules by hand, and which parameter gets which rate and decay."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.model.optim import SCHEDULES, build_optimizers, learning_rate_share, set_learning_rate, warmup_steps
+
+
+@pytest.mark.parametrize(
+    ("schedule", "floor", "expected"),
+    [
+        # 10 steps, 2 of warmup, wsd falls over the last 4
+        ("constant", 0.0, [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", 0.0, [0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ("linear", 0.2, [0.5, 1, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]),
+        ("wsd", 0.0, [0.5, 1, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ("wsd", 0.2, [0.5, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4]),
+    ],
+)
+def test_schedules_by_hand(schedule: str, floor: float, expected: list[float]):
+    found = [learning_rate_share(step, 10, 2, schedule, 0.4, floor) for step in range(10)]
+    assert found == pytest.approx(expected)
+
+
+def test_the_cosine_by_hand():
+    found = [learning_rate_share(step, 8, 0, "cosine", 0.3, 0.1) for step in (0, 2, 4, 6)]
+    half = math.sqrt(0.5)
+    assert found == pytest.approx([1.0, 0.1 + 0.9 * (1 + half) / 2, 0.55, 0.1 + 0.9 * (1 - half) / 2])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_schedule_leaves_its_bounds(schedule: str):
+    for total, warmup in ((1, 0), (1, 1), (7, 7), (100, 13), (3, 50)):
+        shares = [learning_rate_share(step, total, warmup, schedule, 0.3, 0.05) for step in range(total)]
+        assert all(0.02 - 1e-9 <= share <= 1 for share in shares)
+        assert shares[:warmup] == sorted(shares[:warmup])
+        assert shares[warmup:] == sorted(shares[warmup:], reverse=True)
+
+
+def test_warmup_is_a_number_of_steps_or_a_share():
+    assert [warmup_steps(value, 200) for value in (0, 0.02, 0.5, 1, 10, 1000.0)] == [0, 4, 100, 1, 10, 1000]
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(5, 4)
+        self.q_proj = nn.Linear(4, 4, bias=True)
+        self.norm = nn.RMSNorm(4)
+        self.lm_head = nn.Linear(4, 5, bias=False)
+
+
+def groups(model: Toy, kind: str) -> dict[str, tuple[str, float, float]]:
+    """Parameter -> (optimizer, rate, decay)."""
+    optimizers = build_optimizers(
+        model, kind=kind, learning_rate=0.01, embedding_rate=0.03, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: (type(optimizer).__name__, group["lr"], group["weight_decay"])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+@pytest.mark.parametrize(("kind", "matrices"), [("adamw", "AdamW"), ("muon", "Muon")])
+def test_decay_falls_on_matrices_alone(kind: str, matrices: str):
+    assert groups(Toy(), kind) == {
+        "embed_tokens.weight": ("AdamW", 0.03, 0.0),
+        "lm_head.weight": ("AdamW", 0.03, 0.0),
+        "q_proj.weight": (matrices, 0.01, 0.1),
+        "q_proj.bias": ("AdamW", 0.01, 0.0),
+        "norm.weight": ("AdamW", 0.01, 0.0),
+    }
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_rates_follow_the_share_and_every_parameter_moves(kind: str):
+    model = Toy()
+    optimizers = build_optimizers(
+        model, kind=kind, learning_rate=0.01, embedding_rate=0.03, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+    )
+    set_learning_rate(optimizers, 0.5)
+    set_learning_rate(optimizers, 0.25)  # of the peak, not of what it was
+    rates = {group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
+    assert rates == {0.0025, 0.0075}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        moved = (parameter - before[name]).abs()
+        assert moved.max() > 0, name
+        if kind == "adamw":  # the first step of Adam is the rate, whatever the gradient
+            rate = 0.0075 if name in ("embed_tokens.weight", "lm_head.weight") else 0.0025
+            torch.testing.assert_close(moved, torch.full_like(moved, rate), rtol=1e-3, atol=1e-6)

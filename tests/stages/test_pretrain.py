@@ -1,0 +1,373 @@
+"""pretrain: the same bits whatever disturbs it, the same figures however it is split, and a model that loads."""
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.artifacts import Artifact, Store
+from pipeline.data.shards import TokenFile
+from pipeline.errors import CheckpointError, ConfigError, MismatchError, TrainingError
+from pipeline.model.held_out import choose_documents
+from pipeline.model.optim import learning_rate_share
+from pipeline.runtime import Runtime
+from stages import pretrain
+from stages.pretrain import ModelConfig, PretrainConfig
+
+SMALL = {
+    "model": ModelConfig(depth=2, hidden_size=32, num_attention_heads=2),
+    "context_length": 32,
+    "learning_rate": 0.01,
+    "eval_documents": 20,
+    "logging_steps": 1,
+    "bf16": False,
+}
+
+
+@pytest.fixture
+def tokens(made: Path) -> Artifact:
+    return Store(made / "artifacts").artifact("tiny", "tokenize")
+
+
+def train(tokens: Artifact, out: Path, base: Artifact | None = None, **fields: Any) -> dict[str, float]:
+    """Run the stage in this process; `out` as left by an earlier try is gone on from."""
+    config = PretrainConfig(**{**SMALL, **fields})
+    out.mkdir(exist_ok=True)
+    runtime = Runtime.start(out, seed=config.seed, threads=1, quiet=True)
+    return pretrain.run(config, {"tokens": tokens, "init": base}, out, runtime)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in metrics(out) if "loss" in line]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Relative, over all weights."""
+    assert one.keys() == other.keys()
+    apart = sum((one[name] - other[name]).square().sum() for name in one)
+    return float((apart / sum(value.square().sum() for value in one.values())).sqrt())
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "artifacts" / "tiny" / "pretrain" / "manifest.json").read_text())
+    return found
+
+
+def final(folder: Path) -> str:
+    return sha(folder / "artifacts" / "tiny" / "pretrain" / "model" / "model.safetensors")
+
+
+# What it makes.
+
+
+def test_it_learns_and_its_figure_is_that_of_the_model_it_leaves(made: Path, tokens: Artifact):
+    """The manifest's bits per byte are those of the saved folder under transformers' own loss."""
+    folder = made / "artifacts" / "tiny" / "pretrain" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    valid = TokenFile(tokens.path / "valid.ds")
+    nats, size = 0.0, 0
+    for index in choose_documents(valid, 20):
+        ids = [valid.metadata.separator_id, *valid.document(index)[:-1].tolist()]
+        for start in range(0, len(ids) - 1, 32):
+            row = torch.tensor([ids[start : start + 33]])
+            with torch.no_grad():
+                nats += model(input_ids=row, labels=row).loss.item() * (row.shape[1] - 1)
+        size += int(valid.document_bytes[index])
+    found = manifest(made)["metrics"]["bits_per_byte"]
+    tolerance = 1e-4 if not Runtime.start(made, seed=0, threads=1).bf16 else 1e-2
+    assert found == pytest.approx(nats / math.log(2) / size, rel=tolerance)
+    uniform = math.log2(512) * (len(valid) - valid.metadata.documents) / valid.metadata.text_bytes
+    assert found < 0.85 * uniform
+
+
+def test_the_folder_loads_with_tokenizer_and_template(made: Path, tokens: Artifact):
+    folder = made / "artifacts" / "tiny" / "pretrain" / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert len(tokenizer) == model.config.vocab_size == 512
+    assert model.generation_config.eos_token_id == tokenizer.bos_token_id  # the separator ends a document
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id != model.generation_config.eos_token_id
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tokens.model).chat_template
+    ids = tokenizer("ka lo", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_metrics_tell_the_schedule_and_the_tokens(made: Path):
+    lines = [line for line in metrics(made / "artifacts" / "tiny" / "pretrain") if "loss" in line]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30]
+    assert [line["tokens"] for line in lines] == [step * 4 * 32 for step in (5, 10, 15, 20, 25, 30)]
+    for line in lines:
+        share = learning_rate_share(line["step"] - 1, 30, 1, "cosine", 0.3, 0.0)
+        assert line["learning_rate"] == pytest.approx(0.01 * share)
+        assert line["tokens_per_second"] > 0
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+
+
+def test_the_first_loss_is_that_of_a_model_that_knows_nothing(tokens: Artifact, tmp_path: Path):
+    train(tokens, tmp_path / "out", max_steps=1)
+    assert losses(tmp_path / "out")[0] == pytest.approx(math.log(512), rel=0.01)
+
+
+# The same, however it is split.
+
+
+def test_accumulated_micro_steps_are_one_batch(tokens: Artifact, tmp_path: Path):
+    same = {"max_steps": 12, "adam_epsilon": 1e-3}  # Adam without it makes steps of noise
+    train(tokens, tmp_path / "1x8", per_device_train_batch_size=8, gradient_accumulation_steps=1, **same)
+    train(tokens, tmp_path / "8x1", per_device_train_batch_size=1, gradient_accumulation_steps=8, **same)
+    assert losses(tmp_path / "1x8") == pytest.approx(losses(tmp_path / "8x1"), rel=1e-5)
+    assert distance(weights(tmp_path / "1x8"), weights(tmp_path / "8x1")) < 1e-4
+    assert metrics(tmp_path / "1x8")[-1]["tokens"] == metrics(tmp_path / "8x1")[-1]["tokens"] == 12 * 8 * 32
+    train(tokens, tmp_path / "8x1'", per_device_train_batch_size=4, gradient_accumulation_steps=1, **same)
+    assert distance(weights(tmp_path / "1x8"), weights(tmp_path / "8x1'")) > 1e-2  # half the batch is another run
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_same_batch(warm: Any, tokenized: Path):
+    options = ("--set", "pretrain.max_steps=20", "--set", "pretrain.logging_steps=1", "--set", "pretrain.bf16=false")
+    per_device = "pretrain.per_device_train_batch_size"
+    one = warm("pretrain", "tiny.yaml", *options, "--set", f"{per_device}=4")
+    assert one.code == 0, one.stderr
+    folder = warm.folder / "artifacts" / "tiny" / "pretrain"
+    shutil.copytree(folder, warm.folder / "one")
+    two = warm("pretrain", "tiny.yaml", *options, "--set", f"{per_device}=2", "--num-processes", "2")
+    assert two.code == 0, two.stderr
+    assert manifest(warm.folder)["processes"] == 2
+    assert losses(folder) == pytest.approx(losses(warm.folder / "one"), abs=1e-4)
+    assert len(losses(folder)) == 20
+    assert distance(weights(folder), weights(warm.folder / "one")) < 1e-3
+    figures = [json.loads((path / "manifest.json").read_text())["metrics"] for path in (folder, warm.folder / "one")]
+    assert figures[0]["bits_per_byte"] == pytest.approx(figures[1]["bits_per_byte"], abs=1e-4)
+
+
+# The same bits, whatever disturbs it.
+
+
+class Died(BaseException):
+    """Stands for SIGKILL."""
+
+
+def die_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
+    """Let the process die right after so many checkpoints."""
+    from pipeline.checkpoint import Checkpoints
+
+    original, count = Checkpoints.save, 0
+
+    def save(self: Checkpoints, *arguments: Any) -> None:
+        nonlocal count
+        original(self, *arguments)
+        count += 1
+        if count == saves:
+            raise Died
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"optimizer": "muon", "lr_scheduler_type": "wsd", "embedding_learning_rate": 0.02},
+        {"gradient_accumulation_steps": 3},
+        {"bf16": True, "model": ModelConfig(depth=1, hidden_size=32, tie_word_embeddings=False)},
+        {"per_device_train_batch_size": 100},  # the corpus ends, and begins anew, between the two
+    ],
+    ids=["adamw", "muon", "accumulation", "bf16", "epochs"],
+)
+def test_a_resumed_run_is_the_undisturbed_one(
+    tokens: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+):
+    fields = {"per_device_train_batch_size": 4, "max_steps": 20, "save_steps": 4, "eval_steps": 8, **fields}
+    straight = train(tokens, tmp_path / "straight", **fields)
+    with monkeypatch.context() as patch:
+        die_after(patch, 2)  # at step 8, before what is measured there
+        with pytest.raises(Died):
+            train(tokens, tmp_path / "cut", **fields)
+    assert not (tmp_path / "cut" / "model").exists()
+    with monkeypatch.context() as patch:
+        die_after(patch, 2)  # at step 16
+        with pytest.raises(Died):
+            train(tokens, tmp_path / "cut", **fields)
+    resumed = train(tokens, tmp_path / "cut", **fields)
+    assert sha(tmp_path / "cut" / "model" / "model.safetensors") == sha(
+        tmp_path / "straight" / "model" / "model.safetensors"
+    )
+    assert resumed == straight
+    timeless = [
+        [{k: v for k, v in line.items() if k != "time" and not k.endswith("_per_second")} for line in metrics(out)]
+        for out in (tmp_path / "cut", tmp_path / "straight")
+    ]
+    assert timeless[0] == timeless[1]
+    assert [line["step"] for line in timeless[0] if "bits_per_byte" in line] == [8, 16, 20]
+
+
+def test_a_run_is_not_gone_on_from_with_another_batch(
+    tokens: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As with another number of processes, which no fingerprint knows: the data's order would be another."""
+    with monkeypatch.context() as patch:
+        die_after(patch, 1)
+        with pytest.raises(Died):
+            train(tokens, tmp_path / "out", per_device_train_batch_size=2, max_steps=8, save_steps=4)
+    with pytest.raises(CheckpointError, match="begun with 2 samples a step, and this run has 4"):
+        train(tokens, tmp_path / "out", per_device_train_batch_size=4, max_steps=8, save_steps=4)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return list((folder / "artifacts" / "tiny").glob(".pretrain.*.partial/checkpoints/*"))
+
+
+def newest(folder: Path) -> int:
+    """The step of the newest whole checkpoint."""
+    return max([int(path.name[5:]) for path in checkpoints(folder) if (path / "whole.json").exists()], default=0)
+
+
+def is_saving(folder: Path) -> bool:
+    """A checkpoint is being written: its folder is there and its marker is not."""
+    return any(not (path / "whole.json").exists() for path in checkpoints(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["at random", "while saving"])
+def test_killed_again_and_again_it_ends_with_the_same_bits(warm: Any, tokenized: Path, made: Path, moment: str):
+    """SIGKILL to the whole group: at any time of its life, or as soon as a checkpoint is seen half-written."""
+    draw = random.Random(moment)
+    command = ("run", "tiny.yaml", "--set", "pretrain.save_steps=1")
+    killed = half_written = 0
+    for attempt in range(8):
+        is_early = moment == "at random" and attempt % 3 == 2
+        target = newest(warm.folder) + (0 if is_early else draw.randint(1, 4))
+        at_work = warm.start(*command)
+        while newest(warm.folder) < target and at_work.poll() is None:
+            time.sleep(0.002)
+        if moment == "at random":
+            time.sleep(draw.uniform(0, 0.4 if is_early else 0.1))
+        while moment == "while saving" and not is_saving(warm.folder) and at_work.poll() is None:
+            pass
+        if at_work.poll() is not None:
+            break
+        at_work.signal(signal.SIGKILL, group=True)
+        at_work.wait()
+        killed += 1
+        time.sleep(0.05)  # the group's other process dies as well
+        half_written += is_saving(warm.folder)
+    done = warm(*command)
+    assert done.code == 0, done.stderr
+    assert killed >= 3
+    assert final(warm.folder) == final(made)
+    if moment == "while saving":
+        assert half_written >= 1
+    assert manifest(warm.folder)["resumed_from"] > 0
+    assert "resumed at step" in done.stderr
+    steps = [line["step"] for line in metrics(warm.folder / "artifacts" / "tiny" / "pretrain") if "loss" in line]
+    assert steps == [5, 10, 15, 20, 25, 30]
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["the command alone", "its whole group"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_is_gone_on_from(
+    warm: Any, tokenized: Path, made: Path, number: int, code: int, group: bool
+):
+    command = ("run", "tiny.yaml", "--set", "pretrain.save_steps=1")
+    at_work = warm.start(*command)
+    at_work.wait_for(lambda: newest(warm.folder) > 0)
+    at_work.signal(number, group=group)
+    stopped = at_work.wait()
+    assert stopped.code == code, stopped.stderr
+    assert "error" not in stopped.stderr
+    step = int(stopped.stderr.partition("stopped at step ")[2].partition(" and saved")[0])
+    assert 0 < step < 30
+    assert "mend: run the same command again to go on from there" in stopped.stderr
+    done = warm(*command)
+    assert done.code == 0, done.stderr
+    assert "pretrain  runs from where it stopped" in done.stderr
+    assert f"resumed at step {step}" in done.stderr
+    assert manifest(warm.folder)["resumed_from"] == step
+    assert final(warm.folder) == final(made)
+
+
+# What it refuses.
+
+
+def test_a_loss_that_is_not_finite_ends_it_with_the_step(tokens: Artifact, tmp_path: Path):
+    with pytest.raises(TrainingError) as caught:
+        train(tokens, tmp_path / "out", max_steps=50, learning_rate=1e30, warmup_steps=0, logging_steps=3)
+    assert caught.value.what in ("the loss is nan", "the loss is inf")
+    assert caught.value.where == "step 3"
+    assert "learning_rate" in caught.value.mend
+    assert caught.value.exit_code == 1
+
+
+def test_a_loss_that_is_not_finite_at_the_command_line(warm: Any, tokenized: Path):
+    done = warm("run", "tiny.yaml", "--set", "pretrain.learning_rate=1e30", "--set", "pretrain.warmup_steps=0")
+    assert done.code == 1
+    assert "error: step 5: the loss is nan" in done.stderr
+    assert not (warm.folder / "artifacts" / "tiny" / "pretrain").exists()
+
+
+def test_it_goes_on_from_a_base_model(tokens: Artifact, made: Path, tmp_path: Path):
+    base = Store(made / "artifacts").artifact("tiny", "pretrain")
+    figures = train(tokens, tmp_path / "out", base, max_steps=5, learning_rate=1e-9)
+    assert figures["bits_per_byte"] == pytest.approx(base.manifest["metrics"]["bits_per_byte"], rel=1e-2)
+    assert distance(weights(tmp_path / "out"), weights(base.path)) < 1e-5
+
+
+def test_shards_of_another_tokenizer_than_the_bases_are_refused(tokens: Artifact, made: Path, tmp_path: Path):
+    base = Store(made / "artifacts").artifact("tiny", "pretrain")
+    shutil.copytree(base.model, tmp_path / "other")
+    content = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    content["model"]["merges"].pop()
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(content))
+    other = Store(tmp_path).resolve(str(tmp_path / "other"))
+    with pytest.raises(MismatchError, match="the shards are of another tokenizer than"):
+        train(tokens, tmp_path / "out", other, max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"context_length": 60_000}, "the corpus has 50,080 tokens, fewer than one sample of 60,001"),
+        ({"model": ModelConfig(hidden_size=33, num_attention_heads=2)}, "hidden_size 33 over 2 heads"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(tokens: Artifact, tmp_path: Path, fields: dict[str, Any], what: str):
+    with pytest.raises(ConfigError, match=what):
+        train(tokens, tmp_path / "out", **fields)
+
+
+def test_a_context_longer_than_the_bases_is_refused(tokens: Artifact, made: Path, tmp_path: Path):
+    base = Store(made / "artifacts").artifact("tiny", "pretrain")
+    with pytest.raises(ConfigError, match="64 is more than the base's context of 32"):
+        train(tokens, tmp_path / "out", base, context_length=64)
+
+
+def test_sizes_follow_from_the_depth(tokens: Artifact, tmp_path: Path):
+    train(tokens, tmp_path / "out", model=ModelConfig(depth=1), max_steps=1, eval_documents=1)
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "tie_word_embeddings")
+    assert [config[name] for name in sizes] == [1, 64, 1, 192, True]
+    assert config["max_position_embeddings"] == 32
+    assert os.stat(tmp_path / "out" / "model" / "model.safetensors").st_size > 0

@@ -1,0 +1,197 @@
+"""reward: the Bradley-Terry step, the scale of the scores, what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from trl import RewardConfig as Arguments
+from trl import RewardTrainer
+
+from pipeline.artifacts import outside_model
+from pipeline.data.chat import encode_messages, stop_token_id
+from pipeline.data.tokenizers import load_tokenizer
+from pipeline.errors import DataError, Stopped
+from pipeline.evals.reward_accuracy import rewards
+from pipeline.model.reward import build_reward_model, load_reward_model
+from pipeline.recipe import DataEntry, PeftConfig
+from pipeline.runtime import derive_seed
+from pipeline.trainer import schedule
+from stages import reward
+
+
+@pytest.fixture
+def config(preferences: Path, demonstrations: Path) -> Any:
+    """A small run; keywords change fields."""
+
+    def make(**changed: Any) -> reward.RewardConfig:
+        values: dict[str, Any] = {
+            "data": (DataEntry(source=str(preferences)),),
+            "demonstrations": (DataEntry(source=str(demonstrations)),),
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 4,
+            "max_steps": 4,
+            "bf16": False,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "held_out": 0.1,
+        }
+        return reward.RewardConfig(**(values | changed))
+
+    return make
+
+
+def pairs(tokenizer: Any, preferences: Path, held_out: Any = None) -> list[dict[str, list[int]]]:
+    """The training rows as ids, made here: prompt, answer, stop token."""
+    rows = []
+    for line in preferences.read_text().splitlines():
+        row = json.loads(line)
+        ids = [encode_messages(tokenizer, [*row["prompt"], *row[side]]).input_ids for side in ("chosen", "rejected")]
+        rows.append({"chosen_ids": ids[0], "rejected_ids": ids[1]})
+    return rows
+
+
+def test_the_step_is_trls_and_the_equation(
+    init: Any, runtime: Any, config: Any, lines: Any, preferences: Path, tmp_path: Path
+) -> None:
+    """Logged losses of three steps against raw RewardTrainer and against pairs scored one by one, without padding."""
+    settings = config(max_steps=3, held_out=0.0, warmup_steps=0.0, max_grad_norm=1e9)
+    out, here = runtime("ours")
+    reward.run(settings, {"init": init}, out, here)
+    ours = [line["loss"] for line in lines(out) if "loss" in line]
+
+    tokenizer = load_tokenizer(init.model)
+    rows = pairs(tokenizer, preferences)
+    assert all(ids[-1] == stop_token_id(tokenizer) for row in rows for ids in row.values())
+    plan = schedule([len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows], settings, here)
+    batches = [[rows[i] for i in step] for step in plan.order.reshape(3, 4).tolist()]
+
+    def start() -> Any:
+        return build_reward_model(init.model, tokenizer.pad_token_id, derive_seed(0, "reward head"))
+
+    raw = RewardTrainer(
+        model=start(),
+        args=Arguments(
+            output_dir=str(tmp_path / "raw"), use_cpu=True, bf16=False, max_steps=3, learning_rate=1e-3,
+            per_device_train_batch_size=4, train_sampling_strategy="sequential", report_to="none", save_strategy="no",
+            logging_steps=1, gradient_checkpointing=False, max_grad_norm=1e9, disable_tqdm=True,
+            center_rewards_coefficient=0.01,
+        ),
+        train_dataset=Dataset.from_list([row for batch in batches for row in batch]),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    raw.train()
+    trls = [line["loss"] for line in raw.state.log_history if "loss" in line]
+
+    model = start()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    naive = []
+    for step, batch in enumerate(batches):
+        chosen, rejected = (
+            torch.cat(
+                [model.score(model.model(torch.tensor([row[side]])).last_hidden_state[:, -1])[0] for row in batch]
+            )
+            for side in ("chosen_ids", "rejected_ids")
+        )
+        loss = (-F.logsigmoid(chosen - rejected) + 0.01 * (chosen + rejected) ** 2).mean()
+        loss.backward()
+        naive.append(loss.item())
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 3)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ours == pytest.approx(trls, abs=1e-6)
+    assert ours == pytest.approx(naive, abs=2e-6)
+
+
+def test_demonstrations_score_mean_0_and_deviation_1(
+    init: Any, runtime: Any, config: Any, demonstrations: Path
+) -> None:
+    out, here = runtime("scale")
+    figures = reward.run(config(held_out=0.0), {"init": init}, out, here)
+    here.bf16 = False
+    model = load_reward_model(outside_model(out / "model"), here)
+    tokenizer = load_tokenizer(out / "model")
+    texts = [
+        encode_messages(tokenizer, json.loads(line)["messages"]).input_ids
+        for line in demonstrations.read_text().splitlines()
+    ]
+    scores = np.array(rewards(model, texts, token_budget=512, tick=lambda: None))
+    assert scores.mean() == pytest.approx(0, abs=1e-4)
+    assert scores.std() == pytest.approx(1, abs=1e-3)
+    assert figures["std"] > 0
+    assert (model.suffix_ids, model.mean) == ((stop_token_id(tokenizer),), figures["mean"])
+
+
+def test_it_learns_by_kind_and_every_parameter_moves(init: Any, runtime: Any, config: Any) -> None:
+    out, here = runtime("learns")
+    figures = reward.run(config(max_steps=60, learning_rate=5e-3, save_steps=100), {"init": init}, out, here)
+    assert figures["accuracy"] == 1.0
+    assert {"accuracy/other", "accuracy/caps", "length_only", "length_only/other"} <= figures.keys()
+    here.bf16 = False
+    after = load_reward_model(outside_model(out / "model"), here).model
+    before = build_reward_model(init.model, after.config.pad_token_id, derive_seed(0, "reward head"))
+    for (name, new), old in zip(after.named_parameters(), before.parameters(), strict=True):
+        assert not torch.equal(new, old), f"{name} did not move"
+
+
+def test_pad_equal_to_eos_trains_the_same_model(
+    init: Any, tmp_path: Path, runtime: Any, config: Any, lines: Any
+) -> None:
+    same = tmp_path / "same"
+    shutil.copytree(init.model, same)
+    settings = json.loads((same / "tokenizer_config.json").read_text())
+    (same / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": settings["eos_token"]}))
+    losses = []
+    for name, start in (("own", init), ("eos", outside_model(same))):
+        out, here = runtime(name)
+        reward.run(config(), {"init": start}, out, here)
+        losses.append([line["loss"] for line in lines(out) if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_lora_trains_the_head_too_and_is_merged(init: Any, runtime: Any, config: Any) -> None:
+    out, here = runtime("lora")
+    reward.run(config(peft=PeftConfig(r=2)), {"init": init}, out, here)
+    assert not list((out / "model").glob("adapter*"))
+    here.bf16 = False
+    after = load_reward_model(outside_model(out / "model"), here).model
+    before = build_reward_model(init.model, after.config.pad_token_id, derive_seed(0, "reward head"))
+    assert after.state_dict().keys() == before.state_dict().keys()
+    assert not torch.equal(after.score.weight, before.score.weight)
+
+
+def test_stopped_it_goes_on_to_the_same_bits(
+    init: Any, runtime: Any, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, here = runtime("undisturbed")
+    reward.run(config(), {"init": init}, out, here)
+    stopped, here = runtime("stopped")
+    steps = iter(range(100))
+    monkeypatch.setattr(here, "stop_requested", lambda: next(steps) == 2)
+    with pytest.raises(Stopped):
+        reward.run(config(), {"init": init}, stopped, here)
+    stopped, here = runtime("stopped")
+    reward.run(config(), {"init": init}, stopped, here)
+    assert here.checkpoints.resumed_from == 3
+    for name in ("model.safetensors", "reward.json"):
+        assert (stopped / "model" / name).read_bytes() == (out / "model" / name).read_bytes()
+
+
+def test_refusals_and_long_pairs(init: Any, runtime: Any, tmp_path: Path, config: Any) -> None:
+    question = [{"role": "user", "content": "What does the cat say?"}]
+    rows = tmp_path / "rows.jsonl"
+    good = {"prompt": question, "chosen": "meow", "rejected": "woof"}
+    rows.write_text(json.dumps(good) + "\n" + json.dumps(good | {"rejected": "woof " * 90}) + "\n")
+    entry = (DataEntry(source=str(rows)),)
+    out, here = runtime("long")
+    figures = reward.run(config(data=entry, held_out=0.0, max_steps=1), {"init": init}, out, here)
+    assert figures["rows"] == 1
+    out, here = runtime("same")
+    rows.write_text(json.dumps(good | {"rejected": "meow"}) + "\n")
+    with pytest.raises(DataError, match="chosen and rejected are the same"):
+        reward.run(config(data=entry, held_out=0.0), {"init": init}, out, here)
