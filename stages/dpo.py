@@ -41,6 +41,8 @@ def _as_tuple(value: Any) -> Any:
 Losses = Annotated[tuple[Loss, ...], BeforeValidator(_as_tuple)]
 """A list of TRL's names; a lone name is a list of one."""
 SIDES = ("chosen", "rejected")
+KL_ROWS = 128
+"""Held-out answers along which the KL is taken, at most: two forwards each, one row at a time."""
 
 
 class DPOConfig(TrainerConfig):
@@ -256,7 +258,7 @@ def _held_out(
         (item["chosen"] - before["chosen"]) - (item["rejected"] - before["rejected"])
         for item, before in zip(items, reference, strict=True)
     ]
-    kept = [held_out[item["item"]] for item in items]
+    kept = [held_out[item["item"]] for item in items[:KL_ROWS]]
     answers = [chat_request(subject.tokenizer, row["prompt"], row["chosen"][0]["content"]) for row in kept]
     runtime.say("held out: " + "  ".join(f"{name} {each.value:.3f}" for name, each in found.items()))
     return {

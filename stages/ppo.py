@@ -87,11 +87,9 @@ KIND = "causal-lm"
 RESULT_VERSION = 1
 DEFAULTS = {"data": "demonstrations"}
 
-HEALTHY_GAP = 0.01
-"""Mean |p(rollout) - p(training)| a token above which the two forwards don't agree."""
+HEALTHY_GAP = 0.01  # mean |p(rollout) - p(training)| a token above which the two forwards don't agree
 SHOWN = ("reward", "kl", "length", "ended", "samples_per_second")
-RECENT = 10
-"""Steps that the closing figures are the mean of."""
+RECENT = 10  # steps that the closing figures are the mean of
 
 
 def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
@@ -188,6 +186,7 @@ class _Loop:
     ) -> None:
         from pipeline.data.chat import stop_token_id
         from pipeline.model.build import check_vocabulary, load_causal_lm
+        from pipeline.rl.forwards import choose_attention
         from pipeline.rl.learners import Learner
         from pipeline.rl.masking import alone, sum_over_ranks
         from pipeline.rl.scoring import load_scorer
@@ -216,6 +215,8 @@ class _Loop:
             runtime=runtime,
         )
         critic = self.scorer.critic(init, config.seed).to(self.device).eval()
+        models = [policy, critic, self.reference, *([self.scorer.model.model] if self.scorer.model else [])]
+        choose_attention(models, self.device, self.bf16, prompts.longest + config.response_length)
         self.policy, self.critic = (
             Learner(model, config.adam_epsilon, config.weight_decay, config.max_grad_norm) for model in (policy, critic)
         )
@@ -253,13 +254,12 @@ class _Loop:
         times.append(self._clock())
 
         if config.adaptive_kl:
-            target, horizon = config.adaptive_kl_target, config.adaptive_kl_horizon
-            self.kl_coef = adaptive_kl_coef(
-                self.kl_coef, figures["kl"], target=target, horizon=horizon, episodes=config.batch_size
-            )
+            steering = {"target": config.adaptive_kl_target, "horizon": config.adaptive_kl_horizon}
+            self.kl_coef = adaptive_kl_coef(self.kl_coef, figures["kl"], episodes=config.batch_size, **steering)
         if step == 0 and figures["rollout_gap"] > HEALTHY_GAP:
-            gap = f"{figures['rollout_gap']:.3f}"
-            self.runtime.say(f"sampled and trained probabilities are {gap} apart a token: one of two forwards is wrong")
+            self.runtime.say(
+                f"rollout and training differ by {figures['rollout_gap']:.3f} a token: one of them is wrong"
+            )
         tokens = round(figures["length"] * config.batch_size)
         self.tokens += tokens
         phases = ("generate", "score", "reference", "train")

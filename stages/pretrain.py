@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.errors import CheckpointError, ConfigError, MismatchError, TrainingError
+from pipeline.errors import ConfigError, MismatchError, TrainingError
 from pipeline.recipe import Section, StageConfig, field
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class PretrainConfig(StageConfig):
     init: str | None = field(None, "a base model to go on from; a new one is built unless set")
     model: ModelConfig = field(ModelConfig(), "the model to build; ignored with `init`")
     context_length: int = field(256, "tokens of a sample", unit="tokens", gt=1)
-    per_device_train_batch_size: int = field(8, "samples a device and micro-step", gt=0)
+    per_device_train_batch_size: int = field(8, "samples a micro-step; several processes share them", gt=0)
     gradient_accumulation_steps: int = field(1, "micro-steps an optimiser step", gt=0)
     max_steps: int = field(1000, "optimiser steps", unit="steps", gt=0)
     optimizer: Literal["adamw", "muon"] = field("adamw", "muon: Muon on the blocks' matrices, AdamW on the rest")
@@ -91,7 +91,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     step = loop.resume()
 
     # 3. train
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * runtime.world_size
+    batch = loop.batch
     epochs = config.max_steps * batch / windows.count
     runtime.say(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.max_steps:,} steps of "
@@ -194,11 +194,18 @@ class _Loop:
 
         from pipeline.model.build import trunk_and_head
         from pipeline.model.optim import build_optimizers, warmup_steps
+        from pipeline.runtime import share_batch
 
         self.config, self.model, self.windows, self.runtime = config, model, windows, runtime
         self.bf16 = runtime.bf16 if config.bf16 is None else config.bf16
         self.trunk, self.head = trunk_and_head(model)
-        self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * runtime.world_size
+        self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.rows, self.micro_steps = share_batch(
+            config.per_device_train_batch_size,
+            config.gradient_accumulation_steps,
+            runtime.world_size,
+            "pretrain.per_device_train_batch_size",
+        )
         self.warmup = warmup_steps(config.warmup_steps, config.max_steps)
         self.optimizers = build_optimizers(
             model,
@@ -221,12 +228,6 @@ class _Loop:
         checkpoint = self.runtime.checkpoints.latest()
         if checkpoint is None:
             return 0
-        if checkpoint.state["batch"] != self.batch:  # the data's position is step × batch
-            raise CheckpointError(
-                f"begun with {checkpoint.state['batch']} samples a step, and this run has {self.batch}",
-                where=str(checkpoint.path),
-                mend=f"as many processes as before (now {self.runtime.world_size}), or rm -r {checkpoint.path.parent}",
-            )
         tensors = checkpoint.tensors()
         load_parameters(self.model, tensors, "model")
         for index, optimizer in enumerate(self.optimizers):
@@ -235,17 +236,18 @@ class _Loop:
         return checkpoint.step
 
     def save(self, step: int) -> None:
-        """A checkpoint of `step`: weights, moments; the data's position is the step itself."""
+        """A checkpoint of `step`: weights and moments, never lost ones; the data's position is the step itself."""
         from pipeline.checkpoint import optimizer_tensors
         from pipeline.model.build import unique_parameters
 
+        self._check(self.loss.item(), step)
         tensors = {f"model.{name}": tensor for name, tensor in unique_parameters(self.model).items()}
         states = []
         for index, optimizer in enumerate(self.optimizers):
             moments, state = optimizer_tensors(optimizer, f"optimizer{index}")
             tensors |= moments
             states.append(state)
-        self.runtime.checkpoints.save(step, tensors, {"optimizers": states, "batch": self.batch})
+        self.runtime.checkpoints.save(step, tensors, {"optimizers": states})
 
     def step(self, step: int) -> None:
         """One optimiser step on this rank's share of the global batch."""
@@ -261,11 +263,9 @@ class _Loop:
                 step, config.max_steps, self.warmup, config.lr_scheduler_type, config.decay_share, config.min_lr_share
             ),
         )
-        own = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        first = step * self.batch + self.runtime.rank * own
-        for micro in range(config.gradient_accumulation_steps):
-            start = first + micro * config.per_device_train_batch_size
-            rows = torch.from_numpy(self.windows.batch(range(start, start + config.per_device_train_batch_size)))
+        first = step * self.batch + self.runtime.rank * self.rows * self.micro_steps
+        for start in range(first, first + self.rows * self.micro_steps, self.rows):
+            rows = torch.from_numpy(self.windows.batch(range(start, start + self.rows)))
             rows_BT = rows.to(self.runtime.device, non_blocking=True)
             with self.autocast():
                 hidden_BTD = self.trunk(rows_BT[:, :-1], use_cache=False).last_hidden_state
@@ -303,14 +303,17 @@ class _Loop:
         loss = total.item() / max(1, self.counted)
         self.loss.zero_()
         self.counted = 0
+        self._check(loss, step)
+        rate = self.optimizers[0].param_groups[-1]["lr"]
+        return {"loss": loss, "learning_rate": rate, "grad_norm": float(self.grad_norm)}
+
+    def _check(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss}",
                 where=f"step {step:,}",
                 mend="a lower learning_rate or a longer warmup; the last checkpoint is kept",
             )
-        rate = self.optimizers[0].param_groups[-1]["lr"]
-        return {"loss": loss, "learning_rate": rate, "grad_norm": float(self.grad_norm)}
 
     def autocast(self) -> torch.autocast:
         """bf16 products with fp32 weights, or nothing."""

@@ -124,7 +124,7 @@ from pipeline.trainer_config import TrainerConfig
 
 def work(world, out):
     runtime = Runtime.start(out, seed=0, threads=1, world_size=world, quiet=True)
-    config = TrainerConfig(bf16=False, learning_rate=1e-2, per_device_train_batch_size=4 // world, num_train_epochs=2.0,
+    config = TrainerConfig(bf16=False, learning_rate=1e-2, per_device_train_batch_size=4, num_train_epochs=2.0,
                            save_steps=100, logging_steps=1)
     rows = [{"input_ids": [3 + (index * k) % 60 for k in range(1, 4 + index % 9)]} for index in range(21)]
     rows = [row | {"labels": [-100, *row["input_ids"][1:]]} for row in rows]

@@ -68,7 +68,7 @@ def _values(config: BaseModel, roles: Collection[str], user_files: list[Path]) -
 
 
 def defaults(config: type[BaseModel], default: BaseModel | None = None) -> dict[str, Any]:
-    """Dotted field -> what `_values` leaves out (of the section `default`, if given); None where there is no default."""
+    """Dotted field -> what `_values` leaves out (of the section `default`, if given); None where required."""
     found: dict[str, Any] = {}
     for name, info in config.model_fields.items():
         value = getattr(default, name) if default else None if info.is_required() else info.default

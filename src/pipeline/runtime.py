@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import transformers
 from accelerate import Accelerator, PartialState
 
 from pipeline.checkpoint import Checkpoints
-from pipeline.errors import Halt, MachineError, Stopped
+from pipeline.errors import ConfigError, Halt, MachineError, Stopped
 from pipeline.progress import Bar, Metrics, Stop, bar
 
 if TYPE_CHECKING:
@@ -143,6 +144,23 @@ class Runtime:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.checkpoints.barrier()
+
+
+def share_batch(rows: int, micro_steps: int, world_size: int, where: str) -> tuple[int, int]:
+    """(rows of a micro-step, micro-steps) of each process, so that together they see the batch that one would.
+
+    The recipe's batch is `rows` × `micro_steps`, however many processes share it: how a stage is launched does not
+    change its result. Raises ConfigError where they cannot share it evenly.
+    """
+    if micro_steps % world_size == 0:
+        return rows, micro_steps // world_size
+    if rows % world_size == 0:
+        return rows // world_size, micro_steps
+    raise ConfigError(
+        f"{world_size} processes cannot share {rows} rows × {micro_steps} accumulation steps evenly",
+        where=where,
+        mend=f"--set {where}={math.ceil(rows / world_size) * world_size}",
+    )
 
 
 def default_threads(processes: int) -> int:

@@ -48,7 +48,7 @@ from pipeline.model.build import flops_per_token, load_causal_lm
 from pipeline.progress import Bar
 from pipeline.reading import meant
 from pipeline.recipe import PeftConfig
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, share_batch
 from pipeline.trainer_config import TrainerConfig
 
 __all__ = ["GivenDPOTrainer", "RewardTrainer", "SFTTrainer"]  # imported with this module: before a stage is forked off
@@ -97,7 +97,7 @@ def schedule(lengths: Sequence[int], config: TrainerConfig, runtime: Runtime) ->
     steps are sorted by length and their batches shuffled.
     """
     count = len(lengths)
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * runtime.world_size
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * count / batch)
     epochs = [
         torch.randperm(count, generator=runtime.generator("order", epoch)).numpy()
@@ -153,10 +153,16 @@ def trainer_arguments(
     Raises ConfigError for a key of `trainer:` that TRL's config lacks, that has a field of its own in the recipe, or
     that is the frame's to decide; and for a value TRL refuses.
     """
+    batch_rows, micro_steps = share_batch(
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        runtime.world_size,
+        "per_device_train_batch_size",
+    )
     passed = {
         "learning_rate": config.learning_rate,
-        "per_device_train_batch_size": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "per_device_train_batch_size": batch_rows,
+        "gradient_accumulation_steps": micro_steps,
         "max_steps": plan.steps,
         "max_length": config.max_length,
         "lr_scheduler_type": config.lr_scheduler_type,

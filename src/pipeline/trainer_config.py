@@ -12,10 +12,10 @@ from pipeline.recipe import PeftConfig, StageConfig, field
 
 class TrainerConfig(StageConfig):
     """Fields of transformers' `TrainingArguments`; a step is `per_device_train_batch_size` ×
-    `gradient_accumulation_steps` × processes rows."""
+    `gradient_accumulation_steps` rows, shared by the processes there are."""
 
     learning_rate: float = field(2e-5, "peak rate", gt=0)
-    per_device_train_batch_size: int = field(8, "rows a device and micro-step", unit="rows", gt=0)
+    per_device_train_batch_size: int = field(8, "rows a micro-step; several processes share them", unit="rows", gt=0)
     gradient_accumulation_steps: int = field(1, "micro-steps an optimiser step", gt=0)
     num_train_epochs: float = field(1.0, "passes over the rows; the last step is filled from the next pass", gt=0)
     max_steps: int = field(-1, "optimiser steps; by `num_train_epochs` where -1", unit="steps", ge=-1)

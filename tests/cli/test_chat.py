@@ -226,5 +226,5 @@ def test_bad_settings(chatting: Artifact, settings: dict[str, object], named: st
 
 def test_a_reward_model_cannot_talk(chatting: Artifact) -> None:
     reward = Artifact("tiny/reward", chatting.path, "reward-model", "f", chatting.manifest)
-    with pytest.raises(ConfigError, match="a reward-model cannot talk"):
+    with pytest.raises(ConfigError, match="reward-model is no kind that can talk"):
         ask(reward, "hello")

@@ -165,4 +165,6 @@ def test_entropy():
     logits_NV = torch.tensor(
         [[3.0] * 4, [80.0, 0.0, 0.0, 0.0], [math.log(2), 0.0, 0.0, -math.inf]], dtype=torch.float64
     )
-    assert entropy(logits_NV.log_softmax(dim=-1)).tolist() == pytest.approx([math.log(4), 0.0, 1.5 * math.log(2)], abs=1e-12)
+    assert entropy(logits_NV.log_softmax(dim=-1)).tolist() == pytest.approx(
+        [math.log(4), 0.0, 1.5 * math.log(2)], abs=1e-12
+    )

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifacts import Artifact, Store
 from pipeline.data.shards import TokenFile
-from pipeline.errors import CheckpointError, ConfigError, MismatchError, TrainingError
+from pipeline.errors import ConfigError, MismatchError, TrainingError
 from pipeline.model.held_out import choose_documents
 from pipeline.model.optim import learning_rate_share
 from pipeline.runtime import Runtime
@@ -153,7 +153,7 @@ def test_two_processes_are_one_with_the_same_batch(warm: Any, tokenized: Path):
     assert one.code == 0, one.stderr
     folder = warm.folder / "artifacts" / "tiny" / "pretrain"
     shutil.copytree(folder, warm.folder / "one")
-    two = warm("pretrain", "tiny.yaml", *options, "--set", f"{per_device}=2", "--num-processes", "2")
+    two = warm("pretrain", "tiny.yaml", *options, "--set", f"{per_device}=4", "--num-processes", "2", "--force")
     assert two.code == 0, two.stderr
     assert manifest(warm.folder)["processes"] == 2
     assert losses(folder) == pytest.approx(losses(warm.folder / "one"), abs=1e-4)
@@ -222,18 +222,6 @@ def test_a_resumed_run_is_the_undisturbed_one(
     ]
     assert timeless[0] == timeless[1]
     assert [line["step"] for line in timeless[0] if "bits_per_byte" in line] == [8, 16, 20]
-
-
-def test_a_run_is_not_gone_on_from_with_another_batch(
-    tokens: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """As with another number of processes, which no fingerprint knows: the data's order would be another."""
-    with monkeypatch.context() as patch:
-        die_after(patch, 1)
-        with pytest.raises(Died):
-            train(tokens, tmp_path / "out", per_device_train_batch_size=2, max_steps=8, save_steps=4)
-    with pytest.raises(CheckpointError, match="begun with 2 samples a step, and this run has 4"):
-        train(tokens, tmp_path / "out", per_device_train_batch_size=4, max_steps=8, save_steps=4)
 
 
 def checkpoints(folder: Path) -> list[Path]:

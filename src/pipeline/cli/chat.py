@@ -192,7 +192,7 @@ def load(artifact: Artifact, system: str | None, temperature: float, max_new_tok
     """The model on the best device that is there, ready to answer. ConfigError for what is no language model."""
     if artifact.kind != "causal-lm":
         raise ConfigError(
-            f"a {artifact.kind} cannot talk", where=artifact.reference, mend="llmpipe status lists models"
+            f"{artifact.kind} is no kind that can talk", where=artifact.reference, mend="llmpipe status lists models"
         )
     import torch
     from transformers.utils import logging

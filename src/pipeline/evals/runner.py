@@ -117,6 +117,7 @@ def evaluate(plan: Plan, folder: Path, runtime: Runtime) -> tuple[list[Result], 
     runtime.checkpoints.resumed_from = len(done)
     if runtime.is_main:
         runtime.metrics.cut(0, sum(json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in done))
+    runtime.barrier()  # every rank has looked before any writes: they must agree on what is left
     _work(plan, [(unit, file) for unit, file in zip(todo, files, strict=True) if file not in done], len(todo), runtime)
     runtime.barrier()
     found = {
@@ -178,12 +179,13 @@ class Scorers:
         if unit.task == "preference_accuracy":
             return preference_accuracy.score(subject, plan.preferences)
         assert unit.task in ("greedy", "sampled"), unit.task
+        needs_kl = unit.task == "sampled" and unit.model != plan.baseline
         return samples.score(
             subject,
             plan.prompts,
             max_new_tokens=plan.max_new_tokens,
             generator=None if unit.task == "greedy" else self.runtime.generator("samples"),
-            baseline=self.subject(plan.baseline) if self._reads(plan.baseline, unit.model) else None,
+            baseline=self.subject(plan.baseline) if needs_kl and self._reads(plan.baseline, unit.model) else None,
             rewards=self.rewards if self._reads(plan.reward, unit.model) else None,
         )
 

@@ -48,9 +48,7 @@ def bits_per_byte(
 ) -> float:
     """Bits a UTF-8 byte over `documents` held-out documents: Σ nats / (ln 2 · Σ bytes)."""
     chosen = choose_documents(valid, documents)
-    rows = [
-        row for index in chosen for row in windows(valid.document(index), valid.metadata.separator_id, length)
-    ]
+    rows = [row for index in chosen for row in windows(valid.document(index), valid.metadata.separator_id, length)]
     rows.sort(key=len)
     nats, start = 0.0, 0
     while start < len(rows):

@@ -25,6 +25,11 @@ class Prompts:
     left_out: int
     """Rows that were met and are too long."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.ids.values()))
+
 
 def order_prompts(
     rows: list[Row],
