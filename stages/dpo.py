@@ -96,7 +96,7 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     runtime.say(adapter.describe(trainer, plan, len(rows)))
     _add_reference(trainer, rows, plan, out / "reference.safetensors", runtime)
     shown = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
-    adapter.train(trainer, rows, plan, runtime, checkpoint, phase="dpo", shown=shown, state={})
+    adapter.train(trainer, config, rows, plan, runtime, checkpoint, phase="dpo", shown=shown, state={})
 
     # 4. save, then evaluate
     flops = adapter.training_flops(trainer, plan)

@@ -80,7 +80,7 @@ def run(config: RewardConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
     trainer = _trainer(config, model, rows, load_tokenizer(init.model), pad_id, plan, out, runtime)
     runtime.say(adapter.describe(trainer, plan, len(rows)))
     shown = {"loss": "loss", "acc": "accuracy", "margin": "margin"}
-    adapter.train(trainer, rows, plan, runtime, checkpoint, phase="reward", shown=shown, state={})
+    adapter.train(trainer, config, rows, plan, runtime, checkpoint, phase="reward", shown=shown, state={})
 
     # 4. the scale of its scores, then save, then evaluate
     flops = adapter.training_flops(trainer, plan)

@@ -88,7 +88,7 @@ def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     trim_head(trainer.model)
     runtime.say(adapter.describe(trainer, plan, len(rows)))
     shown = {"loss": "loss", "acc": "mean_token_accuracy", "lr": "learning_rate"}
-    adapter.train(trainer, rows, plan, runtime, checkpoint, phase="sft", shown=shown, state={"before": before})
+    adapter.train(trainer, config, rows, plan, runtime, checkpoint, phase="sft", shown=shown, state={"before": before})
 
     # 4. save, then evaluate
     flops = adapter.training_flops(trainer, plan)

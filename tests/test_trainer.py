@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig as Arguments
 
 from pipeline import trainer as adapter
@@ -139,7 +140,7 @@ def work(world, out):
     sample = Dataset.from_list(rows[:1])
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=sample, processing_class=tokenizer)
     trim_head(trainer.model)
-    adapter.train(trainer, rows, plan, runtime, None, phase="x", shown={}, state={})
+    adapter.train(trainer, config, rows, plan, runtime, None, phase="x", shown={}, state={})
     shared = adapter.over_ranks(runtime, (5,), lambda own: [10.0 * i for i in own])
     if runtime.is_main:
         flat = torch.cat([p.detach().flatten() for p in adapter.trained_model(trainer).parameters()])
@@ -180,3 +181,40 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     assert one["steps"] == two["steps"] == 11
     assert two["shared"] == one["shared"] == [0.0, 10.0, 20.0, 30.0, 40.0]
     np.testing.assert_allclose(two["weights"], one["weights"], rtol=0, atol=1e-6)
+
+
+def tiny_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=1))
+
+
+def steps(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        ids = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(step))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_muon_and_adamw_together_are_each_on_its_own_and_resume_to_the_same_bits() -> None:
+    config = TrainerConfig(optimizer="muon", learning_rate=1e-2, embedding_learning_rate=2e-2)
+    model, whole = tiny_model(), tiny_model()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(name))
+    optimizer = adapter.muon(model, config)
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == [1e-2, 2e-2]
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in model.parameters()}
+    assert len(held) == len(set(map(id, held)))
+    steps(model, optimizer, 0, 3)
+    assert all(not torch.equal(p, whole.get_parameter(n)) for n, p in model.named_parameters())
+
+    steps(whole, adapter.muon(whole, config), 0, 6)
+    resumed = adapter.muon(model, config)
+    resumed.load_state_dict(optimizer.state_dict())
+    for group in resumed.param_groups:
+        group["lr"] *= 1.0  # the groups are the optimizers' own after a load too
+    assert [id(g) for g in resumed.param_groups] == [id(g) for o in resumed.optimizers for g in o.param_groups]
+    steps(model, resumed, 3, 6)
+    assert all(torch.equal(p, whole.get_parameter(n)) for n, p in model.named_parameters())

@@ -45,6 +45,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.model.build import flops_per_token, load_causal_lm
+from pipeline.model.optim import Together, build_optimizers
 from pipeline.progress import Bar
 from pipeline.reading import meant
 from pipeline.recipe import PeftConfig
@@ -318,6 +319,7 @@ def over_ranks(
 
 def train(
     trainer: Any,
+    config: TrainerConfig,
     rows: Sequence[Row],
     plan: Schedule,
     runtime: Runtime,
@@ -335,6 +337,8 @@ def train(
     need_disk(Path(trainer.args.output_dir).parent, _bytes_to_write(trainer.model), "saving and checkpoints")
     trainer.remove_callback(PrinterCallback)
     trainer.train_dataset = _Unrolled(rows, plan.order)
+    if config.optimizer == "muon":
+        trainer.optimizer = muon(trainer.model, config)
     if checkpoint is not None:
         runtime.say(f"resumed at step {checkpoint.step:,}")
     with runtime.progress(phase, plan.steps) as bar:
@@ -343,6 +347,21 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     if watch.is_stopping and trainer.state.global_step < plan.steps:
         runtime.stop(trainer.state.global_step)
+
+
+def muon(model: torch.nn.Module, config: TrainerConfig) -> Together:
+    """Muon over the blocks' matrices and AdamW over the rest, as one optimizer for the Trainer."""
+    return Together(
+        build_optimizers(
+            model,
+            kind="muon",
+            learning_rate=config.learning_rate,
+            embedding_rate=config.embedding_learning_rate or config.learning_rate,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=config.weight_decay,
+        )
+    )
 
 
 def _bytes_to_write(model: torch.nn.Module) -> int:

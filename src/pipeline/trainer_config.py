@@ -25,7 +25,14 @@ class TrainerConfig(StageConfig):
     )
     lr_scheduler_type: str = field("linear", "shape of the rate after the warmup; transformers' names")
     warmup_steps: float = field(0.03, "steps of warmup, or their share when below 1", ge=0)
-    weight_decay: float = field(0.0, "AdamW's decay of the weights", ge=0)
+    optimizer: Literal["trainer", "muon"] = field(
+        "trainer",
+        "trainer: transformers' (`trainer: {optim: …}`, AdamW unless set); muon: Muon on the blocks' matrices",
+    )
+    embedding_learning_rate: float | None = field(
+        None, "muon: peak rate of embedding, heads and norms, which AdamW trains; learning_rate unless set", gt=0
+    )
+    weight_decay: float = field(0.0, "decay of the weights", ge=0)
     max_grad_norm: float = field(1.0, "clip the gradient's norm to this", gt=0)
     bf16: bool | None = field(None, "autocast to bf16; where the hardware gains by it unless set")
     dtype: Literal["float32", "bfloat16"] = field("float32", "type the weights are kept in while they are trained")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ def build_optimizers(
     eps: float,
     weight_decay: float,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW over all, or Muon over the blocks' matrices and AdamW over the rest.
+    """AdamW over all, or Muon over the blocks' matrices and AdamW over the rest (embedding, heads, norms).
 
     Weight decay falls on matrices only, never on embeddings, norms and biases. Every group keeps its peak rate under
     `peak_lr`, which the schedule scales. Muon's update is scaled to AdamW's size (Liu et al. 2025, "Muon is scalable"),
@@ -51,7 +52,9 @@ def build_optimizers(
     """
     matrices, embeddings, vectors = [], [], []
     for name, parameter in model.named_parameters():
-        if "embed" in name or "lm_head" in name:
+        if not parameter.requires_grad:
+            continue
+        if any(part in name for part in ("embed", "lm_head", "score")):
             embeddings.append(parameter)
         elif parameter.dim() == 2:
             matrices.append(parameter)
@@ -72,6 +75,36 @@ def build_optimizers(
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers, each over its own parameters, where one is wanted (the Hugging Face Trainer)."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        super().__init__(groups, {})
+        self.optimizers = optimizers
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """The very groups of the optimizers: a rate that a schedule sets here is theirs."""
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Step each."""
+        assert closure is None
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each one's state, in order."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self._share_groups()
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
