@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from pipeline.artifacts import Artifact
 from pipeline.data.chat import encode_prompt, stop_token_id
@@ -25,6 +25,8 @@ from pipeline.errors import ConfigError, DataError, MismatchError, PipelineError
 from pipeline.model.build import llama_config, load_causal_lm, save_model
 from pipeline.model.reward import build_reward_model, load_reward_model, save_reward_model
 from pipeline.recipe import DataEntry
+from pipeline.rl.rollouts import Rollout
+from pipeline.rl.scoring import Scorer
 from pipeline.rl.updates import update
 from pipeline.runtime import Runtime
 from stages import ppo as stage
@@ -212,30 +214,47 @@ def test_a_step_against_a_reward_model(parts: Parts, tmp_path: Path):
     assert lines[1]["kl"] != 0.0
 
 
-def test_scores_are_the_reward_models_of_prompt_and_response(parts: Parts, tmp_path: Path, monkeypatch: Any):
-    """Each response scored alone gives the stage's score; one that was cut off is closed with the stop token."""
-    seen: list[tuple[Any, Tensor]] = []
-    scorer = stage_scorer()
+class Spy:
+    """Keeps every rollout the stage scores, with its scores."""
 
-    def spy(self: Any, rollout: Any, rows: Any) -> Tensor:
-        seen.append((rollout, original(self, rollout, rows)))
-        return seen[-1][1]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[Rollout, Tensor]] = []
+        original = Scorer.score
 
-    original = scorer.score
-    monkeypatch.setattr(scorer, "score", spy)
-    done = run(parts, tmp_path, total_episodes=16)
-    rollout, scores_B = seen[0]
-    runtime = Runtime.start(tmp_path / "scoring", seed=0, threads=1, quiet=True)
+        def score(scorer: Scorer, rollout: Rollout, rows: list[dict[str, Any]]) -> Tensor:
+            self.seen.append((rollout, original(scorer, rollout, rows)))
+            return self.seen[-1][1]
+
+        monkeypatch.setattr(Scorer, "score", score)
+
+    def rows(self, number: int = 0) -> list[tuple[list[int], list[int]]]:
+        """(prompt, response) ids of a rollout."""
+        rollout = self.seen[number][0]
+        found = []
+        for ids, prompt, length in zip(
+            rollout.ids_BL.tolist(), rollout.prompt_lengths_B.tolist(), rollout.lengths_B.tolist(), strict=True
+        ):
+            found.append((ids[:prompt], ids[prompt : prompt + length]))
+        return found
+
+
+def naive_score(parts: Parts, folder: Path, prompt: list[int], response: list[int]) -> float:
+    """The reward model's score of one row alone, closed with the stop token where it was cut off."""
+    runtime = Runtime.start(folder / "scoring", seed=0, threads=1, quiet=True)
     runtime.bf16 = False
-    reward = load_reward_model(parts.reward, runtime)
     stop = stop_token_id(load_tokenizer(parts.init.model))
-    expected = []
-    for row in range(16):
-        total = int(rollout.prompt_lengths_B[row] + rollout.lengths_B[row])
-        ids = rollout.ids_BL[row, :total].tolist()
-        if ids[-1] != stop:
-            ids.append(stop)
-        expected.append(reward.score(torch.tensor([ids]), torch.tensor([len(ids)])).item())
+    ids = prompt + response + ([] if response[-1] == stop else [stop])
+    return load_reward_model(parts.reward, runtime).score(torch.tensor([ids]), torch.tensor([len(ids)])).item()
+
+
+def test_scores_are_the_reward_models_of_prompt_and_response(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each response scored alone gives the stage's score; one that was cut off is closed with the stop token."""
+    spy = Spy(monkeypatch)
+    done = run(parts, tmp_path, total_episodes=16)
+    rollout, scores_B = spy.seen[0]
+    expected = [naive_score(parts, tmp_path, prompt, response) for prompt, response in spy.rows()]
     assert scores_B.tolist() == pytest.approx(expected, abs=1e-4)
     rewards = [score if ended else -1.0 for score, ended in zip(expected, rollout.is_ended_B.tolist(), strict=True)]
     line = done.lines()[0]
@@ -244,10 +263,72 @@ def test_scores_are_the_reward_models_of_prompt_and_response(parts: Parts, tmp_p
     assert line["ended"] == sum(rollout.is_ended_B.tolist()) / 16
 
 
-def stage_scorer() -> Any:
-    from pipeline.rl.scoring import Scorer
+def naive_step(
+    rows: list[tuple[list[int], list[int]]], scores: list[float], policy: Any, reference: Any, critic: Any
+) -> tuple[Tensor, Tensor]:
+    """The losses of one on-policy step with the tests' numbers, row by row and token by token in plain Python.
 
-    return Scorer
+    kl_coef 0.5, gamma 0.9, lambda 0.8, values (x - 0.3) / 0.7, vf_coef 0.1; advantages whitened.
+    """
+    logprobs, values, advantages, returns = [], [], [], []
+    for (prompt, response), score in zip(rows, scores, strict=True):
+        ids, places = torch.tensor([prompt + response]), range(len(prompt) - 1, len(prompt) + len(response) - 1)
+        own = policy(input_ids=ids).logits[0].log_softmax(-1)
+        other = reference(input_ids=ids).logits[0].log_softmax(-1)
+        hidden = critic.base_model(input_ids=ids).last_hidden_state[0]
+        v = [(critic.score(hidden[place])[0] - 0.3) / 0.7 for place in places]
+        reward = [-0.5 * (own[p, t] - other[p, t]).item() for p, t in zip(places, response, strict=True)]
+        reward[-1] += score
+        following, a = 0.0, 0.0
+        own_advantages = []
+        for t in reversed(range(len(response))):
+            a = reward[t] + 0.9 * following - v[t].item() + 0.9 * 0.8 * a
+            following = v[t].item()
+            own_advantages.insert(0, a)
+        logprobs += [own[p, t] for p, t in zip(places, response, strict=True)]
+        values += v
+        advantages += own_advantages
+        returns += [a + value.item() for a, value in zip(own_advantages, v, strict=True)]
+    count = len(advantages)
+    mean = sum(advantages) / count
+    std = (sum((a - mean) ** 2 for a in advantages) / count) ** 0.5
+    # At ratio 1 the clipped objective has the gradient of -A log pi; the clipped value error is the plain one.
+    loss = sum(-(a - mean) / std * lp for a, lp in zip(advantages, logprobs, strict=True)) / count
+    value_loss = 0.5 * sum((v - r) ** 2 for v, r in zip(values, returns, strict=True)) / count
+    return loss, 0.1 * value_loss
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e6, 1e-3])
+def test_a_whole_step_is_the_naive_one(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_grad_norm: float
+):
+    """Weights of policy and critic after one step against plain autograd and AdamW.
+
+    Adam's epsilon of 1 leaves the size of the gradients in the update, so normaliser, vf_coef and clip show.
+    """
+    values = {"learning_rate": 1.0, "adam_epsilon": 1.0, "max_grad_norm": max_grad_norm}
+    spy = Spy(monkeypatch)
+    done = run(parts, tmp_path, total_episodes=16, kl_coef=0.5, gamma=0.9, lam=0.8, **values)
+    policy, reference = (load_causal_lm(parts.init.model).eval() for _ in range(2))
+    critic = AutoModelForSequenceClassification.from_pretrained(parts.reward.model).eval()
+    rows, ended = spy.rows(), spy.seen[0][0].is_ended_B.tolist()
+    scores = [
+        naive_score(parts, tmp_path, *row) if is_ended else -1.0 for row, is_ended in zip(rows, ended, strict=True)
+    ]
+    state, line = done.checkpoint(), done.lines()[0]
+    losses = naive_step(rows, scores, policy, reference, critic)
+    for name, model, loss, rate in zip(("policy", "critic"), (policy, critic), losses, (1.0, 3.0), strict=True):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, eps=1.0, weight_decay=0.0)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        optimizer.step()
+        assert line[f"{name.replace('critic', 'value')}_grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        moved = 0.0
+        before = dict(load_file((parts.init if name == "policy" else parts.reward).model / "model.safetensors"))
+        for key, parameter in model.named_parameters():
+            moved = max(moved, (parameter - before[key]).abs().max().item())
+            torch.testing.assert_close(state[f"{name}.{key}"], parameter.detach(), atol=2e-6, rtol=1e-5)
+        assert moved > (1e-3 if max_grad_norm > 1 else 1e-5)
 
 
 # ---- what leaves it unmoved ----
