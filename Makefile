@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export USE_HUB_KERNELS ?= NO
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo smoke test test-fast check bench clean help
+.PHONY: setup demo smoke test test-fast check clean help
 
 help:           ## the targets
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -36,8 +36,8 @@ test-fast: setup  ## its quick part, under two minutes
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 check: setup    ## ruff, mypy strict, import directions
-	@$(BIN)/ruff check src stages tests benchmarks
-	@$(BIN)/ruff format --check src stages tests benchmarks
+	@$(BIN)/ruff check src stages tests
+	@$(BIN)/ruff format --check src stages tests
 	@$(BIN)/mypy
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_imports.py
 
