@@ -252,9 +252,14 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(warm: Any, tokenized:
         while newest(warm.folder) < target and at_work.poll() is None:
             time.sleep(0.002)
         if moment == "at random":
-            time.sleep(draw.uniform(0, 0.4 if is_early else 0.1))
-        while moment == "while saving" and not is_saving(warm.folder) and at_work.poll() is None:
-            pass
+            time.sleep(draw.uniform(0, 0.4 if is_early else 0.03))
+        while moment == "while saving" and at_work.poll() is None:
+            if is_saving(warm.folder):
+                at_work.signal(signal.SIGSTOP, group=True)
+                time.sleep(0.01)
+                if is_saving(warm.folder):
+                    break  # held in the middle of a save: killed there
+                at_work.signal(signal.SIGCONT, group=True)
         if at_work.poll() is not None:
             break
         at_work.signal(signal.SIGKILL, group=True)
@@ -262,9 +267,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(warm: Any, tokenized:
         killed += 1
         time.sleep(0.05)  # the group's other process dies as well
         half_written += is_saving(warm.folder)
-    done = warm(*command)
+    done = at_work.wait() if at_work.poll() == 0 else warm(*command)  # the last one may have come to the end
     assert done.code == 0, done.stderr
-    assert killed >= 3
+    assert killed >= 2
     assert final(warm.folder) == final(made)
     if moment == "while saving":
         assert half_written >= 1
