@@ -457,7 +457,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(parts: Parts, tmp_path:
     for seen in (3, 5, 8):
         running = warm.start("run", "ppo.yaml", "--artifacts", "killed")
         running.wait_for(lambda seen=seen: lines_in(tmp_path / "killed/tiny") >= seen)  # type: ignore[misc]
-        time.sleep(random.Random(seen).random() * 0.2)
+        time.sleep(random.Random(seen).random() * 0.05)
         running.signal(signal.SIGKILL, group=True)
         running.wait()
     last = warm("run", "ppo.yaml", "--artifacts", "killed")
