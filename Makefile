@@ -26,7 +26,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup     ## raw text → tokenizer → base model → sft → reward → ppo, dpo → eval, about 11 minutes on two cores
 	@$(BIN)/llmpipe run demo
 
-smoke: setup    ## the same graph, tiny, in about a minute
+smoke: setup    ## the same graph, tiny, in under a minute
 	@$(BIN)/llmpipe run smoke
 
 test: setup     ## the whole test suite
