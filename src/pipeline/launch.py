@@ -30,7 +30,9 @@ from pipeline.artifacts import Artifact, Store, need_disk, now, template_hash, t
 from pipeline.errors import ConfigError, Halt, Interrupted, PipelineError, Stopped, TrainingError
 from pipeline.fingerprint import PACKAGES, reached
 from pipeline.lineage import Standing
+from pipeline.progress import leave_on_signals
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what asks a run to stop
 STRATEGIES = ("auto", "single", "ddp")
 VERSIONS_OF = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "llmpipe")
 
@@ -108,12 +110,6 @@ def _fork(work: Callable[[int], None], processes: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     children: dict[int, int] = {}
-    for rank in range(processes):
-        pid = os.fork()
-        if pid == 0:
-            _child(work, rank, processes, port, parent)
-        children[pid] = rank
-
     asked: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -122,7 +118,18 @@ def _fork(work: Callable[[int], None], processes: int) -> None:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(pid, number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that comes now is heard once all are forked
+    for rank in range(processes):
+        pid = os.fork()
+        if pid == 0:
+            leave_on_signals(speaks=rank == 0)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            _child(work, rank, processes, port, parent)
+        children[pid] = rank
+    for number in SIGNALS:
+        signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         failed = _wait(children)
     finally:
@@ -165,10 +172,6 @@ def _child(work: Callable[[int], None], rank: int, processes: int, port: int, pa
         code = error.exit_code
         if rank == 0 or not isinstance(error, Halt):
             say_error(error)
-    except KeyboardInterrupt:
-        code = Interrupted.exit_code
-        if rank == 0:
-            say_error(Interrupted("interrupted before there was anything to save", mend="run the same command again"))
     except BaseException as error:
         say_error(error)
     finally:

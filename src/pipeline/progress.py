@@ -47,6 +47,23 @@ class Stop:
         self.asked = Interrupted if number == signal.SIGINT else Stopped
 
 
+def leave_on_signals(speaks: bool = True) -> None:
+    """Until a stage listens, SIGTERM and SIGINT end the process at once; there is nothing yet to save.
+
+    An exception would not do: it lands in whatever is being imported, and libraries swallow it or abort on it.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        kind, how = (Interrupted, "interrupted") if number == signal.SIGINT else (Stopped, "stopped")
+        if speaks:
+            error = kind(f"{how} before there was anything to save", mend="run the same command again")
+            os.write(2, f"{error}\n".encode())
+        os._exit(kind.exit_code)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave)
+
+
 class Metrics:
     """metrics.jsonl: one object a line with step, time (seconds of work so far), tokens and figures."""
 

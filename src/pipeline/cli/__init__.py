@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
-from types import FrameType
 
-from pipeline.errors import Halt, PipelineError, Stopped
+from pipeline.errors import Halt, PipelineError
+from pipeline.progress import leave_on_signals
 
 
 def main() -> None:
     """Run the command line; a PipelineError becomes a message and its exit code."""
+    leave_on_signals(speaks=os.environ.get("RANK", "0") == "0")
     from pipeline.cli.app import app
 
-    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
@@ -26,8 +24,3 @@ def main() -> None:
         if not isinstance(error, ChildFailed) and not (isinstance(error, Halt) and rank_from_outside()):
             say_error(error)
         sys.exit(error.exit_code if isinstance(error, PipelineError) else 1)
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    """SIGTERM while no stage is at work: importing, checking, waiting for a lock."""
-    raise Stopped("stopped before there was anything to save", mend="run the same command again")

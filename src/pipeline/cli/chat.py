@@ -7,6 +7,7 @@ A base model has not learnt to answer: it is told so, and continues the text.
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -69,12 +70,13 @@ def converse(conversation: Conversation, reference: str) -> None:
     """Turn by turn, until `/exit` or the end of input. Ctrl-C ends an answer, or the conversation between answers."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing for input()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it ends an answer, or the conversation at the prompt
     say(f"{reference}   /reset forgets what was said, /exit ends")
     while True:
         say("> ", end="")
         try:
             text = input()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             say("")
             return
         if text.strip() == "/exit":

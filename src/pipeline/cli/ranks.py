@@ -5,6 +5,7 @@ Rank 0 takes the lock, decides and tells the others, so that no two ranks see a 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import shutil
 
@@ -23,6 +24,8 @@ def run_as_rank(session: Session, name: str, force: bool) -> bool:
     from pipeline.cli.run import inputs_of
 
     on_cpu = not torch.cuda.is_available()
+    if not torch.distributed.is_initialized():
+        atexit.register(_part)
     state = PartialState(cpu=True) if on_cpu else PartialState()
     run, processes = session.recipe.run, world_size_from_outside()
     with contextlib.ExitStack() as held:
@@ -41,3 +44,11 @@ def run_as_rank(session: Session, name: str, force: bool) -> bool:
         quiet = session.launch.quiet
         execute(standing, inputs_of(session, standing), session.store, run, partial, processes, quiet, last=False)
     return True
+
+
+def _part() -> None:
+    """Leave the process group while its threads can still be joined: left to the end of the process, they abort it."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
