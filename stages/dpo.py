@@ -93,6 +93,7 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     # 3. train
     plan = adapter.schedule([_tokens(row) for row in rows], config, runtime)
     trainer = _trainer(config, model, rows, tokenizer, plan, out, runtime)
+    adapter.fit_attention(trainer, rows)
     runtime.say(adapter.describe(trainer, plan, len(rows)))
     _add_reference(trainer, rows, plan, out / "reference.safetensors", runtime)
     shown = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}

@@ -192,12 +192,13 @@ class _Loop:
     def __init__(self, config: PretrainConfig, model: PreTrainedModel, windows: Windows, runtime: Runtime) -> None:
         import torch
 
-        from pipeline.model.build import trunk_and_head
+        from pipeline.model.build import choose_attention, trunk_and_head
         from pipeline.model.optim import build_optimizers, warmup_steps
         from pipeline.runtime import share_batch
 
         self.config, self.model, self.windows, self.runtime = config, model, windows, runtime
         self.bf16 = runtime.bf16 if config.bf16 is None else config.bf16
+        choose_attention(model, self.bf16, config.context_length)
         self.trunk, self.head = trunk_and_head(model)
         self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.rows, self.micro_steps = share_batch(

@@ -78,6 +78,7 @@ def run(config: RewardConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
     # 3. train
     plan = adapter.schedule([len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows], config, runtime)
     trainer = _trainer(config, model, rows, load_tokenizer(init.model), pad_id, plan, out, runtime)
+    adapter.fit_attention(trainer, rows)
     runtime.say(adapter.describe(trainer, plan, len(rows)))
     shown = {"loss": "loss", "acc": "accuracy", "margin": "margin"}
     adapter.train(trainer, config, rows, plan, runtime, checkpoint, phase="reward", shown=shown, state={})

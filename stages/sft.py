@@ -86,6 +86,7 @@ def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
             peft_config=adapter.lora(config.peft, "CAUSAL_LM"),
         )
     trim_head(trainer.model)
+    adapter.fit_attention(trainer, rows)
     runtime.say(adapter.describe(trainer, plan, len(rows)))
     shown = {"loss": "loss", "acc": "mean_token_accuracy", "lr": "learning_rate"}
     adapter.train(trainer, config, rows, plan, runtime, checkpoint, phase="sft", shown=shown, state={"before": before})

@@ -15,6 +15,7 @@ from trl import SFTConfig as Arguments
 
 from pipeline import trainer as adapter
 from pipeline.errors import ConfigError
+from pipeline.model.optim import muon
 from pipeline.runtime import Runtime
 from pipeline.trainer_config import TrainerConfig
 
@@ -198,11 +199,10 @@ def steps(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, first: int,
 
 
 def test_muon_and_adamw_together_are_each_on_its_own_and_resume_to_the_same_bits() -> None:
-    config = TrainerConfig(optimizer="muon", learning_rate=1e-2, embedding_learning_rate=2e-2)
     model, whole = tiny_model(), tiny_model()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(name))
-    optimizer = adapter.muon(model, config)
+    optimizer = muon(model, 1e-2, 2e-2, 0.0)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == [1e-2, 2e-2]
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in model.parameters()}
@@ -210,8 +210,8 @@ def test_muon_and_adamw_together_are_each_on_its_own_and_resume_to_the_same_bits
     steps(model, optimizer, 0, 3)
     assert all(not torch.equal(p, whole.get_parameter(n)) for n, p in model.named_parameters())
 
-    steps(whole, adapter.muon(whole, config), 0, 6)
-    resumed = adapter.muon(model, config)
+    steps(whole, muon(whole, 1e-2, 2e-2, 0.0), 0, 6)
+    resumed = muon(model, 1e-2, 2e-2, 0.0)
     resumed.load_state_dict(optimizer.state_dict())
     for group in resumed.param_groups:
         group["lr"] *= 1.0  # the groups are the optimizers' own after a load too

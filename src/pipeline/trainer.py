@@ -44,8 +44,8 @@ from pipeline.artifacts import need_disk
 from pipeline.checkpoint import Checkpoint
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, TrainingError
-from pipeline.model.build import flops_per_token, load_causal_lm
-from pipeline.model.optim import Together, build_optimizers
+from pipeline.model.build import choose_attention, flops_per_token, load_causal_lm
+from pipeline.model.optim import muon
 from pipeline.progress import Bar
 from pipeline.reading import meant
 from pipeline.recipe import PeftConfig
@@ -240,10 +240,11 @@ def lora(config: PeftConfig | None, task_type: str, modules_to_save: list[str] |
 
 
 def trained_model(trainer: Any) -> PreTrainedModel:
-    """The trained model without the trainer's wrappers: adapters merged, in evaluation mode."""
+    """The trained model without the trainer's wrappers: adapters merged, in evaluation mode, attention as loaded."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
+    model.set_attn_implementation("sdpa")
     return model.eval()
 
 
@@ -276,6 +277,12 @@ def no_dropout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+
+
+def fit_attention(trainer: Any, rows: Sequence[Row]) -> None:
+    """The faster attention for training on rows like these, until `trained_model`; call before any forward of it."""
+    model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+    choose_attention(model, trainer.args.bf16, max(len(ids) for row in rows for ids in row.values()))
 
 
 def autocast(config: TrainerConfig, runtime: Runtime) -> torch.autocast:
@@ -338,7 +345,8 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.train_dataset = _Unrolled(rows, plan.order)
     if config.optimizer == "muon":
-        trainer.optimizer = muon(trainer.model, config)
+        embedding_rate = config.embedding_learning_rate or config.learning_rate
+        trainer.optimizer = muon(trainer.model, config.learning_rate, embedding_rate, config.weight_decay)
     if checkpoint is not None:
         runtime.say(f"resumed at step {checkpoint.step:,}")
     with runtime.progress(phase, plan.steps) as bar:
@@ -347,21 +355,6 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     if watch.is_stopping and trainer.state.global_step < plan.steps:
         runtime.stop(trainer.state.global_step)
-
-
-def muon(model: torch.nn.Module, config: TrainerConfig) -> Together:
-    """Muon over the blocks' matrices and AdamW over the rest, as one optimizer for the Trainer."""
-    return Together(
-        build_optimizers(
-            model,
-            kind="muon",
-            learning_rate=config.learning_rate,
-            embedding_rate=config.embedding_learning_rate or config.learning_rate,
-            betas=(0.9, 0.95),
-            eps=1e-8,
-            weight_decay=config.weight_decay,
-        )
-    )
 
 
 def _bytes_to_write(model: torch.nn.Module) -> int:

@@ -107,6 +107,21 @@ class Together(torch.optim.Optimizer):
         self._share_groups()
 
 
+def muon(model: nn.Module, learning_rate: float, embedding_rate: float, weight_decay: float) -> Together:
+    """Muon over the blocks' matrices and AdamW over the rest, as one optimizer."""
+    return Together(
+        build_optimizers(
+            model,
+            kind="muon",
+            learning_rate=learning_rate,
+            embedding_rate=embedding_rate,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=weight_decay,
+        )
+    )
+
+
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
     """Every group to `share` of its peak."""
     for optimizer in optimizers:

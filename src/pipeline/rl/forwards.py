@@ -7,7 +7,7 @@ comes back is float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,17 +22,6 @@ from pipeline.rl.rollouts import Rollout, microbatches
 def precision(device: torch.device, bf16: bool) -> torch.autocast:
     """bf16 products with the weights as they are, or nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-
-
-def choose_attention(models: Iterable[PreTrainedModel], device: torch.device, bf16: bool, longest: int) -> None:
-    """Attention as plain products where that is the faster: on a CPU in bf16, for rows of up to 256 tokens.
-
-    Forward and backward of torch's fused kernel take 3.5 times as long there at 64 tokens and 1.7 times at 256; in
-    fp32 it is the faster one. Memory grows with the square of a row, hence the bound.
-    """
-    if device.type == "cpu" and bf16 and longest <= 256:
-        for model in models:
-            model.set_attn_implementation("eager")
 
 
 def response_logits(policy: PreTrainedModel, rollout: Rollout, temperature: float) -> Tensor:
