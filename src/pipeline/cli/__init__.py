@@ -16,6 +16,8 @@ def main() -> None:
 
     try:
         app()
+    except KeyboardInterrupt:  # chat's; elsewhere a signal ends the process
+        sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
