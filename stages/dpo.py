@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.evals.likelihood import Request
     from pipeline.evals.subject import Subject
     from pipeline.runtime import Runtime
-    from pipeline.trainer import Row, Schedule
+    from pipeline.schedule import Row, Schedule
 
 Loss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -70,6 +70,7 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     from pipeline.data.formats import read_rows
     from pipeline.evals.preference_accuracy import score
     from pipeline.model.build import save_model
+    from pipeline.schedule import schedule
 
     adapter.quieten()
     checkpoint = runtime.checkpoints.latest()
@@ -91,9 +92,11 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
         reference = score(_subject(model, tokenizer, length, runtime), held_out)
 
     # 3. train
-    plan = adapter.schedule([_tokens(row) for row in rows], config, runtime)
+    plan = schedule([_tokens(row) for row in rows], config, runtime)
     trainer = _trainer(config, model, rows, tokenizer, plan, out, runtime)
-    adapter.fit_attention(trainer, rows)
+    adapter.fit_attention(
+        trainer, max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
+    )
     runtime.say(adapter.describe(trainer, plan, len(rows)))
     _add_reference(trainer, rows, plan, out / "reference.safetensors", runtime)
     shown = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}

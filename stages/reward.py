@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pipeline.model.reward import RewardModel
     from pipeline.runtime import Runtime
-    from pipeline.trainer import Row, Schedule
+    from pipeline.schedule import Row, Schedule
 
 SCORED_TOKENS = 4096
 """Tokens of a batch that is only scored, padding included."""
@@ -57,6 +57,7 @@ def run(config: RewardConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
     from pipeline.data.tokenizers import load_tokenizer
     from pipeline.model.reward import RewardModel, build_reward_model, pooling_pad_id, save_reward_model
     from pipeline.runtime import derive_seed
+    from pipeline.schedule import schedule
 
     adapter.quieten()
     checkpoint = runtime.checkpoints.latest()
@@ -76,9 +77,9 @@ def run(config: RewardConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
     adapter.no_dropout(model)
 
     # 3. train
-    plan = adapter.schedule([len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows], config, runtime)
+    plan = schedule([len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows], config, runtime)
     trainer = _trainer(config, model, rows, load_tokenizer(init.model), pad_id, plan, out, runtime)
-    adapter.fit_attention(trainer, rows)
+    adapter.fit_attention(trainer, max(len(ids) for row in rows for ids in row.values()))
     runtime.say(adapter.describe(trainer, plan, len(rows)))
     shown = {"loss": "loss", "acc": "accuracy", "margin": "margin"}
     adapter.train(trainer, config, rows, plan, runtime, checkpoint, phase="reward", shown=shown, state={})

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline.data.chat import Encoded
     from pipeline.evals.likelihood import Request
     from pipeline.runtime import Runtime
-    from pipeline.trainer import Row
+    from pipeline.schedule import Row
 
 
 class SFTConfig(TrainerConfig):
@@ -54,6 +54,7 @@ def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     from pipeline.data.chat import stop_token_id
     from pipeline.model.build import check_vocabulary, save_model
     from pipeline.model.trained_positions import trim_head
+    from pipeline.schedule import schedule
 
     adapter.quieten()
     checkpoint = runtime.checkpoints.latest()
@@ -75,7 +76,7 @@ def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     before = checkpoint.state["before"] if checkpoint else _held_out_loss(model, held_out, config, runtime)
 
     # 3. train
-    plan = adapter.schedule([len(row["input_ids"]) for row in rows], config, runtime)
+    plan = schedule([len(row["input_ids"]) for row in rows], config, runtime)
     own = {"packing": config.packing, "dataset_kwargs": {"skip_prepare_dataset": True}}
     with adapter.building():
         trainer = SFTTrainer(
@@ -86,7 +87,7 @@ def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
             peft_config=adapter.lora(config.peft, "CAUSAL_LM"),
         )
     trim_head(trainer.model)
-    adapter.fit_attention(trainer, rows)
+    adapter.fit_attention(trainer, max(len(row["input_ids"]) for row in rows))
     runtime.say(adapter.describe(trainer, plan, len(rows)))
     shown = {"loss": "loss", "acc": "mean_token_accuracy", "lr": "learning_rate"}
     adapter.train(trainer, config, rows, plan, runtime, checkpoint, phase="sft", shown=shown, state={"before": before})

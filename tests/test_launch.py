@@ -126,7 +126,7 @@ def test_a_signal_stops_a_stage_that_looks(warm: Any, acts: Path, number: int, c
     at_work.signal(number, group=group)
     done = at_work.wait()
     assert done.code == code
-    assert "stopped before there was anything to save\n  mend: run the same command again\n" in done.stderr
+    assert "stopped before anything was saved\n  mend: run the same command again\n" in done.stderr
     assert "error" not in done.stderr
     assert not (acts / "first").exists()
     assert begun(acts) is not None
@@ -213,7 +213,7 @@ def test_a_signal_stops_all_ranks(warm: Any, acts: Path, number: int, code: int)
     at_work.signal(number)
     done = at_work.wait()
     assert done.code == code
-    assert done.stderr.count("stopped before there was anything to save") == 1
+    assert done.stderr.count("stopped before anything was saved") == 1
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def test_stopping(runtime: Runtime, kind: type[Stopped] | type[Interrupted]):
     runtime.check_stop()
     runtime.halt.asked = kind
     assert runtime.stop_requested()
-    with pytest.raises(kind, match="before there was anything to save"):
+    with pytest.raises(kind, match="before anything was saved"):
         runtime.check_stop()
     with pytest.raises(kind, match="stopped at step 1,234 and saved"):
         runtime.stop(1234)

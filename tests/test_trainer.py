@@ -1,10 +1,11 @@
-"""The adapter to TRL: the order of rows, fields through, several processes."""
+"""The adapter to TRL: fields through, attention, several processes, Muon."""
 
 import json
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pipeline import trainer as adapter
 from pipeline.errors import ConfigError
 from pipeline.model.optim import muon
 from pipeline.runtime import Runtime
+from pipeline.schedule import schedule
 from pipeline.trainer_config import TrainerConfig
 
 
@@ -32,50 +34,9 @@ def config(**fields: Any) -> TrainerConfig:
 LENGTHS = [5 + (7 * index) % 40 for index in range(100)]
 
 
-def test_an_epoch_has_every_row_once_and_ends_without_a_short_step(runtime: Runtime) -> None:
-    plan = adapter.schedule(LENGTHS, config(num_train_epochs=2.0, train_sampling_strategy="random"), runtime)
-    assert (plan.batch, plan.steps, len(plan.order)) == (8, 25, 200)
-    assert sorted(plan.order[:100]) == sorted(plan.order[100:]) == list(range(100))
-    assert list(plan.order[:100]) != list(plan.order[100:]), "every epoch is shuffled anew"
-    odd = adapter.schedule(LENGTHS[:21], config(per_device_train_batch_size=4), runtime)
-    assert (odd.steps, len(odd.order)) == (6, 24), "21 rows: the sixth step is filled from the next pass"
-    assert np.bincount(odd.order, minlength=21).sum() == 24
-    assert set(odd.order) == set(range(21))
-
-
-def test_grouped_by_length_has_the_same_rows_and_little_padding(runtime: Runtime) -> None:
-    def padding(plan: adapter.Schedule) -> float:
-        lengths = np.array(LENGTHS)[plan.order].reshape(plan.steps, plan.batch)
-        return 1 - float(lengths.sum() / (lengths.max(axis=1) * plan.batch).sum())
-
-    shuffled, grouped = (
-        adapter.schedule(LENGTHS, config(num_train_epochs=3.0, train_sampling_strategy=strategy), runtime)
-        for strategy in ("random", "group_by_length")
-    )
-    assert sorted(grouped.order) == sorted(shuffled.order)
-    assert padding(shuffled) > 0.3
-    assert padding(grouped) < 0.05
-    steps = np.array(LENGTHS)[grouped.order].reshape(grouped.steps, -1).mean(axis=1)
-    assert not np.array_equal(steps, np.sort(steps)), "steps are not in order of length"
-
-
-def test_the_order_is_a_function_of_seed_and_batch_alone(runtime: Runtime, tmp_path: Path) -> None:
-    whole = adapter.schedule(LENGTHS, config(), runtime)
-    split = adapter.schedule(LENGTHS, config(per_device_train_batch_size=2, gradient_accumulation_steps=4), runtime)
-    assert np.array_equal(whole.order, split.order)
-    assert np.array_equal(whole.order, adapter.schedule(LENGTHS, config(), runtime).order)
-    other = Runtime.start(tmp_path, seed=1, threads=1, quiet=True)
-    assert not np.array_equal(whole.order, adapter.schedule(LENGTHS, config(), other).order)
-
-
-def test_tokens_are_counted_by_step(runtime: Runtime) -> None:
-    plan = adapter.schedule([3, 3, 3, 3], config(per_device_train_batch_size=2, max_steps=5), runtime)
-    assert plan.tokens.tolist() == [6, 12, 18, 24, 30]
-
-
 def build(runtime: Runtime, tmp_path: Path, **fields: Any) -> Any:
     settings = config(**fields)
-    plan = adapter.schedule(LENGTHS, settings, runtime)
+    plan = schedule(LENGTHS, settings, runtime)
     return adapter.trainer_arguments(Arguments, settings, plan, tmp_path, runtime, {"packing": False})
 
 
@@ -122,6 +83,7 @@ from trl import SFTConfig, SFTTrainer
 from pipeline import trainer as adapter
 from pipeline.model.trained_positions import trim_head
 from pipeline.runtime import Runtime
+from pipeline.schedule import schedule
 from pipeline.trainer_config import TrainerConfig
 
 def work(world, out):
@@ -135,7 +97,7 @@ def work(world, out):
                                          num_attention_heads=1))
     vocabulary = Tokenizer(models.BPE({f"t{i}": i for i in range(64)}, []))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="t0", eos_token="t1")
-    plan = adapter.schedule([len(row["input_ids"]) for row in rows], config, runtime)
+    plan = schedule([len(row["input_ids"]) for row in rows], config, runtime)
     own = {"dataset_kwargs": {"skip_prepare_dataset": True}}
     arguments = adapter.trainer_arguments(SFTConfig, config, plan, out, runtime, own)
     sample = Dataset.from_list(rows[:1])
@@ -218,3 +180,16 @@ def test_muon_and_adamw_together_are_each_on_its_own_and_resume_to_the_same_bits
     assert [id(g) for g in resumed.param_groups] == [id(g) for o in resumed.optimizers for g in o.param_groups]
     steps(model, resumed, 3, 6)
     assert all(torch.equal(p, whole.get_parameter(n)) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("padding_free", "longest", "chosen"), [(False, 100, "eager"), (True, 64, "eager"), (True, 65, "sdpa")], ids=str
+)
+def test_attention_is_chosen_by_what_stands_in_one_row(padding_free: bool, longest: int, chosen: str) -> None:
+    """Four rows laid end to end are one of four times the length; the model that is saved is as it was loaded."""
+    arguments = SimpleNamespace(bf16=True, per_device_train_batch_size=4)
+    accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    trainer = SimpleNamespace(model=tiny_model(), args=arguments, padding_free=padding_free, accelerator=accelerator)
+    adapter.fit_attention(trainer, longest)
+    assert trainer.model.config._attn_implementation == chosen
+    assert adapter.trained_model(trainer).config._attn_implementation == "sdpa"

@@ -56,7 +56,7 @@ def leave_on_signals(speaks: bool = True) -> None:
     def leave(number: int, frame: FrameType | None) -> None:
         kind, how = (Interrupted, "interrupted") if number == signal.SIGINT else (Stopped, "stopped")
         if speaks:
-            error = kind(f"{how} before there was anything to save", mend="run the same command again")
+            error = kind(f"{how} before anything was saved", mend="run the same command again")
             os.write(2, f"{error}\n".encode())
         os._exit(kind.exit_code)
 

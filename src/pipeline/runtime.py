@@ -134,7 +134,7 @@ class Runtime:
     def check_stop(self) -> None:
         """Raise if asked to stop: for phases with nothing to save."""
         if self.halt.asked is not None:
-            raise self.halt.asked("stopped before there was anything to save", mend="run the same command again")
+            raise self.halt.asked("stopped before anything was saved", mend="run the same command again")
 
     def stop(self, step: int) -> NoReturn:
         """Raise, after the stage has saved its state at `step`."""

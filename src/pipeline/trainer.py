@@ -1,7 +1,7 @@
 """The one adapter to TRL's trainers: fields through, rows in our order, progress, stop, checkpoints.
 
-A stage makes tokens, asks `schedule` which row stands where, builds TRL's config with `trainer_arguments` and TRL's
-trainer with `building`, and hands both to `train`. What TRL and transformers are not asked to do:
+A stage makes tokens, asks `pipeline.schedule` which row stands where, builds TRL's config with `trainer_arguments` and
+TRL's trainer with `building`, and hands both to `train`. What TRL and transformers are not asked to do:
 
 - order: the run is unrolled to steps × batch rows, whose order is a pure function of the seed and the rows' lengths,
   and read in sequence. So an epoch has no short tail and a resume needs the step alone.
@@ -18,7 +18,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,15 +49,12 @@ from pipeline.progress import Bar
 from pipeline.reading import meant
 from pipeline.recipe import PeftConfig
 from pipeline.runtime import Runtime, share_batch
+from pipeline.schedule import Row, Schedule, Unrolled
 from pipeline.trainer_config import TrainerConfig
 
 __all__ = ["GivenDPOTrainer", "RewardTrainer", "SFTTrainer"]  # imported with this module: before a stage is forked off
 
-Row = dict[str, Any]
 Arguments = TypeVar("Arguments")
-
-WINDOW = 64
-"""Steps whose rows are sorted together by length: enough for little padding, few enough to stay shuffled."""
 
 
 def quieten() -> None:
@@ -69,73 +65,6 @@ def quieten() -> None:
     datasets.disable_progress_bars()
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-# ---- which row stands where ----
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The rows of a run in the order they are read, and what has been read after each step."""
-
-    batch: int
-    """Rows of an optimiser step, over all processes."""
-    order: npt.NDArray[np.int64]
-    """[steps × batch]: which row."""
-    tokens: npt.NDArray[np.int64]
-    """[steps]: tokens read up to and with the step."""
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps."""
-        return len(self.tokens)
-
-
-def schedule(lengths: Sequence[int], config: TrainerConfig, runtime: Runtime) -> Schedule:
-    """The order of a run over rows of these lengths (tokens): a pure function of the seed, the lengths and the batch.
-
-    Every epoch is a new shuffle, joined to the one before without a gap. With "group_by_length" the rows of WINDOW
-    steps are sorted by length and their batches shuffled.
-    """
-    count = len(lengths)
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * count / batch)
-    epochs = [
-        torch.randperm(count, generator=runtime.generator("order", epoch)).numpy()
-        for epoch in range(math.ceil(steps * batch / count))
-    ]
-    order = np.concatenate(epochs)[: steps * batch]
-    lengths_N = np.asarray(lengths, dtype=np.int64)
-    if config.train_sampling_strategy == "group_by_length":
-        windows = [
-            _grouped(order[start : start + WINDOW * batch], lengths_N, batch, runtime.generator("window", start))
-            for start in range(0, len(order), WINDOW * batch)
-        ]
-        order = np.concatenate(windows)
-    return Schedule(batch, order, lengths_N[order].reshape(steps, batch).sum(axis=1).cumsum())
-
-
-def _grouped(
-    rows: npt.NDArray[np.int64], lengths_N: npt.NDArray[np.int64], batch: int, generator: torch.Generator
-) -> npt.NDArray[np.int64]:
-    """The rows sorted by length and cut into batches, the batches shuffled."""
-    by_length = rows[np.argsort(lengths_N[rows], kind="stable")].reshape(-1, batch)
-    shuffled: npt.NDArray[np.int64] = by_length[torch.randperm(len(by_length), generator=generator).numpy()]
-    return shuffled.reshape(-1)
-
-
-class _Unrolled(torch.utils.data.Dataset[Any]):
-    """The run as one long epoch."""
-
-    def __init__(self, rows: Sequence[Row], order: npt.NDArray[np.int64]) -> None:
-        self.rows, self.order = rows, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> Row:
-        row: Row = self.rows[self.order[index]]
-        return row
 
 
 # ---- TRL's config and trainer ----
@@ -154,26 +83,35 @@ def trainer_arguments(
     Raises ConfigError for a key of `trainer:` that TRL's config lacks, that has a field of its own in the recipe, or
     that is the frame's to decide; and for a value TRL refuses.
     """
+    passed = {**{name: getattr(config, name) for name in SHARED_NAMES}, **_decided(config, plan, out, runtime), **own}
+    _check_passed_on(config, passed, {each.name for each in dataclasses.fields(kind) if each.init})  # type: ignore[arg-type]
+    with building(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arguments = kind(**passed, **config.trainer)
+    if runtime.world_size == 1 and runtime.device.type == "cuda":
+        arguments._n_gpu = 1  # type: ignore[attr-defined]  # one process is one GPU, never DataParallel
+    return arguments
+
+
+SHARED_NAMES = (
+    "learning_rate", "max_length", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+    "gradient_checkpointing", "logging_steps", "save_steps", "seed",
+)  # fmt: skip
+"""Fields that a recipe and TRL call alike."""
+
+
+def _decided(config: TrainerConfig, plan: Schedule, out: Path, runtime: Runtime) -> dict[str, Any]:
+    """What the frame decides: this process's share of the batch, the device, and all that a resume hangs on."""
     batch_rows, micro_steps = share_batch(
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
         runtime.world_size,
         "per_device_train_batch_size",
     )
-    passed = {
-        "learning_rate": config.learning_rate,
+    return {
         "per_device_train_batch_size": batch_rows,
         "gradient_accumulation_steps": micro_steps,
         "max_steps": plan.steps,
-        "max_length": config.max_length,
-        "lr_scheduler_type": config.lr_scheduler_type,
-        "warmup_steps": config.warmup_steps,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "logging_steps": config.logging_steps,
-        "save_steps": config.save_steps,
-        "seed": config.seed,
         "bf16": runtime.bf16 if config.bf16 is None else config.bf16,
         "use_cpu": runtime.device.type == "cpu",
         "output_dir": str(out / "checkpoints"),
@@ -187,21 +125,17 @@ def trainer_arguments(
         "disable_tqdm": True,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": runtime.device.type == "cuda",
-        **own,
     }
-    known = {each.name for each in dataclasses.fields(kind) if each.init}  # type: ignore[arg-type]
+
+
+def _check_passed_on(config: TrainerConfig, passed: Mapping[str, Any], known: set[str]) -> None:
+    """ConfigError for a key of the recipe's `trainer:` that is set elsewhere or unknown to TRL."""
     for key in config.trainer:
         if key in passed or key in type(config).model_fields:
             mend = "set the stage's own field" if key in type(config).model_fields else "leave it out"
             raise ConfigError(f"`{key}` is not taken from `trainer`: it is set elsewhere", where="trainer", mend=mend)
         if key not in known:
             raise ConfigError(f"TRL's config has no field `{key}`{meant(key, known)}", where="trainer")
-    with building(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        arguments = kind(**passed, **config.trainer)
-    if runtime.world_size == 1 and runtime.device.type == "cuda":
-        arguments._n_gpu = 1  # type: ignore[attr-defined]  # one process is one GPU, never DataParallel
-    return arguments
 
 
 class GivenDPOTrainer(DPOTrainer):  # type: ignore[misc]
@@ -279,10 +213,12 @@ def no_dropout(model: PreTrainedModel) -> None:
             module.p = 0.0
 
 
-def fit_attention(trainer: Any, rows: Sequence[Row]) -> None:
-    """The faster attention for training on rows like these, until `trained_model`; call before any forward of it."""
+def fit_attention(trainer: Any, longest: int) -> None:
+    """The faster attention for training on rows of up to `longest` tokens, until `trained_model` puts the loaded one
+    back; call before any forward of it. Rows that are laid end to end count as one."""
     model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
-    choose_attention(model, trainer.args.bf16, max(len(ids) for row in rows for ids in row.values()))
+    end_to_end = trainer.args.per_device_train_batch_size if getattr(trainer, "padding_free", False) else 1
+    choose_attention(model, trainer.args.bf16, longest * end_to_end)
 
 
 def autocast(config: TrainerConfig, runtime: Runtime) -> torch.autocast:
@@ -343,7 +279,7 @@ def train(
     """
     need_disk(Path(trainer.args.output_dir).parent, _bytes_to_write(trainer.model), "saving and checkpoints")
     trainer.remove_callback(PrinterCallback)
-    trainer.train_dataset = _Unrolled(rows, plan.order)
+    trainer.train_dataset = Unrolled(rows, plan.order)
     if config.optimizer == "muon":
         embedding_rate = config.embedding_learning_rate or config.learning_rate
         trainer.optimizer = muon(trainer.model, config.learning_rate, embedding_rate, config.weight_decay)

@@ -136,3 +136,46 @@ def test_parameters_are_kept_once_and_put_back(tied: bool):
     assert trunk is second.model
     assert head is second.lm_head.weight
     assert (head is second.get_input_embeddings().weight) is tied
+
+
+@pytest.mark.parametrize(
+    ("bf16", "longest", "chosen"), [(True, 256, "eager"), (True, 257, "sdpa"), (False, 8, "sdpa")], ids=str
+)
+def test_plain_attention_is_for_short_rows_in_bf16(bf16: bool, longest: int, chosen: str):
+    model = llama()
+    build.choose_attention(model, bf16, longest)
+    assert model.config._attn_implementation == chosen
+
+
+def without_zeros() -> LlamaForCausalLM:
+    """No projection is zero, so that attention tells."""
+    model = llama()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return model
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
+def test_plain_attention_gives_the_loss_and_gradients_of_the_fused(is_packed: bool):
+    """fp32, to 1e-5: two rows with padding, or the two laid end to end and kept apart by their positions."""
+    ids = torch.randint(0, VOCAB, (1 if is_packed else 2, 16), generator=torch.Generator().manual_seed(3))
+    places = {"position_ids": torch.tensor([[*range(9), *range(7)]])} if is_packed else {}
+    mask = {} if is_packed else {"attention_mask": torch.tensor([[1] * 16, [1] * 9 + [0] * 7])}
+    labels = ids if is_packed else ids.masked_fill(mask["attention_mask"] == 0, -100)
+    found = []
+    for implementation in ("sdpa", "eager"):
+        model = without_zeros()
+        model.set_attn_implementation(implementation)
+        loss = model(input_ids=ids, labels=labels, **places, **mask).loss
+        loss.backward()
+        found.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))
+    (fused, fused_grads), (plain, plain_grads) = found
+    torch.testing.assert_close(plain, fused, rtol=0, atol=1e-5)
+    for ours, theirs in zip(plain_grads, fused_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    if is_packed:  # and the second row does not see the first
+        apart = model(input_ids=ids[:, 9:], use_cache=False).logits
+        together = model(input_ids=ids, **places, use_cache=False).logits[:, 9:]
+        torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)

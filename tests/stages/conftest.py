@@ -105,3 +105,17 @@ def runtime(tmp_path: Path) -> Callable[[str], tuple[Path, Runtime]]:
 def lines() -> Callable[[Path], list[dict[str, Any]]]:
     """The objects of a run's metrics.jsonl."""
     return lambda out: [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def small_run() -> dict[str, Any]:
+    """Fields of a run of a few steps of four rows in fp32, saved and logged often, a tenth held out."""
+    return {
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "held_out": 0.1,
+    }

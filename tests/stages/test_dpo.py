@@ -17,24 +17,17 @@ from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, DataError, Stopped
 from pipeline.model.build import load_causal_lm
 from pipeline.recipe import DataEntry, PeftConfig
-from pipeline.trainer import schedule
+from pipeline.schedule import schedule
 from stages import dpo
 
 
 @pytest.fixture
-def config(preferences: Path) -> Any:
+def config(small_run: dict[str, Any], preferences: Path) -> Any:
     """A small run; keywords change fields."""
 
     def make(**changed: Any) -> dpo.DPOConfig:
-        values: dict[str, Any] = {
+        values = small_run | {
             "data": (DataEntry(source=str(preferences)),),
-            "learning_rate": 1e-3,
-            "per_device_train_batch_size": 4,
-            "max_steps": 4,
-            "bf16": False,
-            "logging_steps": 1,
-            "save_steps": 2,
-            "held_out": 0.1,
         }
         return dpo.DPOConfig(**(values | changed))
 

@@ -21,25 +21,18 @@ from pipeline.evals.reward_accuracy import rewards
 from pipeline.model.reward import build_reward_model, load_reward_model
 from pipeline.recipe import DataEntry, PeftConfig
 from pipeline.runtime import derive_seed
-from pipeline.trainer import schedule
+from pipeline.schedule import schedule
 from stages import reward
 
 
 @pytest.fixture
-def config(preferences: Path, demonstrations: Path) -> Any:
+def config(small_run: dict[str, Any], preferences: Path, demonstrations: Path) -> Any:
     """A small run; keywords change fields."""
 
     def make(**changed: Any) -> reward.RewardConfig:
-        values: dict[str, Any] = {
+        values = small_run | {
             "data": (DataEntry(source=str(preferences)),),
             "demonstrations": (DataEntry(source=str(demonstrations)),),
-            "learning_rate": 1e-3,
-            "per_device_train_batch_size": 4,
-            "max_steps": 4,
-            "bf16": False,
-            "logging_steps": 1,
-            "save_steps": 2,
-            "held_out": 0.1,
         }
         return reward.RewardConfig(**(values | changed))
 

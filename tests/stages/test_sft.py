@@ -27,19 +27,13 @@ STOP = "<|im_end|>"
 
 
 @pytest.fixture
-def config(demonstrations: Path) -> Any:
+def config(small_run: dict[str, Any], demonstrations: Path) -> Any:
     """A small run; keywords change fields."""
 
     def make(**changed: Any) -> sft.SFTConfig:
-        values: dict[str, Any] = {
+        values = small_run | {
             "data": (DataEntry(source=str(demonstrations)),),
-            "learning_rate": 1e-3,
-            "per_device_train_batch_size": 4,
             "max_steps": 6,
-            "bf16": False,
-            "logging_steps": 1,
-            "save_steps": 2,
-            "held_out": 0.1,
         }
         return sft.SFTConfig(**(values | changed))
 
@@ -133,7 +127,7 @@ def test_the_step_is_trls_and_the_equations(init: Any, runtime: Any, config: Any
 
     tokenizer = load_tokenizer(init.model)
     rows = sft._fit(sft._encode(settings, tokenizer, "train", here), stop_token_id(tokenizer), 96, here)
-    from pipeline.trainer import schedule
+    from pipeline.schedule import schedule
 
     plan = schedule([len(row["input_ids"]) for row in rows], settings, here)
     batches = [[rows[i] for i in step] for step in plan.order.reshape(3, 4).tolist()]
