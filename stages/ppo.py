@@ -148,17 +148,15 @@ def _prompts(
     config: PPOConfig, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerFast, runtime: Runtime
 ) -> Prompts:
     """The prompts the run comes to, episode by episode."""
-    from transformers import AutoConfig
-
     from pipeline.data.chat import encode_prompt
     from pipeline.data.formats import read_rows
+    from pipeline.model.build import reach
     from pipeline.rl.prompts import order_prompts
 
     assert config.data is not None
     rows = read_rows(config.data, "prompt", split="train", held_out=config.held_out, say=runtime.say)
     episodes = config.total_episodes or max(1, round(config.num_train_epochs * len(rows)))
-    shape = AutoConfig.from_pretrained(inputs["init"].model).get_text_config().to_dict()
-    context = shape.get("max_position_embeddings")  # BLOOM and Mamba have none: nothing bounds them
+    context = reach(inputs["init"].model)
     prompts = order_prompts(
         rows,
         math.ceil(episodes / config.batch_size) * config.batch_size,

@@ -1,8 +1,8 @@
 """pretrain: a causal language model from scratch (or further from a base) on token shards.
 
 The own loop: the trunk runs once, head and loss go in chunks (Wijmans et al. 2024 call the idea cut cross-entropy), one
-host sync a logging interval. The model is a Llama (Touvron et al. 2023) with tied embeddings. Sample order is a pure
-function of (seed, position), so that a checkpoint is weights, moments and a step.
+host sync a logging interval. The model is a preset, any causal language model of transformers, or a class of the
+user's own. Sample order is a pure function of (seed, position), so that a checkpoint is weights, moments and a step.
 
 Departures: the projections into the residual stream start at zero; embeddings have a learning rate of their own; the
 final model is saved before it is evaluated.
@@ -29,13 +29,17 @@ if TYPE_CHECKING:
 class ModelConfig(Section):
     """The model to build; sizes left out follow from the depth."""
 
-    architecture: Literal["llama"] = field("llama", "family of transformers models")
-    depth: int = field(4, "transformer blocks; the one dial", gt=0)
+    architecture: str = field(
+        "llama", "gpt2, llama, mistral, qwen3, gemma3, qwen3_moe, another model_type of transformers, or ./gpt.py:GPT"
+    )
+    size: str | None = field(None, "depth and widths by name: 10m, 30m, 60m, 124m, 350m, 774m, 1b, 3b, 8b")
+    depth: int | None = field(None, "transformer blocks; the one dial; 4 without a `size`", gt=0)
     hidden_size: int | None = field(None, "width; 64 × depth unless set", gt=0)
     intermediate_size: int | None = field(None, "width of the MLP; 8/3 × hidden_size, to a multiple of 32", gt=0)
     num_attention_heads: int | None = field(None, "heads of 64 channels unless set", gt=0)
     num_key_value_heads: int | None = field(None, "heads of keys and values; as many as heads unless set", gt=0)
-    tie_word_embeddings: bool = field(True, "one matrix for the input embedding and the head")
+    tie_word_embeddings: bool | None = field(None, "one matrix for embedding and head; so unless the size is 8b")
+    config: dict[str, Any] = field({}, "further fields of transformers' config of the architecture, over all these")
 
 
 class PretrainConfig(StageConfig):
@@ -116,9 +120,11 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
 
 def _model(config: PretrainConfig, inputs: dict[str, Any], vocab: int, runtime: Runtime) -> PreTrainedModel:
     """The base model to go on from, or a new one with weights drawn from the seed."""
-    from transformers import LlamaForCausalLM
+    import torch
 
-    from pipeline.model.build import check_vocabulary, initialise, llama_config, load_causal_lm
+    from pipeline.model.build import check_vocabulary, initialise, load_causal_lm, reach_of
+    from pipeline.model.presets import PRESETS, build_model, shape_of
+    from pipeline.runtime import derive_seed
 
     base = inputs.get("init")
     if base is not None:
@@ -130,28 +136,21 @@ def _model(config: PretrainConfig, inputs: dict[str, Any], vocab: int, runtime: 
             )
         model = load_causal_lm(base.model)
         check_vocabulary(model, vocab, "pretrain.init")
-        if model.config.max_position_embeddings < config.context_length:
+        reach = reach_of(model.config)
+        if reach is not None and reach < config.context_length:
             raise ConfigError(
-                f"{config.context_length} is more than the base's context of {model.config.max_position_embeddings}",
+                f"{config.context_length} is more than the base's context of {reach}",
                 where="pretrain.context_length",
-                mend=f"--set pretrain.context_length={model.config.max_position_embeddings}",
+                mend=f"--set pretrain.context_length={reach}",
             )
         return model
-    shape = config.model
-    width = shape.hidden_size or 64 * shape.depth
-    heads = shape.num_attention_heads or max(1, width // 64)
-    built = llama_config(
-        depth=shape.depth,
-        width=width,
-        heads=heads,
-        kv_heads=shape.num_key_value_heads or heads,
-        mlp_width=shape.intermediate_size or 32 * math.ceil(width * 8 / 3 / 32),
-        context=config.context_length,
-        vocab=vocab,
-        tied=shape.tie_word_embeddings,
-    )
-    model = LlamaForCausalLM(built)
-    initialise(model, runtime.generator("model"))
+    given = config.model
+    shape = shape_of(given.model_dump(exclude={"architecture", "config"}), config.context_length, vocab)
+    with torch.random.fork_rng(devices=[]):  # what is not a preset keeps the weights that transformers draws
+        torch.manual_seed(derive_seed(config.seed, "model"))
+        model = build_model(given.architecture, shape, given.config)
+    if given.architecture in PRESETS:
+        initialise(model, runtime.generator("model"))
     return model
 
 
@@ -192,14 +191,15 @@ class _Loop:
     def __init__(self, config: PretrainConfig, model: PreTrainedModel, windows: Windows, runtime: Runtime) -> None:
         import torch
 
-        from pipeline.model.build import choose_attention, trunk_and_head
+        from pipeline.model.build import choose_attention
+        from pipeline.model.next_token import NextToken
         from pipeline.model.optim import build_optimizers, warmup_steps
         from pipeline.runtime import share_batch
 
         self.config, self.model, self.windows, self.runtime = config, model, windows, runtime
         self.bf16 = runtime.bf16 if config.bf16 is None else config.bf16
         choose_attention(model, self.bf16, config.context_length)
-        self.trunk, self.head = trunk_and_head(model)
+        self.losses = NextToken(model)
         self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.rows, self.micro_steps = share_batch(
             config.per_device_train_batch_size,
@@ -219,6 +219,7 @@ class _Loop:
         )
         self.loss = torch.zeros((), device=runtime.device)
         self.grad_norm = torch.zeros((), device=runtime.device)
+        self.routing = torch.zeros(2, device=runtime.device)
         self.counted = 0
 
     def resume(self) -> int:
@@ -254,7 +255,6 @@ class _Loop:
         """One optimiser step on this rank's share of the global batch."""
         import torch
 
-        from pipeline.model.losses import cross_entropy_sum
         from pipeline.model.optim import learning_rate_share, set_learning_rate
 
         config = self.config
@@ -269,11 +269,14 @@ class _Loop:
             rows = torch.from_numpy(self.windows.batch(range(start, start + self.rows)))
             rows_BT = rows.to(self.runtime.device, non_blocking=True)
             with self.autocast():
-                hidden_BTD = self.trunk(rows_BT[:, :-1], use_cache=False).last_hidden_state
-                nats = cross_entropy_sum(hidden_BTD.flatten(0, 1), self.head, rows_BT[:, 1:].flatten())
+                nats, routing = self.losses.loss_sum(rows_BT[:, :-1], rows_BT[:, 1:])
             loss = nats / (self.batch * config.context_length)
-            loss.backward()  # type: ignore[no-untyped-call]
             self.loss += loss.detach()
+            if routing is not None:
+                share = self.rows / self.batch
+                loss = loss + self.losses.balance_weight * share * routing.balance_loss
+                self.routing += share * torch.stack([routing.balance_loss.detach(), routing.busiest])
+            loss.backward()  # type: ignore[no-untyped-call]
         self._reduce()
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         for optimizer in self.optimizers:
@@ -298,15 +301,18 @@ class _Loop:
         """Mean loss since the last call, in nats a token; TrainingError if it is not finite."""
         import torch
 
-        total = self.loss.clone()
+        total = torch.cat([self.loss[None], self.routing])
         if self.runtime.world_size > 1:
             torch.distributed.all_reduce(total)
-        loss = total.item() / max(1, self.counted)
+        loss, balance, busiest = (total / max(1, self.counted)).tolist()
         self.loss.zero_()
+        self.routing.zero_()
         self.counted = 0
         self._check(loss, step)
         rate = self.optimizers[0].param_groups[-1]["lr"]
-        return {"loss": loss, "learning_rate": rate, "grad_norm": float(self.grad_norm)}
+        figures = {"loss": loss, "learning_rate": rate, "grad_norm": float(self.grad_norm)}
+        experts = {"balance_loss": balance, "busiest_expert": busiest} if self.losses.has_experts else {}
+        return {**figures, **experts}
 
     def _check(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
@@ -327,5 +333,4 @@ class _Loop:
         from pipeline.model.held_out import bits_per_byte
 
         with self.autocast():
-            length, device = self.config.context_length, self.runtime.device
-            return bits_per_byte(self.trunk, self.head, valid, length, documents, device)
+            return bits_per_byte(self.losses, valid, self.config.context_length, documents)

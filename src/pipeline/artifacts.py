@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ArtifactError, ConfigError, MachineError, MissingInputError
+from pipeline.errors import ArtifactError, ConfigError, MachineError, MismatchError, MissingInputError
 from pipeline.recipe import NAME
 
 SCHEMA_VERSION = 1
@@ -218,6 +218,21 @@ def outside_model(path: Path) -> Artifact:
     architectures = json.loads((path / "config.json").read_text()).get("architectures") or [""]
     kind = "reward-model" if architectures[0].endswith("ForSequenceClassification") else "causal-lm"
     return Artifact(str(path), path, kind, content_hash(path), {})
+
+
+def runs_code_of(model: Path) -> bool:
+    """Whether code that a model's folder brings along is run: only in an artifact, where it came from the user's own
+    file. Raises MismatchError where another folder needs such code."""
+    config = model / "config.json"
+    if not config.exists() or "auto_map" not in json.loads(config.read_text(encoding="utf-8")):
+        return False
+    if not (model.parent / MANIFEST).exists():
+        raise MismatchError(
+            "the model needs code that its folder brings along, which is not run",
+            where=str(model),
+            mend="read the code; then name its class as pretrain's `model.architecture`, or convert the model",
+        )
+    return True
 
 
 def hub_model(reference: str) -> Artifact:

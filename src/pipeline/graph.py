@@ -7,11 +7,12 @@ unknown stages, unknown references, kinds that do not fit, cycles, missing files
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from pipeline.artifacts import Store, outside_model, tokenizer_hash
@@ -128,7 +129,7 @@ def _node(document: Document, name: str, stages: Mapping[str, Stage], seed: int,
         resolved = tuple(_reference(document, (*key, role, i), ref, kind, stages, store) for i, ref in enumerate(refs))
         inputs[role] = tuple(ref for ref in resolved if not USER_CODE.fullmatch(ref))
         updates[role] = resolved if is_list[role] else (resolved[0] if resolved else None)
-    updates |= _paths(document, key, stage, config)
+    updates |= _paths(document, key, config, stage.inputs)
     return Node(name, stage, config.model_copy(update=updates), inputs, is_list, origins)
 
 
@@ -188,14 +189,20 @@ def _reference(document: Document, key: Key, ref: str, kind: str, stages: Mappin
     raise RecipeError(f"{role}: no stage `{ref}`{meant(ref, stages)}", where=where)
 
 
-def _paths(document: Document, key: tuple[str, str], stage: Stage, config: StageConfig) -> dict[str, Any]:
-    """The config's data entries and user files with absolute paths; MissingInputError where nothing is there."""
+def _paths(document: Document, key: Key, config: BaseModel, roles: Collection[str] = ()) -> dict[str, Any]:
+    """The config's data entries and user files, those of its sections too, with absolute paths.
+
+    Raises MissingInputError where nothing is there.
+    """
     updates: dict[str, Any] = {}
-    for name in stage.config.model_fields:
+    for name in type(config).model_fields:
         value = getattr(config, name)
-        if is_data(stage.config, name) and value:
+        if is_data(type(config), name) and value:
             updates[name] = tuple(_entry(document, (*key, name, i), entry) for i, entry in enumerate(value))
-        elif isinstance(value, str) and USER_CODE.fullmatch(value) and name not in stage.inputs:
+        elif isinstance(value, BaseModel):
+            inner = _paths(document, (*key, name), value)
+            updates |= {name: value.model_copy(update=inner)} if inner else {}
+        elif isinstance(value, str) and USER_CODE.fullmatch(value) and name not in roles:
             file, _, member = value.rpartition(":")
             base = Path.cwd() if document.is_set(*key, name) else document.base
             path = (base / file).resolve()

@@ -29,7 +29,6 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel
 from transformers import (
-    AutoConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -43,7 +42,7 @@ from pipeline.artifacts import need_disk
 from pipeline.checkpoint import Checkpoint
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, TrainingError
-from pipeline.model.build import choose_attention, flops_per_token, load_causal_lm
+from pipeline.model.build import choose_attention, flops_per_token, load_causal_lm, reach, restore_attention
 from pipeline.model.optim import muon
 from pipeline.progress import Bar
 from pipeline.reading import meant
@@ -178,17 +177,17 @@ def trained_model(trainer: Any) -> PreTrainedModel:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
-    model.set_attn_implementation("sdpa")
+    restore_attention(model)
     return model.eval()
 
 
 def longest_row(folder: Path, max_length: int, runtime: Runtime) -> int:
     """Tokens of a row at most: `max_length`, lowered to what the positions of the model in `folder` reach."""
-    reach = AutoConfig.from_pretrained(folder).get_text_config().to_dict().get("max_position_embeddings")
-    if reach is None or reach >= max_length:
+    most = reach(folder)
+    if most is None or most >= max_length:
         return max_length
-    runtime.say(f"the model reaches {reach:,} tokens: max_length is lowered to that")
-    return int(reach)
+    runtime.say(f"the model reaches {most:,} tokens: max_length is lowered to that")
+    return most
 
 
 def load_padded_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -16,7 +16,8 @@ from pipeline.data.chat import encode_prompt, stop_token_id
 from pipeline.data.tokenizers import encode_text, train_bpe
 from pipeline.errors import ConfigError
 from pipeline.model import generation
-from pipeline.model.build import llama_config, save_model
+from pipeline.model.build import save_model
+from pipeline.model.presets import Shape, build_config
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def _artifact(folder: Path, tokenizer: PreTrainedTokenizerFast, stop: int) -> Artifact:
     torch.manual_seed(0)
-    config = llama_config(
-        depth=1, width=32, heads=2, kv_heads=2, mlp_width=64, context=128, vocab=len(tokenizer), tied=True
+    config = build_config(
+        "llama",
+        Shape(depth=1, width=32, heads=2, kv_heads=2, mlp_width=64, context=128, vocab=len(tokenizer), tied=True),
+        {},
     )
     config.initializer_range = 0.3
     tokenizer.save_pretrained(folder / "tokenizer")

@@ -43,7 +43,7 @@ def shown(warm: Any) -> dict[str, dict[str, Any]]:
         ("pretrain.max_steps", 10, "r.yaml:5"),
         ("pretrain.model.depth", 2, "r.yaml:6"),
         ("pretrain.model.hidden_size", 64, "--set pretrain.model.hidden_size=64"),
-        ("pretrain.model.tie_word_embeddings", True, "default"),
+        ("pretrain.model.architecture", "llama", "default"),
         ("pretrain.learning_rate", 1e-5, "--set pretrain.learning_rate=1e-5"),
         ("pretrain.bf16", False, "LLMPIPE_SET pretrain.bf16=false"),
         ("sft.max_length", 77, "LLMPIPE_SET sft.max_length=77"),

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.data.chat import stop_token_id
 from pipeline.data.tokenizers import train_bpe
 from pipeline.evals.subject import Subject, load_subject
-from pipeline.model.build import llama_config, save_model
+from pipeline.model.build import save_model
+from pipeline.model.presets import Shape, build_config
 
 WORDS = "return the sum of two numbers read a file and close it sort a list in place open the door naïve été 日本"
 
@@ -25,8 +26,10 @@ def _save(folder: Path, tokenizer: PreTrainedTokenizerFast, stop: int, seed: int
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = llama_config(
-        depth=2, width=32, heads=2, kv_heads=1, mlp_width=64, context=64, vocab=len(tokenizer), tied=True
+    config = build_config(
+        "llama",
+        Shape(depth=2, width=32, heads=2, kv_heads=1, mlp_width=64, context=64, vocab=len(tokenizer), tied=True),
+        {},
     )
     config.initializer_range = 0.3  # far from uniform, so that scores differ
     tokenizer.save_pretrained(folder / "tokenizer")

@@ -15,7 +15,7 @@ from pipeline.data.tokenizers import encode_text
 from pipeline.evals import bits_per_byte
 from pipeline.evals.subject import Subject
 from pipeline.model import held_out
-from pipeline.model.build import trunk_and_head
+from pipeline.model.next_token import NextToken
 
 TEXTS = ["return the sum of two numbers", "naïve été 日本", "open the door and close it " * 12, "a"]
 
@@ -65,7 +65,6 @@ def test_the_figure_pretrain_gives(base_subject: Subject, tokenizer: PreTrainedT
     assert len(texts) == 3
     assert set(texts) < set(TEXTS)
     found = bits_per_byte.figures(bits_per_byte.score(base_subject, texts), 0)["bits_per_byte"].value
-    trunk, head = trunk_and_head(base_subject.model)
     file = TokenFile(tmp_path / "valid.ds")
-    theirs = held_out.bits_per_byte(trunk, head, file, base_subject.max_length, 3, torch.device("cpu"))
+    theirs = held_out.bits_per_byte(NextToken(base_subject.model), file, base_subject.max_length, 3)
     assert found == pytest.approx(theirs, rel=1e-4)

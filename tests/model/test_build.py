@@ -8,36 +8,22 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from pipeline.errors import ConfigError, MismatchError
+from pipeline.errors import MismatchError
 from pipeline.model import build
+from pipeline.model.presets import Shape, build_config
 
 VOCAB = 512
 
 
 def llama(*, tied: bool = True, kv_heads: int = 2, seed: int = 0) -> LlamaForCausalLM:
-    config = build.llama_config(
-        depth=2, width=32, heads=4, kv_heads=kv_heads, mlp_width=64, context=16, vocab=VOCAB, tied=tied
+    config = build_config(
+        "llama",
+        Shape(depth=2, width=32, heads=4, kv_heads=kv_heads, mlp_width=64, context=16, vocab=VOCAB, tied=tied),
+        {},
     )
     model = LlamaForCausalLM(config)
     build.initialise(model, torch.Generator().manual_seed(seed))
     return model
-
-
-@pytest.mark.parametrize(
-    ("width", "heads", "kv_heads", "is_good"),
-    [(32, 4, 4, True), (32, 4, 2, True), (30, 4, 4, False), (32, 4, 3, False), (12, 4, 4, False)],
-)
-def test_sizes_that_do_not_come_out_even_are_refused(width: int, heads: int, kv_heads: int, is_good: bool):
-    def config() -> object:
-        return build.llama_config(
-            depth=1, width=width, heads=heads, kv_heads=kv_heads, mlp_width=8, context=8, vocab=8, tied=True
-        )
-
-    if is_good:
-        assert config() is not None
-    else:
-        with pytest.raises(ConfigError, match=f"hidden_size {width} over {heads} heads"):
-            config()
 
 
 def test_weights_are_a_function_of_the_generator_alone():
@@ -132,10 +118,7 @@ def test_parameters_are_kept_once_and_put_back(tied: bool):
     build.load_parameters(second, {f"model.{name}": value for name, value in kept.items()}, "model")
     for name, value in first.state_dict().items():
         assert torch.equal(second.state_dict()[name], value)
-    trunk, head = build.trunk_and_head(second)
-    assert trunk is second.model
-    assert head is second.lm_head.weight
-    assert (head is second.get_input_embeddings().weight) is tied
+    assert (second.lm_head.weight is second.get_input_embeddings().weight) is tied
 
 
 @pytest.mark.parametrize(

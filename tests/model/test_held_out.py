@@ -9,9 +9,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from pipeline.data.shards import ShardWriter, TokenFile
-from pipeline.model import build, held_out
+from pipeline.model import held_out
 from pipeline.model.held_out import bits_per_byte, choose_documents, padded, windows
 from pipeline.model.losses import IGNORED
+from pipeline.model.next_token import NextToken
+from pipeline.model.presets import Shape, build_config
 
 SEPARATOR, VOCAB, T = 0, 40, 8
 LENGTHS = [1, 7, 8, 9, 16, 17, 30, 2, 5, 0]
@@ -29,7 +31,9 @@ def valid(tmp_path: Path) -> TokenFile:
 
 @pytest.fixture
 def model() -> LlamaForCausalLM:
-    config = build.llama_config(depth=2, width=16, heads=2, kv_heads=2, mlp_width=32, context=T, vocab=VOCAB, tied=True)
+    config = build_config(
+        "llama", Shape(depth=2, width=16, heads=2, kv_heads=2, mlp_width=32, context=T, vocab=VOCAB, tied=True), {}
+    )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
 
@@ -58,14 +62,14 @@ def test_it_is_the_plain_loops_figure(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(held_out, "TOKENS_A_BATCH", tokens_a_batch)
-    trunk, head = build.trunk_and_head(model)
-    found = bits_per_byte(trunk, head, valid, T, documents, torch.device("cpu"))
+    found = bits_per_byte(NextToken(model), valid, T, documents)
     assert found == pytest.approx(naive(model, valid, choose_documents(valid, documents)), rel=1e-5)
 
 
 def test_a_uniform_model_needs_the_logarithm_of_its_vocabulary(model: LlamaForCausalLM, valid: TokenFile):
-    trunk, head = build.trunk_and_head(model)
-    found = bits_per_byte(trunk, torch.zeros_like(head), valid, T, 100, torch.device("cpu"))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    found = bits_per_byte(NextToken(model), valid, T, 100)
     size = sum(3 * length + index for index, length in enumerate(LENGTHS))
     assert found == pytest.approx(math.log2(VOCAB) * sum(LENGTHS) / size, rel=1e-5)
 

@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 from pipeline.artifacts import Artifact, outside_model
 from pipeline.data.tokenizers import train_bpe
-from pipeline.model.build import initialise, llama_config, save_model
+from pipeline.model.build import initialise, save_model
+from pipeline.model.presets import Shape, build_config
 from pipeline.runtime import Runtime
 
 ANIMALS = ("cat", "dog", "owl", "fox", "hen", "cow", "bee", "ant")
@@ -50,8 +51,12 @@ def make_model(folder: Path, *, seed: int = 0, context: int = 96) -> Path:
     tokenizer = train_bpe(iter(texts), 400)
     tokenizer.save_pretrained(folder / "tokenizer")
     model = LlamaForCausalLM(
-        llama_config(
-            depth=2, width=32, heads=2, kv_heads=2, mlp_width=64, context=context, vocab=len(tokenizer), tied=True
+        build_config(
+            "llama",
+            Shape(
+                depth=2, width=32, heads=2, kv_heads=2, mlp_width=64, context=context, vocab=len(tokenizer), tied=True
+            ),
+            {},
         )
     )
     generator = torch.Generator().manual_seed(seed)

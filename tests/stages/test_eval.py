@@ -20,7 +20,8 @@ from pipeline.data.shards import ShardWriter
 from pipeline.data.tokenizers import encode_text, train_bpe
 from pipeline.errors import ConfigError, Stopped
 from pipeline.evals import runner
-from pipeline.model.build import llama_config, save_model
+from pipeline.model.build import save_model
+from pipeline.model.presets import Shape, build_config
 from pipeline.model.reward import build_reward_model, save_reward_model
 from pipeline.recipe import DataEntry
 from pipeline.runtime import Runtime
@@ -46,8 +47,10 @@ SMALL = {
 
 def llama(folder: Path, tokenizer_folder: Path, stop: int, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
     torch.manual_seed(seed)
-    config = llama_config(
-        depth=1, width=32, heads=2, kv_heads=2, mlp_width=64, context=128, vocab=len(tokenizer), tied=True
+    config = build_config(
+        "llama",
+        Shape(depth=1, width=32, heads=2, kv_heads=2, mlp_width=64, context=128, vocab=len(tokenizer), tied=True),
+        {},
     )
     config.initializer_range = 0.3
     assert tokenizer.pad_token_id is not None

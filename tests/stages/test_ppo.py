@@ -22,7 +22,8 @@ from pipeline.artifacts import Artifact
 from pipeline.data.chat import encode_prompt, stop_token_id
 from pipeline.data.tokenizers import load_tokenizer, train_bpe
 from pipeline.errors import ConfigError, DataError, MismatchError, PipelineError, Stopped, TrainingError
-from pipeline.model.build import llama_config, load_causal_lm, save_model
+from pipeline.model.build import load_causal_lm, save_model
+from pipeline.model.presets import Shape, build_config
 from pipeline.model.reward import build_reward_model, load_reward_model, save_reward_model
 from pipeline.recipe import DataEntry
 from pipeline.rl.rollouts import Rollout
@@ -75,8 +76,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     stop = stop_token_id(tokenizer)
     assert tokenizer.pad_token_id is not None
     torch.manual_seed(0)
-    config = llama_config(
-        depth=2, width=32, heads=2, kv_heads=2, mlp_width=64, context=48, vocab=len(tokenizer), tied=True
+    config = build_config(
+        "llama",
+        Shape(depth=2, width=32, heads=2, kv_heads=2, mlp_width=64, context=48, vocab=len(tokenizer), tied=True),
+        {},
     )
     config.initializer_range = 0.1
     save_model(LlamaForCausalLM(config), folder / "sft" / "model", folder / "tokenizer", [stop], tokenizer.pad_token_id)

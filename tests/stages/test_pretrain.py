@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -19,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.artifacts import Artifact, Store
 from pipeline.data.shards import TokenFile
 from pipeline.errors import ConfigError, MismatchError, TrainingError
-from pipeline.model.held_out import choose_documents
+from pipeline.model.held_out import bits_per_byte, choose_documents
+from pipeline.model.next_token import NextToken
 from pipeline.model.optim import learning_rate_share
 from pipeline.runtime import Runtime
 from stages import pretrain
@@ -78,6 +80,116 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 def final(folder: Path) -> str:
     return sha(folder / "artifacts" / "tiny" / "pretrain" / "model" / "model.safetensors")
+
+
+# What it can make.
+
+TINY_LAYERS = {"hidden_size": 32, "num_hidden_layers": 2}
+ANY = {
+    "gpt2": {},
+    "llama": {},
+    "mistral": {},
+    "qwen3": {},
+    "gemma3": {},
+    "qwen3_moe": {},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+    "deepseek_v3": {
+        **TINY_LAYERS, "intermediate_size": 64, "moe_intermediate_size": 16, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+        "first_k_dense_replace": 1, "max_position_embeddings": 32,
+    },
+    "mamba2": {**TINY_LAYERS, "head_dim": 16, "num_heads": 4, "state_size": 8, "n_groups": 1, "chunk_size": 16},
+}  # fmt: skip
+"""Every preset, and three families by their own fields with no code of ours."""
+
+
+@pytest.mark.parametrize("architecture", ANY)
+def test_any_causal_model_of_transformers_trains_and_loads(architecture: str, tokens: Artifact, tmp_path: Path):
+    """The loss falls; the folder loads and has the run's figure; a resumed run has the same bits."""
+    model = ModelConfig(
+        architecture=architecture, depth=2, hidden_size=32, num_attention_heads=2, config=ANY[architecture]
+    )
+    settings = {"model": model, "max_steps": 6, "optimizer": "muon", "save_steps": 3}
+    found = train(tokens, tmp_path / "whole", **settings)
+    lines = [line for line in metrics(tmp_path / "whole") if "loss" in line]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    folder = tmp_path / "whole" / "model"
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert loaded.config.vocab_size == 512
+    valid = TokenFile(tokens.path / "valid.ds")
+    assert bits_per_byte(NextToken(loaded), valid, 32, 20) == pytest.approx(found["bits_per_byte"], rel=1e-4)
+    if architecture == "qwen3_moe":
+        assert all(0.9 < line["balance_loss"] / 2 < 4 and 1 <= line["busiest_expert"] <= 4 for line in lines)
+
+    stopped = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "whole", stopped)
+    for late in ("model", "checkpoints/step-00000006"):
+        shutil.rmtree(stopped / late)
+    train(tokens, stopped, **settings)
+    assert sha(stopped / "model" / "model.safetensors") == sha(folder / "model.safetensors")
+
+
+OWN = """\
+run: own
+stages:
+  tokenize: {data: corpus.jsonl, vocab_size: 512}
+  pretrain:
+    model: {architecture: "./gpt.py:GPT", depth: 3, hidden_size: 32, num_attention_heads: 2}
+    context_length: 32
+    max_steps: 10
+    eval_documents: 5
+  sft: {data: rows.jsonl, max_steps: 2}
+"""
+
+
+@pytest.fixture
+def own(tiny: Path, tmp_path: Path) -> Path:
+    """A recipe with the model of docs/pretrain.md, in the test's folder."""
+    text = (Path(__file__).parents[2] / "docs" / "pretrain.md").read_text()
+    (tmp_path / "gpt.py").write_text(text.rpartition("```python\n")[2].partition("```")[0])
+    rows = [{"prompt": f"ka {index}", "completion": "lo mi"} for index in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.yaml").write_text(OWN)
+    return tmp_path / "own.yaml"
+
+
+def test_a_class_of_the_users_own_goes_on_to_sft_and_loads_by_itself(own: Path, warm: Any):
+    ran = warm("run", own)
+    assert ran.code == 0, ran.stderr
+    for stage in ("pretrain", "sft"):
+        folder = own.parent / "artifacts" / "own" / stage / "model"
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        assert (type(model).__name__, len(model.model.blocks)) == ("GPT", 3)
+        assert sorted(path.name for path in folder.glob("*.py")) == ["gpt.py"]
+    file = own.parent / "gpt.py"
+    file.write_text(file.read_text().replace("nn.GELU()", "nn.ReLU()"))
+    status = warm("status", own)
+    assert "code: gpt.py" in status.stdout
+
+    shutil.copytree(own.parent / "artifacts" / "own" / "pretrain" / "model", own.parent / "brought")
+    refused = warm("run", own, "--set", "sft.init=./brought", "--keep", "pretrain")
+    assert refused.code == 1
+    assert "needs code that its folder brings along, which is not run" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("PreTrainedModel, GenerationMixin)", "PreTrainedModel)", "subclass of transformers' PreTrainedModel and Gen"),
+        ("embed_tokens", "words", "transformers does not find its input embedding"),
+        ("./gpt.py:GPT", "./gpt.py:Trunk", "subclass of transformers' PreTrainedModel and GenerationMixin"),
+        ("./gpt.py:GPT", "./gone.py:GPT", r"`architecture`: no file .*gone\.py"),
+        ("./gpt.py:GPT", "./gpt.py:BERT", "defines no `BERT`"),
+        ("depth: 3", "depth: 3, config: {layers: 3}", "GPTConfig has no field `layers`"),
+    ],
+)
+def test_a_class_that_is_no_causal_model_is_refused(own: Path, warm: Any, old: str, new: str, message: str):
+    for file in (own, own.parent / "gpt.py"):
+        file.write_text(file.read_text().replace(old, new))
+    refused = warm("run", own, "--until", "pretrain")
+    assert refused.code == 2
+    assert re.search(message, refused.stderr), refused.stderr
 
 
 # What it makes.

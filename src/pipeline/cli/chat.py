@@ -202,7 +202,7 @@ def load(artifact: Artifact, system: str | None, temperature: float, max_new_tok
     from pipeline.data.chat import stop_token_id
     from pipeline.data.tokenizers import load_tokenizer
     from pipeline.evals.subject import is_chat
-    from pipeline.model.build import load_causal_lm
+    from pipeline.model.build import load_causal_lm, reach_of
     from pipeline.model.generation import Sampling
     from pipeline.runtime import bf16_pays
 
@@ -216,7 +216,7 @@ def load(artifact: Artifact, system: str | None, temperature: float, max_new_tok
     stops = {*(eos if isinstance(eos, list) else [eos] if eos is not None else [])}
     if chat:
         stops.add(stop_token_id(tokenizer))
-    context = model.config.get_text_config().to_dict().get("max_position_embeddings") or tokenizer.model_max_length
+    context = reach_of(model.config) or tokenizer.model_max_length
     return Conversation(
         model.to(device).eval(),
         tokenizer,

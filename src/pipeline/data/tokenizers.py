@@ -21,6 +21,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from pipeline.artifacts import runs_code_of
 from pipeline.errors import ConfigError, MismatchError, MissingInputError
 
 BOS = "<|endoftext|>"  # stands after every document of a shard, and opens a text
@@ -147,7 +148,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
     Raises MissingInputError where there is none, MismatchError where it has no fast form (`tokenizer.json`).
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=runs_code_of(Path(folder)))
     except (OSError, ValueError) as error:
         raise MissingInputError(
             f"no tokenizer could be read: {first_line(error)}",

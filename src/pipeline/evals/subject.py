@@ -16,7 +16,7 @@ from pipeline.errors import MismatchError
 from pipeline.evals import likelihood
 from pipeline.evals.likelihood import Request
 from pipeline.evals.statistics import Floats
-from pipeline.model.build import load_causal_lm
+from pipeline.model.build import load_causal_lm, reach_of
 
 Message = dict[str, str]
 
@@ -65,7 +65,7 @@ def load_subject(
     """
     tokenizer = load_tokenizer(folder)
     model = load_causal_lm(folder, dtype=torch.bfloat16 if bf16 else torch.float32).to(device).eval()
-    reach = model.config.get_text_config().to_dict().get("max_position_embeddings") or max_length
+    reach = reach_of(model.config) or max_length
     chat = is_chat(folder, tokenizer)
     return Subject(name, model, tokenizer, chat, min(max_length, reach), token_budget, tick)
 

@@ -1,66 +1,78 @@
-"""Causal language models: built from an architecture and a depth, or loaded; saved as Hugging Face folders."""
+"""Causal language models: drawn, loaded, saved as Hugging Face folders, counted."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from pipeline.errors import ConfigError, MismatchError
+from pipeline.artifacts import runs_code_of
+from pipeline.errors import MismatchError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-def llama_config(
-    *, depth: int, width: int, heads: int, kv_heads: int, mlp_width: int, context: int, vocab: int, tied: bool
-) -> LlamaConfig:
-    """A Llama of `depth` layers. Raises ConfigError where the heads do not divide the width."""
-    if width % heads or heads % kv_heads or (width // heads) % 2:
-        raise ConfigError(
-            f"hidden_size {width} over {heads} heads ({kv_heads} for keys and values) does not come out even",
-            where="pretrain.model",
-            mend="take a hidden_size that is an even multiple of num_attention_heads",
-        )
-    return LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=mlp_width,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=context,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        tie_word_embeddings=tied,
-        initializer_range=0.02,
-        use_cache=True,
-    )
-
-
 def initialise(model: PreTrainedModel, generator: torch.Generator) -> None:
-    """Weights drawn from `generator` alone: matrices N(0, 1/fan_in), embeddings N(0, 0.02), what writes into the
-    residual stream zero, norms one. A zero projection makes every block the identity at the start (Zhang et al. 2019,
-    "Fixup"; the same choice as in modded-nanogpt), which trains faster at equal tokens than N(0, 0.02) everywhere.
+    """Weights of a preset, from `generator` alone: matrices N(0, 1/fan_in), embeddings and heads N(0, 0.02), what
+    writes into the residual stream zero; norms and biases as the family has them. A zero projection makes every block
+    the identity at the start (Zhang et al. 2019, "Fixup"; the same choice as in modded-nanogpt), which trains faster
+    at equal tokens than N(0, 0.02) everywhere.
     """
+    embeddings = {id(parameter) for parameter in embedding_parameters(model)}
+    transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
-            std = 0.02 if "embed" in name or "lm_head" in name else parameter.shape[1] ** -0.5
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            fan_in = parameter.shape[0] if id(parameter) in transposed else parameter.shape[-1]
+            std = 0.02 if id(parameter) in embeddings else fan_in**-0.5
+            if re.search(r"\b(o_proj|down_proj|c_proj)\b", name):
                 std = 0.0
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             parameter.copy_(drawn * std)
 
 
+def embedding_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The tables of embeddings (of tokens and of positions) and the weights of output heads, each once."""
+    found = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding)
+        for parameter in module.parameters()
+    ]
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("lm_head", "score", "embed_out"):
+            found += list(module.parameters())
+    return list({id(parameter): parameter for parameter in found}.values())
+
+
+ATTENTION_NAMES = ("attn", "self_attn", "attention", "self_attention")
+"""What families call the attention of a block."""
+
+
 def load_causal_lm(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model in a Hugging Face folder, in `dtype` whatever it was saved in."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=runs_code_of(folder))
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def reach(folder: Path) -> int | None:
+    """Tokens that the positions of the model in `folder` reach; see `reach_of`."""
+    return reach_of(AutoConfig.from_pretrained(folder, trust_remote_code=runs_code_of(folder)))
+
+
+def reach_of(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model's positions reach; None where nothing bounds them (BLOOM, Mamba)."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if found is None else int(found)
 
 
 def choose_attention(model: PreTrainedModel, bf16: bool, longest: int) -> None:
@@ -69,8 +81,15 @@ def choose_attention(model: PreTrainedModel, bf16: bool, longest: int) -> None:
     Forward and backward of torch's fused kernel take 3.5 times as long there at 64 tokens and 1.7 times at 256; in
     fp32 it is the faster one. Memory grows with the square of a row, hence the bound.
     """
-    if model.device.type == "cpu" and bf16 and longest <= 256:
+    is_fused = model.config._attn_implementation == "sdpa"
+    if is_fused and model.device.type == "cpu" and bf16 and longest <= 256:
         model.set_attn_implementation("eager")
+
+
+def restore_attention(model: PreTrainedModel) -> None:
+    """Undo `choose_attention`."""
+    if model.config._attn_implementation == "eager" and model._supports_sdpa:
+        model.set_attn_implementation("sdpa")
 
 
 def save_model(model: PreTrainedModel, folder: Path, tokenizer_from: Path, stop_ids: list[int], pad_id: int) -> None:
@@ -82,7 +101,20 @@ def save_model(model: PreTrainedModel, folder: Path, tokenizer_from: Path, stop_
     model.config.pad_token_id = pad_id
     model.config.eos_token_id = stop_ids[0] if len(stop_ids) == 1 else stop_ids
     model.save_pretrained(folder)
+    _name_code_by_its_file(folder / "config.json")
     copy_tokenizer(tokenizer_from, folder)
+
+
+def _name_code_by_its_file(file: Path) -> None:
+    """A user's class was imported under a made-up name; transformers looks for the file that it has copied."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if "auto_map" not in config:
+        return
+    for role, reference in config["auto_map"].items():
+        module, _, name = reference.rpartition(".")
+        if module in sys.modules:
+            config["auto_map"][role] = f"{Path(str(sys.modules[module].__file__)).stem}.{name}"
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -116,24 +148,32 @@ def load_parameters(model: torch.nn.Module, tensors: dict[str, torch.Tensor], pr
             parameter.copy_(tensors[f"{prefix}.{name}"])
 
 
-def trunk_and_head(model: PreTrainedModel) -> tuple[Any, torch.Tensor]:
-    """The model without its head, and the head's weight [vocabulary, width]; for losses that never make all logits."""
-    head = model.get_output_embeddings()
-    assert head is not None
-    return model.base_model, head.weight
-
-
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """(all parameters, N of the FLOPs formula: with the output head, without the input embedding)."""
+    """(all parameters, N of the FLOPs formula: what a token passes through, with the output head, without the input
+    embedding, and of a layer's experts as many as a token is sent to)."""
     total = sum(parameter.numel() for parameter in model.parameters())
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
-    return total, total - (0 if tied else embedding.numel())
+    config = model.config.get_text_config()
+    experts, top_k = count_experts(config), getattr(config, "num_experts_per_tok", None) or 0
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) if experts else 0
+    idle = routed * (experts - top_k) // experts if experts else 0
+    return total, total - idle - (0 if tied else embedding.numel())
+
+
+def count_experts(config: Any) -> int:
+    """Experts of a layer that tokens are routed to; 0 for a dense model."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 0)
 
 
 def flops_per_token(model: PreTrainedModel, length: int) -> float:
-    """FLOPs of a training step a token: 6 N + 12 · layers · heads · head_dim · T (PaLM, appendix B)."""
-    config = model.config
-    attention = 12.0 * float(config.num_hidden_layers) * float(config.hidden_size) * length
+    """FLOPs of a training step a token: 6 N + 12 · layers · heads · head_dim · T (PaLM, appendix B), over the layers
+    that attend, as if each saw all T tokens."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 0
+    head_width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    layers = sum(name.rpartition(".")[2] in ATTENTION_NAMES for name, _ in model.named_modules())
+    attention = 12.0 * layers * heads * head_width * length
     return 6.0 * count_parameters(model)[1] + attention

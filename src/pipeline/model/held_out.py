@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.data.shards import TokenFile
-from pipeline.model.losses import IGNORED, token_nats
+from pipeline.model.losses import IGNORED
+from pipeline.model.next_token import NextToken
 
 TOKENS_A_BATCH = 8192
 
@@ -43,9 +44,7 @@ def padded(rows: list[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def bits_per_byte(
-    trunk: nn.Module, head_VD: Tensor, valid: TokenFile, length: int, documents: int, device: torch.device
-) -> float:
+def bits_per_byte(losses: NextToken, valid: TokenFile, length: int, documents: int) -> float:
     """Bits a UTF-8 byte over `documents` held-out documents: Σ nats / (ln 2 · Σ bytes)."""
     chosen = choose_documents(valid, documents)
     rows = [row for index in chosen for row in windows(valid.document(index), valid.metadata.separator_id, length)]
@@ -53,9 +52,8 @@ def bits_per_byte(
     nats, start = 0.0, 0
     while start < len(rows):
         end = start + max(1, TOKENS_A_BATCH // len(rows[min(start + 16, len(rows) - 1)]))
-        inputs, targets = (part.to(device) for part in padded(rows[start:end]))
-        hidden_BTD = trunk(inputs, use_cache=False).last_hidden_state
-        nats += float(token_nats(hidden_BTD.flatten(0, 1), head_VD, targets.flatten()).double().sum())
+        inputs, targets = (part.to(losses.model.device) for part in padded(rows[start:end]))
+        nats += float(losses.nats(inputs, targets).double().sum())
         start = end
     total_bytes = sum(int(valid.document_bytes[index]) for index in chosen)
     return nats / math.log(2) / total_bytes

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.model.build import embedding_parameters
+
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
@@ -44,28 +46,34 @@ def build_optimizers(
     eps: float,
     weight_decay: float,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW over all, or Muon over the blocks' matrices and AdamW over the rest (embedding, heads, norms).
+    """AdamW over all, or Muon over the blocks' matrices and AdamW over the rest (embeddings, heads, norms, and what has
+    three axes: stacked experts, convolutions).
 
     Weight decay falls on matrices only, never on embeddings, norms and biases. Every group keeps its peak rate under
     `peak_lr`, which the schedule scales. Muon's update is scaled to AdamW's size (Liu et al. 2025, "Muon is scalable"),
     so that one learning rate serves both.
     """
-    matrices, embeddings, vectors = [], [], []
-    for name, parameter in model.named_parameters():
+    matrices: list[nn.Parameter] = []
+    stacks: list[nn.Parameter] = []
+    embeddings: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    is_embedding = {id(parameter) for parameter in embedding_parameters(model)}
+    for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        if any(part in name for part in ("embed", "lm_head", "score")):
+        if id(parameter) in is_embedding:
             embeddings.append(parameter)
-        elif parameter.dim() == 2:
-            matrices.append(parameter)
-        else:
+        elif parameter.dim() < 2:
             vectors.append(parameter)
+        else:
+            (matrices if parameter.dim() == 2 else stacks).append(parameter)
     rest = [
         {"params": embeddings, "lr": embedding_rate, "weight_decay": 0.0},
         {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
     ]
-    if kind == "adamw":
-        rest.insert(0, {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay})
+    decayed = stacks if kind == "muon" else matrices + stacks
+    if decayed:
+        rest.insert(0, {"params": decayed, "lr": learning_rate, "weight_decay": weight_decay})
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=betas, eps=eps, fused=True)]
     if kind == "muon":
         optimizers.append(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
-from pipeline.artifacts import Artifact, write_json
+from pipeline.artifacts import Artifact, runs_code_of, write_json
 from pipeline.errors import MismatchError
 from pipeline.model.build import copy_tokenizer
 from pipeline.runtime import Runtime
@@ -88,6 +88,12 @@ def build_reward_model(folder: Path, pad_id: int, seed: int, *, dtype: torch.dty
     have a deviation of about one whatever the width. `pad_id` must not be an id that a row can end with: transformers
     reads the score at the last token that is not it.
     """
+    if runs_code_of(folder):
+        raise MismatchError(
+            "a model class of your own has no reward head",
+            where=str(folder),
+            mend="take an architecture of transformers for reward and ppo",
+        )
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=1, dtype=dtype, attn_implementation="sdpa"
     )

@@ -19,18 +19,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from pipeline.model.next_token import has_plain_head
+
 SMALL = 2**26
 """Logits (256 MB in float32) up to which they are held at once; a larger batch is left to TRL."""
-SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-"""Settings of architectures that scale or cap their logits, which are left to TRL as well."""
 
 
 def trim_head(model: PreTrainedModel | PeftModel) -> None:
-    """Replace the forward that a TRL trainer has just given `model`; no change on devices with Triton."""
+    """Replace the forward that a TRL trainer has just given `model`; no change on devices with Triton, for a model of
+    experts that reports its router, and where the logits are more than the head's product."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    settings = base.config.get_text_config().to_dict()
-    is_plain = all(settings.get(name) in (None, 1.0) for name in SCALES) and not settings.get("output_router_logits")
-    if base.device.type != "cpu" or not is_plain or base.get_output_embeddings().bias is not None:
+    has_router = getattr(base.config.get_text_config(), "output_router_logits", False)
+    if base.device.type != "cpu" or has_router or not has_plain_head(base):
         return
     trls = base.forward
 

@@ -1,0 +1,100 @@
+"""The next-token loss of any causal language model: in chunks where its head is a plain product, else by its logits.
+
+Whether it is plain is found out by running the model on a few tokens, not by its name: some families scale or cap their
+logits, or have a bias on the head. Families of experts (MoE) add their balance loss (Fedus et al. 2021, equation 4) and
+tell how evenly their experts are used.
+
+Letters of shapes: B rows, T tokens, D width, V vocabulary, E experts, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.model.build import count_experts
+from pipeline.model.losses import IGNORED, cross_entropy_sum, token_nats
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a batch was shared over the experts."""
+
+    balance_loss: Tensor
+    """E · Σ over experts of (share of the tokens' choices) × (mean probability), mean over layers; 1 when even. A token
+    makes top-k choices, whose shares sum to k as in transformers' loss, so that even routing gives k."""
+    busiest: Tensor
+    """The busiest expert's share of the choices × E, mean over layers: 1 when even, E / k when all go to k of them."""
+
+
+SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+"""Settings of families that scale or cap their logits."""
+
+
+class NextToken:
+    """A model's next-token losses. `is_chunked` says whether whole logits are avoided."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.balance_weight = float(getattr(self.config, "router_aux_loss_coef", 0.0) or 0.0)
+        self.has_experts = self.balance_weight > 0 and count_experts(self.config) > 1
+        self.is_chunked = has_plain_head(model)
+
+    def loss_sum(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Routing | None]:
+        """(Σ −ln p(target) in nats over the targets that are not IGNORED, how the experts were used)."""
+        asked = {"output_router_logits": True} if self.has_experts else {}
+        if self.is_chunked:
+            found = self.model.base_model(inputs_BT, use_cache=False, **asked)
+            nats = cross_entropy_sum(found.last_hidden_state.flatten(0, 1), self._head(), targets_BT.flatten())
+        else:
+            found = self.model(inputs_BT, use_cache=False, **asked)
+            logits_NV = found.logits.float().flatten(0, 1)
+            nats = F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+        return nats, routing_of(found.router_logits, self.config.num_experts_per_tok) if self.has_experts else None
+
+    @torch.no_grad()
+    def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """−ln p(target) of every position, float32 [B · T], 0 where the target is IGNORED; no gradients."""
+        if self.is_chunked:
+            hidden_BTD = self.model.base_model(inputs_BT, use_cache=False).last_hidden_state
+            return token_nats(hidden_BTD.flatten(0, 1), self._head(), targets_BT.flatten())
+        logits_NV = self.model(inputs_BT, use_cache=False).logits.float().flatten(0, 1)
+        return F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=IGNORED, reduction="none")
+
+    def _head(self) -> Tensor:
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the logits are the trunk's output times the head's weight: by the settings that say otherwise, and on
+    four tokens. (A cap of 30 hardly shows in the small logits of a new model.)"""
+    head = model.get_output_embeddings()
+    settings = model.config.get_text_config()
+    is_scaled = any(getattr(settings, name, None) not in (None, 1) for name in SCALES)
+    if head is None or model.base_model is model or is_scaled:
+        return False
+    was_training = model.training
+    model.eval()
+    ids_14 = torch.arange(4, device=model.device)[None] % head.weight.shape[0]
+    hidden_14D = model.base_model(ids_14, use_cache=False).last_hidden_state
+    logits_14V = model(ids_14, use_cache=False).logits
+    model.train(was_training)
+    ours_14V = F.linear(hidden_14D, head.weight)
+    return ours_14V.shape == logits_14V.shape and torch.allclose(ours_14V, logits_14V, rtol=1e-4, atol=1e-5)
+
+
+def routing_of(router_logits: tuple[Tensor, ...], top_k: int) -> Routing:
+    """From every layer's router logits [B · T, E]."""
+    probabilities_LNE = torch.stack([logits.float().softmax(dim=-1) for logits in router_logits])
+    experts = probabilities_LNE.shape[-1]
+    chosen_LNk = probabilities_LNE.topk(top_k, dim=-1).indices
+    share_LE = F.one_hot(chosen_LNk, experts).float().sum(dim=2).mean(dim=1)
+    balance = experts * (share_LE * probabilities_LNE.mean(dim=1)).sum(dim=-1).mean()
+    return Routing(balance, share_LE.max(dim=-1).values.mean() * experts / top_k)

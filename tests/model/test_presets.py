@@ -1,0 +1,148 @@
+"""Models by name: their sizes, what sets a family apart, how they begin, what is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.errors import ConfigError
+from pipeline.model.build import count_parameters, flops_per_token, initialise
+from pipeline.model.presets import PRESETS, SIZES, Shape, build_config, build_model, shape_of
+
+VOCABULARY = {"10m": 16_384, "30m": 32_768, "60m": 32_768, "124m": 50_304, "350m": 50_304, "774m": 50_304}
+
+
+def small(architecture: str, seed: int = 0, *, depth: int = 2, context: int = 32, **fields: Any) -> Any:
+    shape = Shape(depth, 32, 2, 2, None, context, 64, tied=True)
+    torch.manual_seed(seed)
+    model = build_model(architecture, shape, fields)
+    initialise(model, torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+def stir(model: Any) -> Any:
+    """No projection is zero any more."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.3)
+    return model
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_has_the_parameters_it_is_named_by(size: str) -> None:
+    shape = shape_of({"size": size}, 2048, VOCABULARY.get(size, 128_256))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(build_config("llama", shape, {}))
+    named = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+    found = sum(parameter.numel() for parameter in model.parameters())
+    assert found == pytest.approx(named, rel=0.25 if size == "1b" else 0.08)  # Llama 3.2's 1B has 1.24
+
+
+@pytest.mark.parametrize("architecture", PRESETS)
+def test_a_preset_begins_as_the_identity_from_its_seed_alone(architecture: str) -> None:
+    model, again, other = small(architecture), small(architecture), small(architecture, seed=1)
+    for (name, one), two in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two), name
+    assert not torch.equal(model.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    ids = torch.arange(10)[None]
+    states = model.base_model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states[1], states[0])  # after the first block what went into it
+
+
+@pytest.mark.parametrize("architecture", PRESETS)
+def test_the_spread_of_the_weights(architecture: str) -> None:
+    for name, parameter in small(architecture).named_parameters():
+        if any(part in name for part in ("o_proj", "down_proj", "c_proj")) and parameter.dim() > 1:
+            assert not parameter.any(), name
+        elif parameter.dim() > 1:
+            is_table = any(part in name for part in ("embed_tokens", "wte", "wpe"))
+            std = 0.02 if is_table else 32**-0.5  # every other matrix reads 32 channels
+            assert parameter.std().item() == pytest.approx(std, rel=0.15), name
+
+
+def sees(model: Any, length: int) -> list[int]:
+    """Which places' tokens move the logits of the last place."""
+    ids = torch.arange(length)[None] % 64
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits[0, -1]
+        moved = []
+        for place in range(length):
+            changed = ids.clone()
+            changed[0, place] = 63 - changed[0, place]
+            if not torch.equal(model(changed, use_cache=False).logits[0, -1], before):
+                moved.append(place)
+    return moved
+
+
+def test_mistrals_window_is_half_of_the_context() -> None:
+    assert sees(stir(small("mistral", depth=1)), 32) == list(range(16, 32))
+    assert sees(stir(small("llama", depth=1)), 32) == list(range(32))
+
+
+def test_gemma3_is_local_but_for_every_sixth_layer_and_the_last() -> None:
+    kinds = small("gemma3", depth=8).config.layer_types
+    assert [kind == "full_attention" for kind in kinds] == [False] * 5 + [True, False, True]
+    assert sees(stir(small("gemma3", depth=2, layer_types=["sliding_attention"] * 2)), 32)[0] > 0
+    assert sees(stir(small("gemma3", depth=2)), 32)[0] == 0
+
+
+def test_qwen3_normalises_queries_and_keys() -> None:
+    names = dict(small("qwen3").named_parameters())
+    assert names["model.layers.0.self_attn.q_norm.weight"].shape == (16,)
+
+
+def test_of_experts_a_tokens_share_counts() -> None:
+    """8 experts of which a token passes 2: total and counted parameters by hand."""
+    model = small("qwen3_moe", depth=1)
+    expert = 3 * 32 * 64  # gate, up, down; half of 96, to a multiple of 32
+    rest = 64 * 32 + 4 * 32 * 32 + 8 * 32 + 2 * 16 + 3 * 32  # embedding, attention, router, head norms, norms
+    assert count_parameters(model) == (rest + 8 * expert, rest + 2 * expert)
+    assert flops_per_token(model, 10) == 6 * (rest + 2 * expert) + 12 * 1 * 2 * 16 * 10
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("gpt2", 2), ("llama", 2), ("gemma3", 2)])
+def test_attention_is_counted_in_every_family(architecture: str, layers: int) -> None:
+    model = small(architecture)
+    positions = 32 * 32 if architecture == "gpt2" else 0
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    assert count_parameters(model) == (counted, counted)
+    assert positions < counted
+    assert flops_per_token(model, 100) == 6 * counted + 12 * layers * 2 * 16 * 100
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"size": "125m"}, "no size `125m`; did you mean `124m`"),
+        ({"size": "10m", "depth": 3}, "`size` and `depth` both"),
+        ({"depth": 1, "hidden_size": 30, "num_attention_heads": 4}, "hidden_size 30 over 4 heads"),
+        ({"depth": 1, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 3}, r"\(3 for keys"),
+        ({"depth": 1, "hidden_size": 12, "num_attention_heads": 4}, "does not come out even"),
+    ],
+)
+def test_a_shape_that_does_not_come_out_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        shape_of(given, 32, 64)
+
+
+def test_fields_stand_over_the_sizes_and_the_depth() -> None:
+    shape = shape_of({"size": "10m", "num_attention_heads": 8, "hidden_size": None}, 64, 100)
+    assert (shape.depth, shape.width, shape.heads, shape.kv_heads) == (8, 256, 8, 4)
+    assert shape_of({}, 64, 100) == Shape(4, 256, 4, 4, None, 64, 100, tied=True)
+    assert shape_of({"size": "8b"}, 64, 100).tied is False
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "message"),
+    [
+        ("lama", {}, "no causal language model `lama`; did you mean"),
+        ("bert_japanese", {}, "no causal language model"),
+        ("llama", {"rope_thetas": 1.0}, "LlamaConfig has no field `rope_thetas`"),
+        ("llama", {"vocab_size": 5}, "the tokenizer sets `vocab_size`"),
+        ("bloom", {"n_layers": 2}, "BloomConfig has no field `n_layers`; did you mean `n_layer`"),
+    ],
+)
+def test_a_config_that_is_not_one_is_refused(architecture: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config(architecture, Shape(2, 32, 2, 2, None, 32, 64, tied=True), fields)
