@@ -65,6 +65,7 @@ class PretrainConfig(StageConfig):
     weight_decay: float = field(0.1, "on matrices only, never on embeddings and norms", ge=0)
     max_grad_norm: float = field(1.0, "clip the gradient's norm to this", gt=0)
     bf16: bool | None = field(None, "autocast to bf16; where the hardware gains by it unless set")
+    gradient_checkpointing: bool = field(False, "recompute activations in the backward pass: less memory, slower")
     eval_documents: int = field(400, "held-out documents of the bits per byte", unit="documents", gt=0)
     eval_steps: int = field(500, "optimiser steps between evaluations", unit="steps", gt=0, run_only=True)
     logging_steps: int = field(20, "optimiser steps between lines of metrics", unit="steps", gt=0, run_only=True)
@@ -191,7 +192,7 @@ class _Loop:
     def __init__(self, config: PretrainConfig, model: PreTrainedModel, windows: Windows, runtime: Runtime) -> None:
         import torch
 
-        from pipeline.model.build import choose_attention
+        from pipeline.model.build import choose_attention, recompute_activations
         from pipeline.model.next_token import NextToken
         from pipeline.model.optim import build_optimizers, warmup_steps
         from pipeline.runtime import share_batch
@@ -199,6 +200,8 @@ class _Loop:
         self.config, self.model, self.windows, self.runtime = config, model, windows, runtime
         self.bf16 = runtime.bf16 if config.bf16 is None else config.bf16
         choose_attention(model, self.bf16, config.context_length)
+        if config.gradient_checkpointing:
+            recompute_activations(model)
         self.losses = NextToken(model)
         self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.rows, self.micro_steps = share_batch(

@@ -19,7 +19,7 @@ LAYERS = [
     {"errors"},
     {"recipe"},
     {"artifacts", "reading", "usercode", "progress", "trainer_config"},
-    {"data", "model", "rl", "evals", "checkpoint", "runtime", "trainer", "schedule"},
+    {"data", "model", "rl", "evals", "checkpoint", "runtime", "trainer", "schedule", "hardware"},
     {"stages"},
     {"graph", "fingerprint", "lineage", "launch", "plan", "report"},
     {"cli"},

@@ -258,6 +258,23 @@ def test_accumulated_micro_steps_are_one_batch(tokens: Artifact, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_recomputed_activations_change_no_bit(architecture: str, tokens: Artifact, tmp_path: Path):
+    model = ModelConfig(architecture=architecture, depth=2, hidden_size=32, num_attention_heads=2)
+    plain, recomputed = tmp_path / "plain", tmp_path / "recomputed"
+    train(tokens, plain, model=model, max_steps=4)
+    calls: list[int] = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: calls.append(1) if "MLP" in type(module).__name__ else None
+    )
+    try:
+        train(tokens, recomputed, model=model, max_steps=4, gradient_checkpointing=True, eval_documents=1)
+    finally:
+        hook.remove()
+    assert len(calls) > 2 * 2 * 4, "each of two blocks ran forward twice in each of four steps"
+    assert distance(weights(plain), weights(recomputed)) == 0
+
+
 def test_two_processes_are_one_with_the_same_batch(warm: Any, tokenized: Path):
     options = ("--set", "pretrain.max_steps=20", "--set", "pretrain.logging_steps=1", "--set", "pretrain.bf16=false")
     per_device = "pretrain.per_device_train_batch_size"

@@ -119,6 +119,36 @@ def status(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument = "demo",
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="8h, 20eur or 1e19 (FLOPs): the best model and tokens for it")
+    ] = None,
+    price: Annotated[float, typer.Option("--price", help="euros an hour and device")] = 2.5,
+    on: Annotated[
+        str | None, typer.Option("--on", help="a device that is not here: h100, h200x8, a100, 4090, …")
+    ] = None,
+    fit: Annotated[
+        list[str] | None, typer.Option("--fit", help="run/stage of a pretrained model, or a run; three or more")
+    ] = None,
+    run: RunOption = None,
+    artifacts: ArtifactsOption = None,
+    set_: SetOption = None,
+    num_processes: ProcessesOption = None,
+    json: JsonOption = False,
+) -> None:
+    """What the recipe will take: parameters, tokens, FLOPs, memory, disk, time, and what would fit."""
+    from pipeline.cli.plan import show_plan
+    from pipeline.cli.session import open_session
+    from pipeline.launch import Launch
+
+    session = open_session(
+        recipe, run=run, artifacts=artifacts, overrides=set_ or [], launch=Launch(num_processes, quiet=True)
+    )
+    show_plan(session, budget=budget, price=price, on=on, fit=fit or [], as_json=json)
+
+
+@app.command()
 def gc(
     artifacts: ArtifactsOption = None,
     dry_run: DryRunOption = False,

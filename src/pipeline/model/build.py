@@ -86,6 +86,14 @@ def choose_attention(model: PreTrainedModel, bf16: bool, longest: int) -> None:
         model.set_attn_implementation("eager")
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keep only what goes into each block, and run it again in the backward pass. Dropout stays as it is."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.training = True  # transformers recomputes in training mode only; not recursive, so no dropout wakes
+
+
 def restore_attention(model: PreTrainedModel) -> None:
     """Undo `choose_attention`."""
     if model.config._attn_implementation == "eager" and model._supports_sdpa:

@@ -1,0 +1,152 @@
+"""`llmpipe plan`: what a recipe will take, printed before anything runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pipeline.cli.session import Session
+from pipeline.errors import ConfigError
+from pipeline.lineage import survey
+from pipeline.progress import clock
+
+if TYPE_CHECKING:
+    from pipeline.hardware import Device
+    from pipeline.model.scaling import Run
+    from pipeline.plan import Estimate
+
+GIB = 2**30
+BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?)\s*(h|eur|)")
+
+
+def show_plan(
+    session: Session, *, budget: str | None, price: float, on: str | None, fit: Sequence[str], as_json: bool
+) -> None:
+    """A line a stage and its notes; with `budget` the best model for it, with `fit` the loss that own runs predict."""
+    from pipeline.hardware import known_device, measure_device
+    from pipeline.plan import Planner, si
+
+    asked = _budget(budget) if budget is not None else None
+    device = known_device(on) if on else measure_device()
+    processes = device.count if on else session.launch.processes()
+    planner = Planner(session.recipe, session.store, device, processes)
+    standings = survey(session.recipe, session.store)
+    found = [planner.estimate(standing) for standing in standings.values()]
+    extra: list[str] = []
+    if asked is not None:
+        extra.append(_best_split(asked, price, device, planner.rate("pretrain")[0]))
+    if fit:
+        extra += _predictions(session, fit, found)
+    if as_json:
+        rows = [{**asdict(each), "memory": dict(each.memory), "peak": each.peak} for each in found]
+        print(json.dumps({"device": asdict(device), "processes": processes, "stages": rows, "more": extra}, indent=1))
+        return
+    hardware = f"{device.name} × {processes}, {device.memory / GIB:.0f} GiB"
+    kind = "bf16" if device.bf16 else "fp32"
+    print(f"run {session.recipe.run} on {hardware}, {si(device.flops_per_second)}FLOP/s in a {kind} product")
+    _print_table(found)
+    for line in extra:
+        print(line)
+
+
+def _print_table(found: Sequence[Estimate]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.plan import si
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "state", "parameters", "tokens", "FLOPs", "memory", "disk", "loss", "time"):
+        table.add_column(column, justify="left" if column in ("stage", "state") else "right")
+    for each in found:
+        cells = [si(value) if value else "" for value in (each.parameters, each.tokens, each.flops)]
+        memory = f"{each.peak / GIB:.2f} GiB" if each.memory else ""
+        disk = f"{each.disk / GIB:.2f} GiB" if each.disk else ""
+        loss = f"{each.loss:.2f}" if each.loss else ""
+        seconds = clock(each.seconds) if each.seconds else ""
+        table.add_row(each.stage, each.state, *cells, memory, disk, loss, seconds)
+    left = [each for each in found if each.state != "stands"]
+    time, space, work = (sum(getattr(each, part) or 0.0 for each in left) for part in ("seconds", "disk", "flops"))
+    unknown = sum(each.seconds is None for each in left)
+    closing = (si(work), "", f"{space / GIB:.2f} GiB", "", clock(time))
+    table.add_row("to run", f"{len(left)} of {len(found)}", "", "", *closing)
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    console.print(table, highlight=False)
+    for each in found:
+        for note in each.notes:
+            console.print(f"{each.stage}: {note}", highlight=False, soft_wrap=True)
+        if each.memory:
+            parts = "  ".join(f"{name} {size / GIB:.2f}" for name, size in each.memory.items() if size)
+            console.print(f"{each.stage}: GiB a process: {parts}", highlight=False, soft_wrap=True, style="dim")
+    if unknown:
+        console.print(f"{unknown} stages are not in the time", highlight=False)
+
+
+def _budget(text: str) -> tuple[float, str]:
+    """(amount, unit: `h`, `eur` or `` for FLOPs)."""
+    found = BUDGET.fullmatch(text)
+    if found is None or float(found[1]) <= 0:
+        raise ConfigError(f"--budget {text}: no budget", mend="8h, 20eur, or FLOPs such as 1e19")
+    return float(found[1]), found[2]
+
+
+def _best_split(asked: tuple[float, str], price: float, device: Device, rate: float) -> str:
+    """The model and the tokens of the lowest loss for the budget, by the Chinchilla law."""
+    from pipeline.model.scaling import CHINCHILLA
+    from pipeline.plan import si
+
+    amount, unit = asked
+    hours = {"h": amount, "eur": amount / price / device.count}.get(unit)
+    flops = amount if hours is None else hours * 3600 * rate * device.count
+    parameters, tokens = CHINCHILLA.best_split(flops)
+    hours = flops / rate / device.count / 3600
+    euros = hours * device.count * price
+    return (
+        f"best for {flops:.3g} FLOPs ({hours:.3g} h here, {euros:.3g} EUR): {si(parameters)} parameters on "
+        f"{si(tokens)} tokens, loss {CHINCHILLA.loss(parameters, tokens):.2f} nats a token"
+    )
+
+
+def _predictions(session: Session, references: Sequence[str], found: Sequence[Estimate]) -> list[str]:
+    """The held-out bits per byte of the recipe's pretrain stages, by a fit to finished ones."""
+    from pipeline.model.build import count_parameters
+    from pipeline.model.scaling import fit, predict
+    from pipeline.plan import model_of
+
+    runs = _runs(session, references)
+    law = fit(runs)
+    lines = [f"fitted to {len(runs)} runs: {law.floor:.3f} + {law.of_parameters:.3g} / N^α + {law.of_tokens:.3g} / D^β"]
+    for each in found:
+        node = session.recipe.nodes[each.stage]
+        if node.stage.type != "pretrain" or each.tokens is None:
+            continue
+        model = model_of(session.recipe, session.store, each.stage)
+        assert model is not None
+        value, low, high = predict(runs, count_parameters(model)[1], each.tokens)
+        lines.append(f"{each.stage}: {value:.3f} bits per byte, {low:.3f} to {high:.3f}")
+    return lines
+
+
+def _runs(session: Session, references: Sequence[str]) -> list[Run]:
+    """What the references say: a pretrain artifact each, or a run with one."""
+    from pipeline.model.build import count_parameters
+    from pipeline.model.scaling import Run
+    from pipeline.plan import empty_model
+
+    runs = []
+    for reference in references:
+        artifact = session.store.artifact(*reference.split("/", 1)) if "/" in reference else None
+        artifact = artifact or session.store.artifact(reference, "pretrain")
+        metrics: dict[str, Any] = artifact.manifest["metrics"]
+        if artifact.stage != "pretrain" or artifact.manifest["inputs"].get("init"):
+            raise ConfigError(f"--fit {reference}: not a model pretrained from scratch")
+        model = empty_model(artifact.model)
+        tokens = float(artifact.manifest["tokens"])
+        runs.append(Run(reference, count_parameters(model)[1], tokens, metrics["bits_per_byte"]))
+    if len(runs) < 3:
+        raise ConfigError(f"--fit has {len(runs)} runs, and three numbers are fitted", mend="name three or more")
+    return runs

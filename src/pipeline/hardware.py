@@ -1,0 +1,76 @@
+"""The device found, and what it does."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.errors import ConfigError
+from pipeline.runtime import bf16_pays
+
+
+@dataclass(frozen=True)
+class Device:
+    """The hardware a stage would run on."""
+
+    name: str
+    kind: str
+    count: int
+    memory: float
+    """Bytes a process can have."""
+    flops_per_second: float
+    """Of a product of matrices, in bf16 where that is what training uses."""
+    bf16: bool
+
+
+KNOWN = {
+    "h100": (80, 989e12),
+    "h200": (141, 989e12),
+    "a100": (80, 312e12),
+    "a100-40": (40, 312e12),
+    "l40s": (48, 362e12),
+    "4090": (24, 165e12),
+    "3090": (24, 71e12),
+}
+"""Name -> GiB, and the peak of dense bf16 products with fp32 sums, in FLOP/s, as the makers state them."""
+
+
+def known_device(name: str) -> Device:
+    """`h100` or `h100x8`: a device that is not here. ConfigError for one that is not known."""
+    kind, _, count = name.partition("x")
+    if kind not in KNOWN or not (count or "1").isdigit() or int(count or "1") < 1:
+        raise ConfigError(f"--on {name}: not known", mend=f"one of {', '.join(KNOWN)}, with x8 behind it for eight")
+    memory, peak = KNOWN[kind]
+    return Device(kind, "cuda", int(count or "1"), memory * 2.0**30, peak, bf16=True)
+
+
+def measure_device(seconds: float = 2.0) -> Device:
+    """The device found, and the FLOP/s of a product of matrices there, measured for about `seconds`."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        device, memory, name, size = torch.device("cuda"), float(properties.total_memory), properties.name, 8192
+    else:
+        device, memory, size = torch.device("cpu"), _memory(), 2048
+        name = f"{torch.get_num_threads()} CPU cores"
+    bf16 = bf16_pays(device)
+    left = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    right = torch.randn(size, size, device=device, dtype=left.dtype)
+    left @ right
+    best, until = 0.0, time.monotonic() + seconds
+    while time.monotonic() < until:
+        began = time.monotonic()
+        for _ in range(3):
+            left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 3 * 2 * size**3 / (time.monotonic() - began))
+    count = max(1, torch.cuda.device_count())
+    return Device(name, device.type, count, memory, best, bf16)
+
+
+def _memory() -> float:
+    """Bytes of the machine's memory."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

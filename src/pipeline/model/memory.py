@@ -1,0 +1,57 @@
+"""What a training step needs of memory, by part.
+
+Weights, gradients, moments, bf16 copies; activations: about 34 bytes a layer, position and channel in bf16
+(Korthikanti et al. 2022, without the attention matrix), with recomputation one layer's and 2 bytes a layer, position
+channel; and the logits of a chunk in bf16, in fp32, and their gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.model.build import count_parameters
+
+
+@dataclass(frozen=True)
+class Load:
+    """What decides the memory of a training step in one process."""
+
+    rows: int
+    length: int
+    trained: float
+    """Parameters with a gradient."""
+    moments: float
+    """Bytes of optimizer state a trained parameter."""
+    bf16: bool
+    checkpointing: bool
+    logits: float
+    """Positions whose logits exist at one time."""
+    others: float = 0.0
+    """Parameters held beside the model (reference, reward model)."""
+
+
+def memory_of(model: PreTrainedModel, load: Load) -> dict[str, float]:
+    """Bytes by part of a training step of `rows` rows of `length` tokens."""
+    config = model.config.get_text_config()
+    total = float(count_parameters(model)[0])
+    positions, width, layers = load.rows * load.length, config.hidden_size, config.num_hidden_layers
+    a_layer = 34.0 * positions * width * (1 if load.bf16 else 2)
+    kept = a_layer + 2.0 * positions * width * layers if load.checkpointing else a_layer * layers
+    return {
+        "weights": 4 * (total + load.others),
+        "gradients": 4 * load.trained,
+        "optimizer": load.moments * load.trained,
+        "bf16 copies": 2 * total if load.bf16 else 0.0,
+        "activations": kept,
+        "logits": load.logits * config.vocab_size * (10.0 if load.bf16 else 12.0),
+    }
+
+
+def adapter_parameters(model: PreTrainedModel, rank: int) -> float:
+    """Parameters of LoRA on every linear layer but the head: rank × (in + out)."""
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    return float(sum(rank * (module.in_features + module.out_features) for module in linear))

@@ -1,0 +1,336 @@
+"""What a recipe will take before it runs: parameters, tokens, FLOPs, memory, disk and time, a stage at a time.
+
+Parameters come from the very model that would be built, on torch's meta device. FLOPs a token: 6 N + attention to train
+(PaLM, appendix B), a third of it forward only. Time: FLOPs over what the stages of this store reached on this device,
+else over a share of a measured product of matrices. What a user's own stage takes is not known, and so it is said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.artifacts import Artifact, Store, runs_code_of
+from pipeline.data.formats import read_rows
+from pipeline.data.sources import local_files
+from pipeline.errors import PipelineError
+from pipeline.graph import Node, Recipe
+from pipeline.hardware import Device
+from pipeline.lineage import Standing
+from pipeline.model.build import count_parameters, flops_per_token
+from pipeline.model.memory import Load, adapter_parameters, memory_of
+from pipeline.model.presets import build_model, shape_of
+from pipeline.model.scaling import CHINCHILLA
+
+GIB = 2**30
+BYTES_A_TOKEN = 3.5
+"""Of text, under a vocabulary of some thousand, until a tokenize stage stands and says better."""
+UTILISATION = {"cpu": 0.3, "cuda": 0.4, "mps": 0.2}
+"""Share of the matrix product's FLOP/s that training reaches, until a stage of the kind has run here."""
+SAMPLED_ROWS = 2000
+CHUNK = 2048  # positions whose logits exist at one time in pretrain
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one stage will take. None where it cannot be told."""
+
+    stage: str
+    state: str
+    parameters: int | None = None
+    tokens: float | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    memory: Mapping[str, float] = field(default_factory=dict)
+    """Part -> bytes a process."""
+    disk: float | None = None
+    loss: float | None = None
+    """Nats a token by the Chinchilla law, where the model is within its range."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> float:
+        """Bytes a process needs."""
+        return sum(self.memory.values())
+
+
+def model_of(recipe: Recipe, store: Store, ref: str) -> PreTrainedModel | None:
+    """The model that `ref` is or will be, without weights; None where it cannot be told."""
+    if ref not in recipe.nodes:
+        return empty_model(store.resolve(ref).model)
+    node = recipe.nodes[ref]
+    if node.stage.type == "pretrain" and not node.inputs.get("init"):
+        given = node.config.model  # type: ignore[attr-defined]
+        vocab = _vocabulary(recipe, store, node)
+        shape = shape_of(given.model_dump(exclude={"architecture", "config"}), _context(node), vocab)
+        with torch.device("meta"):
+            return build_model(given.architecture, shape, given.config)
+    above = node.inputs.get("init")
+    return model_of(recipe, store, above[0]) if above else None
+
+
+def empty_model(folder: Path) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=runs_code_of(folder))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=runs_code_of(folder))
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _vocabulary(recipe: Recipe, store: Store, node: Node) -> int:
+    ref = node.inputs["tokens"][0]
+    if ref not in recipe.nodes:
+        return int(store.resolve(ref).manifest["metrics"]["vocab_size"])
+    tokenize = recipe.nodes[ref]
+    taken = tokenize.inputs.get("tokenizer")
+    if taken:
+        model = model_of(recipe, store, taken[0])
+        return int(model.config.get_text_config().vocab_size) if model is not None else 32_000
+    return int(tokenize.config.vocab_size)  # type: ignore[attr-defined]
+
+
+def _context(node: Node) -> int:
+    return int(node.config.context_length)  # type: ignore[attr-defined]
+
+
+class Planner:
+    """Estimates for the stages of one recipe."""
+
+    def __init__(self, recipe: Recipe, store: Store, device: Device, processes: int) -> None:
+        self.recipe, self.store, self.device, self.processes = recipe, store, device, processes
+
+    def estimate(self, standing: Standing) -> Estimate:
+        """What the stage would take; nothing where it stands."""
+        node = standing.node
+        found = Estimate(node.name, standing.state)
+        make = {
+            "tokenize": self._tokenize,
+            "pretrain": self._pretrain,
+            "sft": self._rows,
+            "reward": self._rows,
+            "dpo": self._rows,
+            "ppo": self._ppo,
+        }.get(node.stage.type)
+        if make is None:
+            what = (
+                "a stage of your own" if "/" in node.stage.type else f"{node.stage.type} hangs on its models' answers"
+            )
+            return replace(found, notes=(f"not estimated: {what}",))
+        try:
+            found = make(node, found)
+        except (PipelineError, OSError) as error:
+            return replace(found, notes=(f"not estimated: {error}",))
+        if found.flops is not None:
+            rate, source = self.rate(node.stage.type)
+            found = replace(found, seconds=found.flops / rate / self.processes, notes=(*found.notes, source))
+        return replace(found, notes=(*found.notes, *self._advice(node, found)))
+
+    def rate(self, kind: str) -> tuple[float, str]:
+        """(FLOP/s of training in one process, where it is from)."""
+        reached = [
+            artifact.manifest["flops"] / artifact.manifest["seconds"] / artifact.manifest["processes"]
+            for artifact in artifacts_of(self.store)
+            if artifact.stage == kind
+            and artifact.manifest.get("flops")
+            and artifact.manifest["seconds"] > 10  # a tiny run is all start and end
+            and artifact.manifest["device"].startswith(self.device.kind)
+        ]
+        if reached:
+            rate = sorted(reached)[len(reached) // 2]
+            share = rate / self.device.flops_per_second
+            return rate, f"at the speed of {len(reached)} {kind} here before ({share:.0%} of the measured product)"
+        share = UTILISATION[self.device.kind]
+        return share * self.device.flops_per_second, f"at {share:.0%} of the measured product: no {kind} ran here yet"
+
+    def _tokenize(self, node: Node, found: Estimate) -> Estimate:
+        size = 0.0
+        for entry in node.config.data:  # type: ignore[attr-defined]
+            if entry.source == "pydocs":
+                size += 30e6
+            elif entry.source.startswith("hub:"):
+                return replace(found, notes=("not estimated: the size of a hub dataset is known once it is here",))
+            else:
+                size += sum(path.stat().st_size for path in local_files(entry))
+        return replace(found, tokens=size / BYTES_A_TOKEN, seconds=size / 3e6, disk=2.2 * size / BYTES_A_TOKEN)
+
+    def _pretrain(self, node: Node, found: Estimate) -> Estimate:
+        config: Any = node.config
+        model = model_of(self.recipe, self.store, node.name)
+        assert model is not None
+        total, counted = count_parameters(model)
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        tokens = float(config.max_steps * batch * config.context_length)
+        rows = max(1, config.per_device_train_batch_size // self.processes)
+        moments = 4.0 if config.optimizer == "muon" else 8.0
+        bf16 = self.device.bf16 if config.bf16 is None else config.bf16
+        logits = min(CHUNK, rows * config.context_length)
+        load = Load(rows, config.context_length, total, moments, bf16, config.gradient_checkpointing, logits)
+        notes = []
+        best = CHINCHILLA.best_split(6 * counted * tokens)
+        notes.append(
+            f"{tokens / counted:.1f} tokens a parameter; the best of these FLOPs has {best[1] / best[0]:.0f} "
+            f"({si(best[0])} parameters, {si(best[1])} tokens)"
+        )
+        have = self._tokens_there(node)
+        if have is not None:
+            notes.append(f"{tokens / have:.2f} epochs of {si(have)} tokens")
+        in_range = counted >= 40e6  # smaller ones lie outside of what the law was fitted to
+        return replace(
+            found,
+            parameters=total,
+            tokens=tokens,
+            flops=tokens * flops_per_token(model, config.context_length),
+            memory=memory_of(model, load),
+            disk=4 * total + 3 * (4 + moments) * total,
+            loss=CHINCHILLA.loss(counted, tokens) if in_range else None,
+            notes=tuple(notes),
+        )
+
+    def _tokens_there(self, node: Node) -> float | None:
+        ref = node.inputs["tokens"][0]
+        artifact = self.store.find(self.recipe.run, ref) if ref in self.recipe.nodes else self.store.resolve(ref)
+        return float(artifact.manifest["metrics"]["train_tokens"]) if artifact else None
+
+    def _rows(self, node: Node, found: Estimate) -> Estimate:
+        """sft, reward and dpo: rows of about the mean length of the data's first ones."""
+        config: Any = node.config
+        model = model_of(self.recipe, self.store, node.inputs["init"][0])
+        if model is None:
+            return replace(found, notes=("not estimated: what it starts from is not known",))
+        is_pairs = node.stage.type != "sft"
+        rows = read_rows(config.data, "preference" if is_pairs else "messages", held_out=config.held_out)
+        length = min(config.max_length, mean_length(rows[:SAMPLED_ROWS], self._bytes_a_token()))
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(rows) / batch)
+        sides = 2 if is_pairs else 1
+        tokens = steps * batch * sides * length
+        total, _ = count_parameters(model)
+        trained = adapter_parameters(model, config.peft.r) if config.peft else float(total)
+        factor = (2 / 3 if config.peft else 1.0) + (1 / 3 if node.stage.type == "dpo" else 0.0)
+        on_device = max(1, config.per_device_train_batch_size // self.processes) * sides
+        longest = min(config.max_length, round(2 * length))
+        bf16 = self.device.bf16 if config.bf16 is None else config.bf16
+        moments = 4.0 if config.optimizer == "muon" else 8.0
+        logits = 0.0 if node.stage.type == "reward" else on_device * longest
+        load = Load(on_device, longest, trained, moments, bf16, config.gradient_checkpointing, logits)
+        return replace(
+            found,
+            parameters=total,
+            tokens=tokens,
+            flops=tokens * flops_per_token(model, round(length)) * factor,
+            memory=memory_of(model, load),
+            disk=4 * total + 3 * (4 + moments) * trained,
+            notes=(f"{len(rows):,} rows of about {length * sides:.0f} tokens, {steps * batch / len(rows):.2f} epochs",),
+        )
+
+    def _ppo(self, node: Node, found: Estimate) -> Estimate:
+        """Generation, four forwards and the training of policy and critic on prompts and full-length responses."""
+        config: Any = node.config
+        model = model_of(self.recipe, self.store, node.inputs["init"][0])
+        if model is None:
+            return replace(found, notes=("not estimated: what it starts from is not known",))
+        rows = read_rows(config.data, "prompt", held_out=config.held_out)
+        prompt = mean_length(rows[:SAMPLED_ROWS], self._bytes_a_token())
+        episodes = config.total_episodes or round(config.num_train_epochs * len(rows))
+        length = prompt + config.response_length
+        tokens = episodes * length
+        total, _ = count_parameters(model)
+        has_model = bool(node.inputs.get("reward"))
+        passes = 1 / 3 * (4 if has_model else 3) + 2 * config.num_ppo_epochs
+        on_device = max(1, config.per_device_train_batch_size // self.processes)
+        bf16 = self.device.bf16 if config.bf16 is None else config.bf16
+        others = total * (3 if has_model else 2)  # reference, critic, reward model
+        load = Load(on_device, round(length), 2.0 * total, 8.0, bf16, False, on_device * config.response_length, others)
+        return replace(
+            found,
+            parameters=total,
+            tokens=tokens,
+            flops=tokens * flops_per_token(model, round(length)) * passes,
+            memory=memory_of(model, load),
+            disk=4 * total + 3 * 12 * 2 * total,
+            notes=(f"{episodes:,} responses of up to {config.response_length} tokens",),
+        )
+
+    def _bytes_a_token(self) -> float:
+        for node in self.recipe.nodes.values():
+            artifact = self.store.find(self.recipe.run, node.name) if node.stage.kind == "tokens" else None
+            if artifact is not None:
+                metrics = artifact.manifest["metrics"]
+                return float(metrics["train_bytes"] / metrics["train_tokens"])
+        return BYTES_A_TOKEN
+
+    def _advice(self, node: Node, found: Estimate) -> tuple[str, ...]:
+        """Which settings would make a stage fit that does not, the least costly first."""
+        if found.peak <= self.device.memory:
+            return ()
+        return (f"does not fit in {self.device.memory / GIB:.0f} GiB", *self._what_fits(node, found))
+
+    def _what_fits(self, node: Node, found: Estimate) -> Iterable[str]:
+        config: Any = node.config
+        tried: dict[str, Any] = {}
+        if "gradient_accumulation_steps" in type(config).model_fields:
+            rows, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
+            while rows > 1 and rows % 2 == 0:
+                rows, steps = rows // 2, steps * 2
+                tried = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+                if self._fits(node, tried):
+                    return [_settings(node, tried)]
+        if "gradient_checkpointing" in type(config).model_fields and not config.gradient_checkpointing:
+            tried = {**tried, "gradient_checkpointing": True}
+            if self._fits(node, tried):
+                return [_settings(node, tried)]
+        if "peft" in type(config).model_fields and config.peft is None:
+            from pipeline.recipe import PeftConfig
+
+            tried = {**tried, "peft": PeftConfig()}
+            if self._fits(node, tried):
+                return [_settings(node, tried)]
+        return ["no setting of this stage makes it fit: a smaller model, or a device with more memory"]
+
+    def _fits(self, node: Node, changed: Mapping[str, Any]) -> bool:
+        other = replace(node, config=node.config.model_copy(update=dict(changed)))
+        recipe = replace(self.recipe, nodes={**self.recipe.nodes, node.name: other})
+        planner = Planner(recipe, self.store, self.device, self.processes)
+        make = planner._pretrain if node.stage.type == "pretrain" else planner._rows
+        return make(other, Estimate(node.name, "")).peak <= self.device.memory
+
+
+def artifacts_of(store: Store) -> Iterable[Artifact]:
+    """Every whole artifact under the root."""
+    for manifest in sorted(store.root.glob("*/*/manifest.json")):
+        try:
+            found = store.find(manifest.parent.parent.name, manifest.parent.name)
+        except PipelineError:
+            continue
+        if found is not None:
+            yield found
+
+
+def mean_length(rows: Iterable[Mapping[str, Any]], bytes_a_token: float) -> float:
+    """Tokens of a row by its UTF-8 bytes, eight more a message for the template; of a pair the mean of its sides."""
+    lengths = []
+    for row in rows:
+        sides = [row.get("messages")] if "messages" in row else [row.get("chosen"), row.get("rejected")]
+        for side in [each for each in sides if each is not None] or [[]]:
+            messages = [*row.get("prompt", []), *side]
+            lengths.append(sum(len(each["content"].encode()) / bytes_a_token + 8 for each in messages))
+    return sum(lengths) / len(lengths)
+
+
+def _settings(node: Node, changed: Mapping[str, Any]) -> str:
+    values = {name: "{}" if name == "peft" else str(value).lower() for name, value in changed.items()}
+    return "would fit with " + " ".join(f"--set {node.name}.{name}={value}" for name, value in values.items())
+
+
+def si(value: float) -> str:
+    """`1.24 B`, `942 k`: three digits and the power's letter."""
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"

@@ -1,0 +1,219 @@
+"""`llmpipe plan`: figures by hand, what fits, what is said where nothing can be told."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.artifacts import Store
+from pipeline.cli.session import open_session
+from pipeline.errors import ConfigError
+from pipeline.hardware import Device, known_device, measure_device
+from pipeline.lineage import survey
+from pipeline.model.memory import Load, memory_of
+from pipeline.model.presets import build_model, shape_of
+from pipeline.plan import Estimate, Planner, mean_length, si
+
+CPU = Device("2 CPU cores", "cpu", 1, 24 * 2**30, 4e11, bf16=True)
+H100 = Device("an H100", "cuda", 1, 80 * 2**30, 8e14, bf16=True)
+
+
+def planned(recipe: Path, device: Device = CPU, *overrides: str, processes: int = 1) -> dict[str, Estimate]:
+    session = open_session(str(recipe), artifacts=recipe.parent / "artifacts", overrides=overrides)
+    planner = Planner(session.recipe, session.store, device, processes)
+    return {name: planner.estimate(each) for name, each in survey(session.recipe, session.store).items()}
+
+
+ROAD = """\
+run: road
+stages:
+  tokenize: {data: text.txt, vocab_size: 1000}
+  pretrain: {model: {depth: 2, hidden_size: 64}, context_length: 128, max_steps: 50, optimizer: muon}
+  sft: {data: rows.jsonl, max_steps: 10, per_device_train_batch_size: 4, held_out: 0.0}
+  reward: {data: pairs.jsonl, per_device_train_batch_size: 4, num_train_epochs: 2.0, held_out: 0.0}
+  ppo: {total_episodes: 128, response_length: 16, held_out: 0.0}
+  dpo: {init: sft, data: pairs.jsonl, max_steps: 5, per_device_train_batch_size: 4, held_out: 0.0}
+  eval: {models: [sft], questions: 10}
+"""
+
+
+@pytest.fixture
+def road(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("x" * 70_000)
+    row = {"prompt": "a" * 35, "completion": "b" * 70}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"prompt": f"{i:035}"}) + "\n" for i in range(40)))
+    pair = {"chosen": "b" * 70, "rejected": "c" * 35}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"prompt": f"{i:035}", **pair}) + "\n" for i in range(40)))
+    (tmp_path / "road.yaml").write_text(ROAD)
+    return tmp_path / "road.yaml"
+
+
+def test_every_stage_by_hand(road: Path) -> None:
+    """Two blocks 64 wide, V 1000: N, tokens, FLOPs and seconds worked out here."""
+    found = planned(road)
+    block = 4 * 64 * 64 + 3 * 64 * 192 + 2 * 64
+    total = 2 * block + 64 + 1000 * 64
+    assert found["pretrain"].parameters == total
+    assert found["pretrain"].tokens == 50 * 8 * 128
+    a_token = 6 * total + 12 * 2 * 64 * 128
+    assert found["pretrain"].flops == 50 * 8 * 128 * a_token
+    assert found["pretrain"].seconds == pytest.approx(50 * 8 * 128 * a_token / (0.3 * 4e11))
+    assert found["tokenize"].tokens == 20_000
+    row = 35 / 3.5 + 70 / 3.5 + 16  # bytes a token, eight tokens more a message
+    assert found["sft"].tokens == pytest.approx(10 * 4 * row)
+    pair = (row + 35 / 3.5 + 35 / 3.5 + 16) / 2
+    assert found["reward"].tokens == pytest.approx(20 * 4 * 2 * pair)  # 2 epochs of 40 pairs, 4 a step
+    assert found["dpo"].tokens == pytest.approx(5 * 4 * 2 * pair)
+    per_token = {name: found[name].flops / found[name].tokens for name in ("reward", "dpo")}  # type: ignore[operator]
+    assert per_token["dpo"] / per_token["reward"] == pytest.approx(4 / 3)  # the reference's forward
+    assert found["ppo"].tokens == pytest.approx(128 * (35 / 3.5 + 8 + 16))
+    assert found["eval"].flops is None
+    assert "not estimated" in found["eval"].notes[0]
+    assert found["pretrain"].loss is None, "the law says nothing of so small a model"
+
+
+def test_memory_by_part_by_hand() -> None:
+    model = build_model("llama", shape_of({"depth": 2, "hidden_size": 64}, 128, 1000), {})
+    total = sum(parameter.numel() for parameter in model.parameters())
+    load = Load(8, 128, total, 8.0, bf16=True, checkpointing=False, logits=1024)
+    found = memory_of(model, load)
+    assert found == {
+        "weights": 4 * total,
+        "gradients": 4 * total,
+        "optimizer": 8 * total,
+        "bf16 copies": 2 * total,
+        "activations": 34 * 8 * 128 * 64 * 2,
+        "logits": 10 * 1024 * 1000,
+    }
+    recomputed = memory_of(model, replace(load, checkpointing=True))["activations"]
+    assert recomputed == 34 * 8 * 128 * 64 + 2 * 8 * 128 * 64 * 2
+    assert memory_of(model, replace(load, bf16=False))["bf16 copies"] == 0
+
+
+BIG = """\
+run: big
+stages:
+  tokenize: {data: text.txt, vocab_size: 32000}
+  pretrain:
+    model: {size: 1b}
+    context_length: 2048
+    per_device_train_batch_size: 64
+    max_steps: 1000
+"""
+
+
+def test_what_would_fit_fits_with_the_same_global_batch(road: Path) -> None:
+    """1.1 B on 80 GiB: not with 64 rows a micro-step; the advice, followed, fits."""
+    recipe = road.with_name("big.yaml")
+    recipe.write_text(BIG)
+    found = planned(recipe, H100)["pretrain"]
+    assert found.peak > H100.memory
+    assert "does not fit in 80 GiB" in found.notes
+    advice = found.notes[-1]
+    assert advice.startswith("would fit with --set pretrain.per_device_train_batch_size=")
+    overrides = [word for word in advice.split() if "=" in word]
+    mended = planned(recipe, H100, *overrides)["pretrain"]
+    assert mended.peak <= H100.memory
+    assert (mended.tokens, mended.flops) == (found.tokens, found.flops)
+    assert "does not fit in 80 GiB" not in mended.notes
+    assert found.loss == pytest.approx(
+        1.8172 + 482.01 / 1.04e9**0.3478 + 2085.43 / (1000 * 64 * 2048) ** 0.3658, abs=0.01
+    )
+
+    small = replace(H100, memory=20 * 2**30)
+    assert "gradient_checkpointing=true" in planned(recipe, small)["pretrain"].notes[-1]
+    assert "a smaller model" in planned(recipe, replace(H100, memory=8 * 2**30))["pretrain"].notes[-1]
+
+
+def test_what_ran_here_sets_the_speed(trained: Path) -> None:
+    """A stage that took long enough to count: its FLOPs over its seconds, whatever the product does."""
+    manifest = trained.parent / "artifacts" / "tiny" / "pretrain" / "manifest.json"
+    held = json.loads(manifest.read_text())
+    session = open_session(str(trained), artifacts=trained.parent / "artifacts")
+    planner = Planner(session.recipe, session.store, CPU, 1)
+    assert planner.rate("pretrain")[0] == 0.3 * 4e11, "a second is all start and end"
+    manifest.write_text(json.dumps({**held, "seconds": 100.0, "flops": 5e12}))
+    rate, source = planner.rate("pretrain")
+    assert rate == 5e10
+    assert "1 pretrain here before (12% of" in source
+    assert Planner(session.recipe, session.store, H100, 1).rate("pretrain")[0] == 0.4 * 8e14
+
+
+def test_the_command_prints_every_stage_and_as_json(road: Path, warm: Any) -> None:
+    shown = warm("plan", road, "--budget", "1e19")
+    assert shown.code == 0, shown.stderr
+    for word in ("tokenize", "pretrain", "sft", "reward", "ppo", "dpo", "eval", "to run", "GiB a process"):
+        assert word in shown.stdout
+    assert "best for 1e+19 FLOPs" in shown.stdout
+    assert "262 M parameters on 6.36 B tokens" in shown.stdout
+    printed = json.loads(warm("plan", road, "--json").stdout)
+    assert [each["stage"] for each in printed["stages"]] == [
+        line.split(":")[0].strip() for line in ROAD.split("\n")[2:9]
+    ]
+    assert printed["stages"][1]["peak"] == pytest.approx(sum(printed["stages"][1]["memory"].values()))
+    assert not (road.parent / "artifacts").exists(), "a plan makes nothing"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--budget", "8 days"], "--budget 8 days: no budget"),
+        (["--budget", "0h"], "--budget 0h: no budget"),
+        (["--fit", "a/pretrain"], "no artifact a/pretrain"),
+    ],
+)
+def test_what_is_no_budget_and_no_run_is_refused(road: Path, warm: Any, words: list[str], message: str) -> None:
+    refused = warm("plan", road, *words)
+    assert refused.code != 0
+    assert message in refused.stderr
+
+
+def test_a_fit_wants_three_models_from_scratch(trained: Path, warm: Any) -> None:
+    refused = warm("plan", trained, "--fit", "tiny", "--fit", "tiny/pretrain")
+    assert refused.code == 2
+    assert "--fit has 2 runs" in refused.stderr
+    refused = warm("plan", trained, "--fit", "tiny/tokenize")
+    assert "not a model pretrained from scratch" in refused.stderr
+    fitted = warm("plan", trained, *["--fit", "tiny"] * 3)
+    assert "fitted to 3 runs" in fitted.stdout
+    assert "bits per byte, " in fitted.stdout
+
+
+def test_units_and_lengths() -> None:
+    assert [si(value) for value in (12.0, 4_262_144, 1.2358e9, 9.9e17)] == ["12", "4.26 M", "1.24 B", "990 P"]
+    messages = [{"role": "user", "content": "ä" * 10}, {"role": "assistant", "content": "b" * 15}]
+    assert mean_length([{"messages": messages}], 3.5) == 20 / 3.5 + 15 / 3.5 + 16
+
+
+def test_the_device_is_measured() -> None:
+    found = measure_device(0.05)
+    assert found.flops_per_second > 1e8
+    assert found.memory > 2**28
+
+
+def test_a_device_that_is_not_here() -> None:
+    eight = known_device("h100x8")
+    assert (eight.count, eight.memory, eight.flops_per_second) == (8, 80 * 2**30, 989e12)
+    assert known_device("4090").count == 1
+    for name in ("h1000", "h100x0", "h100xl"):
+        with pytest.raises(ConfigError, match=f"--on {name}: not known"):
+            known_device(name)
+
+
+@pytest.mark.parametrize(("recipe", "hours", "count"), [("gpt2-124m", 0.75, 124.4e6), ("llama-1b", 18.9, 1.2358e9)])
+def test_the_large_recipes_fit_eight_gpus(recipe: str, hours: float, count: float, tmp_path: Path) -> None:
+    """40 % of the peak of eight H100: 6 N D and attention are 8.6e18 and 2.15e20 FLOPs."""
+    session = open_session(recipe, artifacts=tmp_path)
+    planner = Planner(session.recipe, session.store, known_device("h100x8"), 8)
+    found = planner.estimate(survey(session.recipe, session.store)["pretrain"])
+    assert found.parameters == pytest.approx(count, rel=1e-3)
+    assert found.peak < 80 * 2**30
+    assert found.seconds == pytest.approx(hours * 3600, rel=0.03)
+
+
+def test_an_empty_store_has_nothing_to_say(tmp_path: Path) -> None:
+    from pipeline.plan import artifacts_of
+
+    assert list(artifacts_of(Store(tmp_path / "none"))) == []
