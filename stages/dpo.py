@@ -23,6 +23,7 @@ from pipeline.trainer_config import TrainerConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from pipeline.data.shown import ShownRow
     from pipeline.evals.likelihood import Request
     from pipeline.evals.subject import Subject
     from pipeline.runtime import Runtime
@@ -116,6 +117,23 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
             figures |= _held_out(config, subject, start, held_out, reference, pairs, runtime)
     runtime.metrics.log(plan.steps, int(plan.tokens[-1]), **figures)
     return {**figures, "flops": flops}
+
+
+def preview(config: DPOConfig, inputs: dict[str, Any], count: int) -> list[ShownRow]:
+    """Both sides of the first pairs, the answers marked."""
+    from pipeline.data.formats import read_rows
+    from pipeline.data.shown import ShownRow
+    from pipeline.data.tokenizers import load_tokenizer
+    from pipeline.evals.subject import chat_request
+
+    tokenizer = load_tokenizer(inputs["init"].model)
+    shown = []
+    for place, pair in enumerate(read_rows(config.data, "preference", held_out=config.held_out)[:count], 1):
+        for side in SIDES:
+            row = chat_request(tokenizer, pair["prompt"], pair[side][0]["content"])
+            is_trained = [False] * len(row.prompt) + [True] * len(row.completion)
+            shown.append(ShownRow(f"pair {place}, {side}", [*row.prompt, *row.completion], is_trained))
+    return shown
 
 
 def _trainer(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
+    from pipeline.data.shown import ShownRow
     from pipeline.rl.prompts import Prompts
     from pipeline.rl.rollouts import Experience, Rollout
     from pipeline.runtime import Runtime
@@ -131,6 +132,20 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
         write_policy(loop.policy.model, out / "model", inputs["init"].model, loop.stop_id)
     runtime.barrier()
     return loop.summary()
+
+
+def preview(config: PPOConfig, inputs: dict[str, Any], count: int) -> list[ShownRow]:
+    """The first prompts; the policy writes the rest."""
+    from pipeline.data.chat import encode_prompt
+    from pipeline.data.formats import read_rows
+    from pipeline.data.shown import ShownRow
+    from pipeline.data.tokenizers import load_tokenizer
+
+    assert config.data is not None
+    tokenizer = load_tokenizer(inputs["init"].model)
+    rows = read_rows(config.data, "prompt", held_out=config.held_out)[:count]
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    return [ShownRow(f"prompt {place}", ids, [False] * len(ids)) for place, ids in enumerate(prompts, 1)]
 
 
 def _check(config: PPOConfig, runtime: Runtime) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pipeline.data.packing import Windows
+    from pipeline.data.shown import ShownRow
     from pipeline.runtime import Runtime
 
 
@@ -117,6 +118,20 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
         "parameters": float(sum(p.numel() for p in model.parameters())),
         "flops": flops_per_token(model, config.context_length) * seen,
     }
+
+
+def preview(config: PretrainConfig, inputs: dict[str, Any], count: int) -> list[ShownRow]:
+    """The first samples of the run, in its order: every token but the first is a target."""
+    from pipeline.data.packing import Windows
+    from pipeline.data.shards import TokenFile
+    from pipeline.data.shown import ShownRow
+
+    train = TokenFile(inputs["tokens"].path / "train.ds")
+    samples = Windows(train.tokens, config.context_length, config.seed).batch(range(count))
+    return [
+        ShownRow(f"sample {place}", ids, [False] + [True] * (len(ids) - 1))
+        for place, ids in enumerate(samples.tolist(), 1)
+    ]
 
 
 def _model(config: PretrainConfig, inputs: dict[str, Any], vocab: int, runtime: Runtime) -> PreTrainedModel:

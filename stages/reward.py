@@ -21,10 +21,12 @@ from pipeline.trainer_config import TrainerConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from pipeline.data.shown import ShownRow
     from pipeline.model.reward import RewardModel
     from pipeline.runtime import Runtime
     from pipeline.schedule import Row, Schedule
 
+SIDES = ("chosen", "rejected")
 SCORED_TOKENS = 4096
 """Tokens of a batch that is only scored, padding included."""
 
@@ -101,6 +103,22 @@ def run(config: RewardConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
     return {**figures, "flops": flops}
 
 
+def preview(config: RewardConfig, inputs: dict[str, Any], count: int) -> list[ShownRow]:
+    """Both sides of the first pairs; the token that the score is read at marked."""
+    from pipeline.data.chat import encode_messages
+    from pipeline.data.formats import read_rows
+    from pipeline.data.shown import ShownRow
+    from pipeline.data.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(inputs["init"].model)
+    shown = []
+    for place, pair in enumerate(read_rows(config.data, "preference", held_out=config.held_out)[:count], 1):
+        for side in SIDES:
+            ids = encode_messages(tokenizer, [*pair["prompt"], *pair[side]]).input_ids
+            shown.append(ShownRow(f"pair {place}, {side}", ids, [False] * (len(ids) - 1) + [True]))
+    return shown
+
+
 def _trainer(
     config: RewardConfig,
     model: PreTrainedModel,
@@ -140,9 +158,7 @@ def _encode(pairs: list[Row], tokenizer: PreTrainedTokenizerFast, length: int, r
     rows: list[Row] = []
     with runtime.progress("encode", len(pairs), "pairs") as bar:
         for pair in pairs:
-            chosen, rejected = (
-                encode_messages(tokenizer, [*pair["prompt"], *pair[side]]).input_ids for side in ("chosen", "rejected")
-            )
+            chosen, rejected = (encode_messages(tokenizer, [*pair["prompt"], *pair[side]]).input_ids for side in SIDES)
             if chosen == rejected:
                 raise DataError(
                     f"chosen and rejected are the same tokens: {pair['chosen'][0]['content'][:60]!r}",
@@ -220,7 +236,7 @@ def _held_out(
     if not items:
         runtime.say("no held-out pair fits the length: nothing is measured")
         return {}
-    lengths = ([len(pair[side][0]["content"]) for pair in pairs] for side in ("chosen", "rejected"))
+    lengths = ([len(pair[side][0]["content"]) for pair in pairs] for side in SIDES)
     found = reward_accuracy.figures(items, length_only.fit(*lengths), config.seed)
     runtime.say("held out: " + "  ".join(f"{name} {each.value:.3f}" for name, each in found.items()))
     return {name: each.value for name, each in found.items()}

@@ -11,6 +11,7 @@ Hugging Face folder.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from pipeline.data.chat import Encoded
+    from pipeline.data.shown import ShownRow
     from pipeline.evals.likelihood import Request
     from pipeline.runtime import Runtime
     from pipeline.schedule import Row
@@ -65,7 +67,7 @@ def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     stop_id = stop_token_id(tokenizer)
     length = adapter.longest_row(init.model, config.max_length, runtime)
     encoded = _encode(config, tokenizer, "train", runtime)
-    rows = _fit(encoded, stop_id, length, runtime)
+    rows = _fit(encoded, stop_id, length, runtime.say)
     held_out = _requests(_encode(config, tokenizer, "held_out", runtime) if config.held_out else [], length)
     if config.packing:
         rows = _pack(rows, length)
@@ -106,6 +108,24 @@ def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     return {**figures, "rows": float(len(encoded)), "epochs": len(plan.order) / len(rows), "flops": flops}
 
 
+def preview(config: SFTConfig, inputs: dict[str, Any], count: int) -> list[ShownRow]:
+    """The first rows (packed ones with `packing`), their targets marked."""
+    from pipeline.data.chat import encode_messages, stop_token_id
+    from pipeline.data.formats import read_rows
+    from pipeline.data.shown import ShownRow
+
+    tokenizer = _tokenizer(config, inputs["init"])
+    rows = read_rows(config.data, "messages", held_out=config.held_out)
+    rows = rows if config.packing else rows[:count]
+    encoded = [encode_messages(tokenizer, row["messages"]) for row in rows[: 100 * count]]
+    fitted = _fit(encoded, stop_token_id(tokenizer), config.max_length)
+    fitted = _pack(fitted, config.max_length) if config.packing else fitted
+    return [
+        ShownRow(f"row {place}", row["input_ids"], [label != -100 for label in row["labels"]])
+        for place, row in enumerate(fitted[:count], 1)
+    ]
+
+
 def _tokenizer(config: SFTConfig, init: Any) -> PreTrainedTokenizerFast:
     """The init's tokenizer, with the recipe's chat template where it names one."""
     from pipeline import trainer as adapter
@@ -142,7 +162,9 @@ def _encode(
     return encoded
 
 
-def _fit(encoded: list[Encoded], stop_id: int, length: int, runtime: Runtime) -> list[Row]:
+def _fit(
+    encoded: list[Encoded], stop_id: int, length: int, say: Callable[[str], None] = lambda text: None
+) -> list[Row]:
     """Rows of at most `length` tokens with labels (-100 where not trained).
 
     A row that is too long is cut back to the last turn of the assistant that ends in time, so that what is cut is whole
@@ -165,7 +187,7 @@ def _fit(encoded: list[Encoded], stop_id: int, length: int, runtime: Runtime) ->
         stops += labels.count(stop_id)
         rows.append({"input_ids": ids, "labels": labels})
     if cut or dropped:
-        runtime.say(f"longer than {length:,} tokens: {cut:,} rows cut after an earlier answer, {dropped:,} left out")
+        say(f"longer than {length:,} tokens: {cut:,} rows cut after an earlier answer, {dropped:,} left out")
     if not rows:
         raise DataError(f"every row is longer than {length:,} tokens", where="sft.data", mend="a larger max_length")
     if not stops:

@@ -116,6 +116,8 @@ class Stage:
     """Field -> what the data of the nearest stage along `init` must be for (`demonstrations`)."""
     trains_on: str
     run: Callable[..., dict[str, float]]
+    preview: Callable[..., list[Any]] | None
+    """(config, inputs, how many) -> rows as `llmpipe preview` shows them; optional."""
 
     @classmethod
     def of(cls, module: ModuleType, type_name: str) -> Stage:
@@ -150,6 +152,7 @@ class Stage:
             defaults=members.get("DEFAULTS", {}),
             trains_on=members.get("TRAINS_ON", ""),
             run=members["run"],
+            preview=members.get("preview"),
         )
 
 

@@ -75,7 +75,7 @@ def test_assistant_text_and_stop_token_are_trained_and_nothing_else(model_folder
         {"role": "user", "content": "Again?"},
         {"role": "assistant", "content": f"I type {STOP} as letters."},
     ]
-    rows = sft._fit([encode_messages(tokenizer, conversation)], stop_token_id(tokenizer), 200, quiet)
+    rows = sft._fit([encode_messages(tokenizer, conversation)], stop_token_id(tokenizer), 200, quiet.say)
     assert trained_texts(tokenizer, rows[0]) == [f"meow{STOP}", f"I type {STOP} as letters.{STOP}"]
     assert rows[0]["input_ids"][-1] == stop_token_id(tokenizer), "a row ends at the stop token"
     assert rows[0]["labels"].count(stop_token_id(tokenizer)) == 2, "a typed stop token is letters"
@@ -92,18 +92,18 @@ def test_a_long_row_is_cut_after_an_answer_never_before_its_stop_token(model_fol
     ]
     long = encode_messages(tokenizer, messages)
     first = encode_messages(tokenizer, messages[:2])
-    rows = sft._fit([long], stop, len(long.input_ids) - 1, quiet)
+    rows = sft._fit([long], stop, len(long.input_ids) - 1, quiet.say)
     assert rows[0]["input_ids"] == first.input_ids
     assert trained_texts(tokenizer, rows[0]) == [f"meow{STOP}"]
-    kept = sft._fit([long], stop, len(long.input_ids), quiet)
+    kept = sft._fit([long], stop, len(long.input_ids), quiet.say)
     assert kept[0]["input_ids"] == long.input_ids
     with pytest.raises(DataError, match="every row is longer than"):
-        sft._fit([long], stop, len(first.input_ids) - 1, quiet)
+        sft._fit([long], stop, len(first.input_ids) - 1, quiet.say)
 
 
 def test_refuses_a_run_that_trains_no_stop_token(quiet: Runtime) -> None:
     with pytest.raises(MismatchError, match="never learn to end its turn"):
-        sft._fit([Encoded([5, 6, 7], [False, True, True])], 9, 10, quiet)
+        sft._fit([Encoded([5, 6, 7], [False, True, True])], 9, 10, quiet.say)
 
 
 def test_refuses_a_model_without_chat_template(model_folder: Path, tmp_path: Path, runtime: Any, config: Any) -> None:
@@ -126,7 +126,7 @@ def test_the_step_is_trls_and_the_equations(init: Any, runtime: Any, config: Any
     ours = [line["loss"] for line in lines(out) if "loss" in line]
 
     tokenizer = load_tokenizer(init.model)
-    rows = sft._fit(sft._encode(settings, tokenizer, "train", here), stop_token_id(tokenizer), 96, here)
+    rows = sft._fit(sft._encode(settings, tokenizer, "train", here), stop_token_id(tokenizer), 96, here.say)
     from pipeline.schedule import schedule
 
     plan = schedule([len(row["input_ids"]) for row in rows], settings, here)
@@ -172,7 +172,7 @@ def test_packed_documents_do_not_see_each_other(init: Any, runtime: Any, config:
     sft.run(everything, {"init": init}, out, here)
     losses["apart"] = lines(out)[0]["loss"]
     tokenizer = load_tokenizer(init.model)
-    rows = sft._fit(sft._encode(everything, tokenizer, "train", here), stop_token_id(tokenizer), 96, here)
+    rows = sft._fit(sft._encode(everything, tokenizer, "train", here), stop_token_id(tokenizer), 96, here.say)
     packs = sft._pack(rows, 96)
     assert sum(len(pack["input_ids"]) for pack in packs) == sum(len(row["input_ids"]) for row in rows)
     assert max(len(pack["seq_lengths"]) for pack in packs) > 1

@@ -149,6 +149,25 @@ def plan(
 
 
 @app.command()
+def preview(
+    recipe: RecipeArgument,
+    stage: Annotated[str, typer.Argument(help="a stage of the recipe")],
+    rows: Annotated[int, typer.Option("--rows", "-n", help="how many", min=1)] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="print each token's id behind it")] = False,
+    run: RunOption = None,
+    artifacts: ArtifactsOption = None,
+    set_: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Rows of a stage as tokens, what is trained in green."""
+    from pipeline.cli.preview import show_rows
+    from pipeline.cli.session import open_session
+
+    session = open_session(recipe, run=run, artifacts=artifacts, overrides=set_ or [])
+    show_rows(session, stage, rows=rows, ids=ids, as_json=json)
+
+
+@app.command()
 def gc(
     artifacts: ArtifactsOption = None,
     dry_run: DryRunOption = False,
