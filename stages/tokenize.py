@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import Data, Ref, StageConfig, field
@@ -35,8 +35,12 @@ class TokenizeConfig(StageConfig):
 
     data: Data = field(..., "the text: files, folders, globs, `pydocs`, or `hub:org/name`")
     tokenizer: Ref | None = field(None, "a model whose tokenizer is taken instead of training one")
+    algorithm: Literal["bpe", "bytes", "characters"] = field(
+        "bpe", "byte-level BPE, the 256 bytes alone, or the text's characters (vocab_size at most, others as bytes)"
+    )
     vocab_size: int = field(8192, "size of the trained vocabulary, bytes and specials included", unit="tokens", gt=0)
-    digits: int = field(1, "digits that may share a token", ge=1, le=3)
+    split: Literal["gpt4", "gpt2"] = field("gpt4", "bpe: how text is cut into words before merging")
+    digits: int = field(1, "bpe: digits that may share a token", ge=1, le=3)
     sample_bytes: int = field(100_000_000, "text the tokenizer is trained on, at most", unit="bytes", gt=0)
     held_out: float = field(0.05, "share of the documents that is held out", gt=0, lt=1)
     held_out_tail: float = field(
@@ -137,8 +141,15 @@ def make_tokenizer(
         runtime.say(tokenizers.complete(tokenizer))
     else:
         with runtime.progress("train the tokenizer", None, "texts") as bar:
-            tokenizer = tokenizers.train_bpe(watched(survey, runtime, bar), config.vocab_size, digits=config.digits)
-        if len(tokenizer) < config.vocab_size:
+            texts = watched(survey, runtime, bar)
+            if config.algorithm == "bytes":
+                tokenizer = tokenizers.train_bytes()
+            elif config.algorithm == "characters":
+                tokenizer = tokenizers.train_characters(texts, config.vocab_size)
+            else:
+                pattern = tokenizers.split_pattern(config.digits, config.split)
+                tokenizer = tokenizers.train_bpe(texts, config.vocab_size, pattern=pattern)
+        if config.algorithm == "bpe" and len(tokenizer) < config.vocab_size:
             raise ConfigError(
                 f"{survey.sample.size:,} bytes of text make only {len(tokenizer):,} different tokens",
                 where="tokenize.vocab_size",

@@ -4,13 +4,26 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.artifacts import template_hash, tokenizer_hash
-from pipeline.data.tokenizers import CHATML, SPECIALS, complete, encode_text, load_tokenizer, separator_id, train_bpe
+from pipeline.data.encoding import choose
+from pipeline.data.tokenizers import (
+    CHATML,
+    SPECIALS,
+    complete,
+    encode_text,
+    load_tokenizer,
+    separator_id,
+    split_pattern,
+    train_bpe,
+    train_bytes,
+    train_characters,
+)
 from pipeline.errors import ConfigError, MissingInputError
 
 
@@ -70,7 +83,7 @@ def test_what_others_set_on_the_tokenizer_does_not_matter(fresh: PreTrainedToken
 
 @pytest.mark.parametrize(("digits", "tokens"), [(1, 6), (2, 3), (3, 2)])
 def test_digits_that_may_share_a_token(digits: int, tokens: int) -> None:
-    bpe = train_bpe(iter(["123123 123 12 23 31\n"] * 50), 300, digits=digits)
+    bpe = train_bpe(iter(["123123 123 12 23 31\n"] * 50), 300, pattern=split_pattern(digits))
     assert len(encode_text(bpe, "123123")) == tokens  # 1|2|3|1|2|3, 12|31|23, 123|123
 
 
@@ -127,3 +140,46 @@ def test_text_is_cut_as_the_pattern_says(tokenizer: PreTrainedTokenizerFast) -> 
     cut = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("I'll pay 42$,\n\n  two  words\t(x)")
     parts = [word.replace("Ġ", " ").replace("Ċ", "\n").replace("ĉ", "\t") for word, _ in cut]
     assert parts == ["I", "'ll", " pay", " ", "4", "2", "$,\n\n", " ", " two", " ", " words", "\t", "(x", ")"]
+
+
+TEXT = "Füße, 12 & 中文\n\n\tend"
+
+
+def test_bytes_are_a_token_each(tmp_path: Path) -> None:
+    tokenizer = train_bytes()
+    assert len(tokenizer) == 260
+    ids = encode_text(tokenizer, TEXT)
+    assert len(ids) == len(TEXT.encode())
+    assert tokenizer.decode(ids) == TEXT
+    tokenizer.save_pretrained(tmp_path)
+    assert choose(tmp_path, [TEXT])[1].startswith("encoding with tiktoken: the same ids")
+
+
+def test_characters_are_a_token_each_and_unknown_ones_their_bytes(tmp_path: Path) -> None:
+    tokenizer = train_characters(iter([TEXT] * 3), 1000)
+    assert len(tokenizer) == 260 + 2 + 4, "ü and ß take one merge, 中 and 文 two"
+    assert len(encode_text(tokenizer, TEXT)) == len(TEXT)
+    other = TEXT + "ö日"
+    assert len(encode_text(tokenizer, other)) == len(TEXT) + 2 + 3
+    assert tokenizer.decode(encode_text(tokenizer, other)) == other
+    assert len(train_characters(iter(["中" * 9 + "文"]), 261)) == 261, "the commonest first"
+    assert len(encode_text(train_characters(iter(["中" * 9 + "文"]), 262), "中文")) == 1 + 3  # 中 takes two merges
+    tokenizer.save_pretrained(tmp_path)
+    assert choose(tmp_path, [TEXT, other])[1].startswith("encoding with tiktoken: the same ids")
+
+
+def test_gpt2_and_gpt4_cut_otherwise() -> None:
+    """GPT-4 lets a word take any one character before it and keeps newlines with punctuation; GPT-2 a space alone."""
+    import regex
+
+    text = "(word) it'LL\n\n1234"
+    assert regex.findall(split_pattern(3, "gpt4"), text) == ["(word", ")", " it", "'LL", "\n\n", "123", "4"]
+    assert regex.findall(split_pattern(3, "gpt2"), text) == ["(", "word", ")", " it", "'", "LL", "\n", "\n", "123", "4"]
+    assert regex.findall(split_pattern(1, "gpt2"), " 12")[0] == " 1"
+
+
+@pytest.mark.parametrize("split", ["gpt2", "gpt4"])
+def test_both_are_encoded_by_tiktoken_alike(split: str, tmp_path: Path) -> None:
+    texts = ["it'll (word) 12 345\n\n x", TEXT] * 9
+    train_bpe(iter(texts), 300, pattern=split_pattern(2, split)).save_pretrained(tmp_path)
+    assert choose(tmp_path, texts)[1].startswith("encoding with tiktoken: the same ids")

@@ -69,6 +69,19 @@ def test_both_sides_hold_their_documents_word_for_word(tmp_path: Path) -> None:
     assert line["valid_bytes"] == valid.metadata.text_bytes
 
 
+@pytest.mark.parametrize(("algorithm", "vocab"), [("bytes", 260), ("characters", 261)])
+def test_bytes_and_characters_hold_every_text_too(algorithm: str, vocab: int, tmp_path: Path) -> None:
+    texts = documents(100)
+    figures = run(tmp_path / "out", str(write(tmp_path / "corpus.jsonl", texts)), algorithm=algorithm)
+    tokenizer = load_tokenizer(tmp_path / "out" / "model")
+    assert figures["vocab_size"] == len(tokenizer) == vocab  # of the characters only Ä has two bytes
+    train = TokenFile(tmp_path / "out" / "train.ds")
+    kept = [text for text in texts if share(text) >= 0.1]
+    assert decoded(train, tokenizer) == kept
+    units = sum(len(text.encode()) if algorithm == "bytes" else len(text) for text in kept)
+    assert figures["train_tokens"] == units + len(kept)
+
+
 def test_the_model_folder_is_hugging_faces(tmp_path: Path) -> None:
     run(tmp_path / "out", str(write(tmp_path / "corpus.jsonl", documents(200))))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")

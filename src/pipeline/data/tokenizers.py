@@ -54,20 +54,42 @@ CHATML = """\
 """
 
 
-def split_pattern(digits: int) -> str:
-    """GPT-4's pre-tokenisation with at most `digits` digits to a token, as a regex both HF and tiktoken read.
+CHARACTERS = r"[\s\S]"
+"""Every character alone, newlines too: no token spans two."""
+SPLITS = ("gpt4", "gpt2")
 
-    In order: an English contraction; a word with the one character before it; a number; punctuation with the
-    space before and the newlines after it; newlines; the spaces before a word's own; any other spaces.
+
+def split_pattern(digits: int, style: str = "gpt4") -> str:
+    """Pre-tokenisation with at most `digits` digits to a token, as a regex both HF and tiktoken read.
+
+    "gpt4", in order: an English contraction; a word with the one character before it; a number; punctuation with
+    the space before and the newlines after it; newlines; the spaces before a word's own; any other spaces. "gpt2":
+    a contraction; a word, a number or punctuation, each with the space before it; spaces.
     """
+    if style == "gpt2":
+        return r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}{1," + str(digits) + r"}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     return (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1," + str(digits) + r"}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
 
 
-def train_bpe(texts: Iterator[str], vocab_size: int, *, digits: int = 1) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE of `vocab_size` tokens (specials and bytes included) on `texts`.
+def train_bytes() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the 256 bytes and the specials: nothing to train."""
+    return train_bpe(iter(()), SMALLEST_VOCAB, pattern=CHARACTERS)
+
+
+def train_characters(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A token for every character of `texts`, the commonest first and at most `vocab_size` tokens in all.
+
+    Any other character comes out as its UTF-8 bytes, so that every text can be written and read back.
+    """
+    return train_bpe(texts, vocab_size, pattern=CHARACTERS)
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int, *, pattern: str = split_pattern(1)) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE of `vocab_size` tokens (specials and bytes included) on `texts`, no token longer than
+    what `pattern` matches.
 
     The same texts in the same order give the same tokenizer. A corpus with fewer pairs than asked for gives a
     smaller vocabulary; the caller compares. Raises ConfigError if the bytes and the specials don't fit.
@@ -81,7 +103,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, *, digits: int = 1) -> PreT
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(split_pattern(digits)), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
