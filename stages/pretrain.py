@@ -20,9 +20,10 @@ from pipeline.recipe import Section, StageConfig, field
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from pipeline.data.packing import Windows
+    from pipeline.data.shards import TokenFile
     from pipeline.data.shown import ShownRow
     from pipeline.runtime import Runtime
 
@@ -69,6 +70,10 @@ class PretrainConfig(StageConfig):
     gradient_checkpointing: bool = field(False, "recompute activations in the backward pass: less memory, slower")
     eval_documents: int = field(400, "held-out documents of the bits per byte", unit="documents", gt=0)
     eval_steps: int = field(500, "optimiser steps between evaluations", unit="steps", gt=0, run_only=True)
+    sample_prompts: tuple[str, ...] | None = field(
+        None, "texts continued at every evaluation; the beginnings of two held-out documents unless set", run_only=True
+    )
+    sample_tokens: int = field(40, "tokens of a continuation; 0: none", unit="tokens", ge=0, run_only=True)
     logging_steps: int = field(20, "optimiser steps between lines of metrics", unit="steps", gt=0, run_only=True)
     save_steps: int = field(200, "optimiser steps between checkpoints", unit="steps", gt=0, run_only=True)
 
@@ -103,15 +108,15 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.max_steps:,} steps of "
         f"{batch} × {config.context_length} tokens ({epochs:.2f} epochs), {'bf16' if loop.bf16 else 'fp32'}"
     )
-    _train(config, loop, step, valid, runtime)
+    _train(config, loop, step, valid, tokenizer, runtime)
 
     # 4. save, then evaluate
     if runtime.is_main:
         save_model(model, out / "model", tokens.model, [train.metadata.separator_id], tokenizer.pad_token_id)
     runtime.barrier()
-    bits = loop.bits_per_byte(valid, config.eval_documents)
+    bits, samples = loop.evaluate(valid, tokenizer)
     seen = config.max_steps * batch * config.context_length
-    runtime.metrics.log(config.max_steps, seen, bits_per_byte=bits)
+    runtime.metrics.log(config.max_steps, seen, bits_per_byte=bits, **samples)
     return {
         "bits_per_byte": bits,
         "epochs": epochs,
@@ -170,7 +175,14 @@ def _model(config: PretrainConfig, inputs: dict[str, Any], vocab: int, runtime: 
     return model
 
 
-def _train(config: PretrainConfig, loop: _Loop, step: int, valid: Any, runtime: Runtime) -> None:
+def _train(
+    config: PretrainConfig,
+    loop: _Loop,
+    step: int,
+    valid: TokenFile,
+    tokenizer: PreTrainedTokenizerFast,
+    runtime: Runtime,
+) -> None:
     """Optimiser steps from `step` to the end, with metrics, evaluations, checkpoints and an ear for signals."""
     from pipeline.model.build import flops_per_token
 
@@ -181,9 +193,11 @@ def _train(config: PretrainConfig, loop: _Loop, step: int, valid: Any, runtime: 
         bar.start_at(step)
         while step < config.max_steps:
             if step and step % config.eval_steps == 0:  # after its checkpoint, and again when resumed from it
-                bits = loop.bits_per_byte(valid, config.eval_documents)
-                runtime.metrics.log(step, step * tokens_a_step, bits_per_byte=bits)
+                bits, samples = loop.evaluate(valid, tokenizer)
+                runtime.metrics.log(step, step * tokens_a_step, bits_per_byte=bits, **samples)
                 runtime.say(f"step {step:,}: {bits:.3f} bits per byte, held out")
+                for text in samples.values():
+                    runtime.say(f"  {text!r}")
             loop.step(step)
             step += 1
             if step % config.logging_steps == 0 or step == config.max_steps:
@@ -346,9 +360,14 @@ class _Loop:
 
         return torch.autocast(self.runtime.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
-    def bits_per_byte(self, valid: Any, documents: int) -> float:
-        """Held-out bits per UTF-8 byte over the first documents of the held-out file."""
-        from pipeline.model.held_out import bits_per_byte
+    def evaluate(self, valid: TokenFile, tokenizer: PreTrainedTokenizerFast) -> tuple[float, dict[str, str]]:
+        """Held-out bits per UTF-8 byte, and what the model makes of the sample prompts (greedy)."""
+        from pipeline.model.held_out import bits_per_byte, continuations
 
+        config = self.config
         with self.autocast():
-            return bits_per_byte(self.losses, valid, self.config.context_length, documents)
+            bits = bits_per_byte(self.losses, valid, config.context_length, config.eval_documents)
+            texts = continuations(
+                self.model, tokenizer, valid, config.sample_prompts, config.sample_tokens, config.context_length
+            )
+        return bits, {f"sample_{place}": text for place, text in enumerate(texts, 1)}

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pipeline.data.shards import ShardWriter, TokenFile
 from pipeline.model import held_out
-from pipeline.model.held_out import bits_per_byte, choose_documents, padded, windows
+from pipeline.model.held_out import bits_per_byte, choose_documents, continuations, padded, windows
 from pipeline.model.losses import IGNORED
 from pipeline.model.next_token import NextToken
 from pipeline.model.presets import Shape, build_config
@@ -90,3 +90,20 @@ def test_padding_is_on_the_right_and_not_scored():
 def test_the_same_documents_are_chosen_for_every_model(valid: TokenFile):
     assert choose_documents(valid, 4) == choose_documents(valid, 9)[:4]
     assert sorted(choose_documents(valid, 100)) == list(range(len(LENGTHS)))
+
+
+def test_samples_go_on_greedily_from_prompts_or_from_held_out_beginnings(made: Path):
+    tokens = made / "artifacts" / "tiny" / "tokenize"
+    folder = made / "artifacts" / "tiny" / "pretrain" / "model"
+    trained, tokenizer = AutoModelForCausalLM.from_pretrained(folder).train(), AutoTokenizer.from_pretrained(folder)
+    valid = TokenFile(tokens / "valid.ds")
+    texts = continuations(trained, tokenizer, valid, ("ka lo", "mi"), 6, 32)
+    assert trained.training
+    for prompt, text in zip(("ka lo", "mi"), texts, strict=True):
+        ids = [valid.metadata.separator_id, *tokenizer(prompt).input_ids]
+        theirs = trained.eval().generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0]
+        assert text == tokenizer.decode(theirs, skip_special_tokens=True)
+    beginnings = continuations(trained, tokenizer, valid, None, 6, 32)
+    for index, text in zip(choose_documents(valid, 2), beginnings, strict=True):
+        assert text.startswith(tokenizer.decode(valid.document(index)[:12]))
+    assert continuations(trained, tokenizer, valid, None, 0, 32) == []

@@ -275,6 +275,13 @@ def test_recomputed_activations_change_no_bit(architecture: str, tokens: Artifac
     assert distance(weights(plain), weights(recomputed)) == 0
 
 
+def test_samples_stand_beside_every_evaluation(tokens: Artifact, tmp_path: Path):
+    train(tokens, tmp_path / "out", max_steps=4, eval_steps=2, sample_prompts=("ka lo",), sample_tokens=5)
+    lines = [line for line in metrics(tmp_path / "out") if "bits_per_byte" in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all(line["sample_1"].startswith("ka lo") and len(line["sample_1"]) > 5 for line in lines)
+
+
 def test_two_processes_are_one_with_the_same_batch(warm: Any, tokenized: Path):
     options = ("--set", "pretrain.max_steps=20", "--set", "pretrain.logging_steps=1", "--set", "pretrain.bf16=false")
     per_device = "pretrain.per_device_train_batch_size"

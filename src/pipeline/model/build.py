@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,18 @@ def recompute_activations(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.training = True  # transformers recomputes in training mode only; not recursive, so no dropout wakes
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """In evaluation mode for a while; then every module in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def restore_attention(model: PreTrainedModel) -> None:

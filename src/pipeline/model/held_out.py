@@ -6,14 +6,20 @@ before them, and the end of a document is not scored. So defined, `llmpipe eval`
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.data.shards import TokenFile
+from pipeline.data.tokenizers import encode_text
+from pipeline.model.build import evaluating
+from pipeline.model.generation import generate
 from pipeline.model.losses import IGNORED
 from pipeline.model.next_token import NextToken
 
@@ -57,3 +63,39 @@ def bits_per_byte(losses: NextToken, valid: TokenFile, length: int, documents: i
         start = end
     total_bytes = sum(int(valid.document_bytes[index]) for index in chosen)
     return nats / math.log(2) / total_bytes
+
+
+BEGINNING = 12
+"""Tokens of a held-out document that a sample goes on from."""
+
+
+@torch.no_grad()
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    valid: TokenFile,
+    prompts: Sequence[str] | None,
+    tokens: int,
+    length: int,
+) -> list[str]:
+    """Each prompt (the beginnings of two held-out documents where None) with the model's greedy continuation of at most
+    `tokens` tokens; none where `tokens` is 0 or the model keeps no cache of keys and values."""
+    if tokens == 0 or not _keeps_cache(model):
+        return []
+    separator = valid.metadata.separator_id
+    if prompts is None:
+        chosen = [valid.document(index)[:-1] for index in choose_documents(valid, 2)]
+        rows = [[separator, *document[:BEGINNING].tolist()] for document in chosen]
+    else:
+        rows = [[separator, *encode_text(tokenizer, prompt)] for prompt in prompts]
+    rows = [row[: max(1, length - tokens)] for row in rows]
+    with evaluating(model):
+        made = generate(
+            model, rows, max_new_tokens=min(tokens, length - 1), stop_ids=[separator], pad_id=separator
+        ).responses()
+    whole = ([*row[1:], *answer] for row, answer in zip(rows, made, strict=True))
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in whole]
+
+
+def _keeps_cache(model: PreTrainedModel) -> bool:
+    return "past_key_values" in inspect.signature(model.forward).parameters

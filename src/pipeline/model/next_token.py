@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.model.build import count_experts
+from pipeline.model.build import count_experts, evaluating
 from pipeline.model.losses import IGNORED, cross_entropy_sum, token_nats
 
 
@@ -80,12 +80,10 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     is_scaled = any(getattr(settings, name, None) not in (None, 1) for name in SCALES)
     if head is None or model.base_model is model or is_scaled:
         return False
-    was_training = model.training
-    model.eval()
     ids_14 = torch.arange(4, device=model.device)[None] % head.weight.shape[0]
-    hidden_14D = model.base_model(ids_14, use_cache=False).last_hidden_state
-    logits_14V = model(ids_14, use_cache=False).logits
-    model.train(was_training)
+    with evaluating(model):
+        hidden_14D = model.base_model(ids_14, use_cache=False).last_hidden_state
+        logits_14V = model(ids_14, use_cache=False).logits
     ours_14V = F.linear(hidden_14D, head.weight)
     return ours_14V.shape == logits_14V.shape and torch.allclose(ours_14V, logits_14V, rtol=1e-4, atol=1e-5)
 
