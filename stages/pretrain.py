@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pipeline.errors import ConfigError, MismatchError, TrainingError
 from pipeline.recipe import Section, StageConfig, field
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.data.packing import Windows
     from pipeline.data.shards import TokenFile
     from pipeline.data.shown import ShownRow
+    from pipeline.model.loss_watch import StepLoss
     from pipeline.runtime import Runtime
 
 
@@ -67,6 +68,9 @@ class PretrainConfig(StageConfig):
     weight_decay: float = field(0.1, "on matrices only, never on embeddings and norms", ge=0)
     max_grad_norm: float = field(1.0, "clip the gradient's norm to this", gt=0)
     bf16: bool | None = field(None, "autocast to bf16; where the hardware gains by it unless set")
+    skip_nonfinite: int = field(
+        0, "step over so many steps whose loss or gradient is not finite; the next one ends the run", unit="steps", ge=0
+    )
     gradient_checkpointing: bool = field(False, "recompute activations in the backward pass: less memory, slower")
     eval_documents: int = field(400, "held-out documents of the bits per byte", unit="documents", gt=0)
     eval_steps: int = field(500, "optimiser steps between evaluations", unit="steps", gt=0, run_only=True)
@@ -98,7 +102,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
 
     # 2. model and optimizers, from the checkpoint if there is one
     model = _model(config, inputs, len(tokenizer), runtime).to(runtime.device)
-    loop = _Loop(config, model, windows, runtime)
+    loop = _Loop(config, model, windows, train.ends, runtime)
     step = loop.resume()
 
     # 3. train
@@ -210,6 +214,7 @@ def _train(
                 bar.advance(step - bar.done, **shown)
             stopping = runtime.stop_requested()
             if step % config.save_steps == 0 or stopping or step == config.max_steps:
+                loop.check()
                 loop.save(step)
             if stopping and step < config.max_steps:
                 runtime.stop(step)
@@ -218,15 +223,18 @@ def _train(
 class _Loop:
     """Model, optimizers and data of the loop, and what one step does with them."""
 
-    def __init__(self, config: PretrainConfig, model: PreTrainedModel, windows: Windows, runtime: Runtime) -> None:
+    def __init__(
+        self, config: PretrainConfig, model: PreTrainedModel, windows: Windows, ends: Any, runtime: Runtime
+    ) -> None:
         import torch
 
         from pipeline.model.build import choose_attention, recompute_activations
+        from pipeline.model.loss_watch import LossWatch
         from pipeline.model.next_token import NextToken
         from pipeline.model.optim import build_optimizers, warmup_steps
         from pipeline.runtime import share_batch
 
-        self.config, self.model, self.windows, self.runtime = config, model, windows, runtime
+        self.config, self.model, self.windows, self.ends, self.runtime = config, model, windows, ends, runtime
         self.bf16 = runtime.bf16 if config.bf16 is None else config.bf16
         choose_attention(model, self.bf16, config.context_length)
         if config.gradient_checkpointing:
@@ -249,10 +257,10 @@ class _Loop:
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
-        self.loss = torch.zeros((), device=runtime.device)
+        self.watch = LossWatch()
+        self.skipped = 0
         self.grad_norm = torch.zeros((), device=runtime.device)
         self.routing = torch.zeros(2, device=runtime.device)
-        self.counted = 0
 
     def resume(self) -> int:
         """Put back the newest checkpoint; the step it was made at, 0 without one."""
@@ -266,6 +274,7 @@ class _Loop:
         load_parameters(self.model, tensors, "model")
         for index, optimizer in enumerate(self.optimizers):
             load_optimizer(optimizer, f"optimizer{index}", tensors, checkpoint.state["optimizers"][index])
+        self.skipped = checkpoint.state.get("skipped", 0)
         self.runtime.say(f"resumed at step {checkpoint.step:,}")
         return checkpoint.step
 
@@ -274,14 +283,13 @@ class _Loop:
         from pipeline.checkpoint import optimizer_tensors
         from pipeline.model.build import unique_parameters
 
-        self._check(self.loss.item(), step)
         tensors = {f"model.{name}": tensor for name, tensor in unique_parameters(self.model).items()}
         states = []
         for index, optimizer in enumerate(self.optimizers):
             moments, state = optimizer_tensors(optimizer, f"optimizer{index}")
             tensors |= moments
             states.append(state)
-        self.runtime.checkpoints.save(step, tensors, {"optimizers": states})
+        self.runtime.checkpoints.save(step, tensors, {"optimizers": states, "skipped": self.skipped})
 
     def step(self, step: int) -> None:
         """One optimiser step on this rank's share of the global batch."""
@@ -296,6 +304,7 @@ class _Loop:
                 step, config.max_steps, self.warmup, config.lr_scheduler_type, config.decay_share, config.min_lr_share
             ),
         )
+        total = torch.zeros((), device=self.runtime.device)
         first = step * self.batch + self.runtime.rank * self.rows * self.micro_steps
         for start in range(first, first + self.rows * self.micro_steps, self.rows):
             rows = torch.from_numpy(self.windows.batch(range(start, start + self.rows)))
@@ -303,18 +312,23 @@ class _Loop:
             with self.autocast():
                 nats, routing = self.losses.loss_sum(rows_BT[:, :-1], rows_BT[:, 1:])
             loss = nats / (self.batch * config.context_length)
-            self.loss += loss.detach()
+            total += loss.detach()
             if routing is not None:
                 share = self.rows / self.batch
                 loss = loss + self.losses.balance_weight * share * routing.balance_loss
                 self.routing += share * torch.stack([routing.balance_loss.detach(), routing.busiest])
             loss.backward()  # type: ignore[no-untyped-call]
         self._reduce()
+        self.watch.add(step, total)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        steps_over = config.skip_nonfinite > 0 and not bool(self.grad_norm.isfinite())
+        self.skipped += steps_over
+        if self.skipped > config.skip_nonfinite:
+            self.check()
         for optimizer in self.optimizers:
-            optimizer.step()
+            if not steps_over:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.counted += 1
 
     def _reduce(self) -> None:
         """Sum the gradients over the ranks: every rank's loss is already divided by the whole batch's tokens."""
@@ -330,29 +344,57 @@ class _Loop:
                 start += gradient.numel()
 
     def figures(self, step: int) -> dict[str, float]:
-        """Mean loss since the last call, in nats a token; TrainingError if it is not finite."""
+        """Mean loss since the last call, in nats a token, and what goes with it. Says which steps had a spike or were
+        stepped over; TrainingError for a loss that is not finite, with its step and documents."""
         import torch
 
-        total = torch.cat([self.loss[None], self.routing])
-        if self.runtime.world_size > 1:
-            torch.distributed.all_reduce(total)
-        loss, balance, busiest = (total / max(1, self.counted)).tolist()
-        self.loss.zero_()
-        self.routing.zero_()
-        self.counted = 0
-        self._check(loss, step)
-        rate = self.optimizers[0].param_groups[-1]["lr"]
-        figures = {"loss": loss, "learning_rate": rate, "grad_norm": float(self.grad_norm)}
-        experts = {"balance_loss": balance, "busiest_expert": busiest} if self.losses.has_experts else {}
-        return {**figures, **experts}
+        from pipeline.model.loss_watch import spikes
 
-    def _check(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss}",
-                where=f"step {step:,}",
-                mend="a lower learning_rate or a longer warmup; the last checkpoint is kept",
-            )
+        losses = self.watch.look(self.runtime.world_size)
+        finite = [each.loss for each in losses if each.is_finite]
+        bad = [each for each in losses if not each.is_finite]
+        if bad and self.config.skip_nonfinite == 0:
+            self._refuse(bad[0])
+        for each in bad:
+            where = f"step {each.step + 1:,} ({self._documents(each.step)})"
+            self.runtime.say(f"{where}: the loss is {each.loss}, stepped over")
+        for each in spikes(losses):
+            where = f"step {each.step + 1:,} ({self._documents(each.step)})"
+            self.runtime.say(f"{where}: the loss leapt to {each.loss:.3f}")
+        if self.runtime.world_size > 1:
+            torch.distributed.all_reduce(self.routing)
+        balance, busiest = (self.routing / max(1, len(losses))).tolist()
+        self.routing.zero_()
+        rate = self.optimizers[0].param_groups[-1]["lr"]
+        mean = sum(finite) / len(finite) if finite else math.nan
+        figures = {"loss": mean, "learning_rate": rate, "grad_norm": float(self.grad_norm)}
+        experts = {"balance_loss": balance, "busiest_expert": busiest} if self.losses.has_experts else {}
+        skipped = {"skipped_steps": float(self.skipped)} if self.skipped else {}
+        return {**figures, **experts, **skipped}
+
+    def check(self) -> None:
+        """TrainingError where a step since the last look was not finite, as before a checkpoint is written."""
+        from pipeline.model.loss_watch import StepLoss
+
+        losses = self.watch.look(self.runtime.world_size, keep=True)
+        bad = [each for each in losses if not each.is_finite]
+        if bad and not 0 < self.skipped <= self.config.skip_nonfinite:
+            self._refuse(bad[-1] if self.skipped else bad[0])
+        if losses and self.skipped == 0 and not math.isfinite(float(self.grad_norm)):
+            self._refuse(StepLoss(losses[-1].step, float(self.grad_norm)), "gradient's norm")
+
+    def _refuse(self, bad: StepLoss, what: str = "loss") -> NoReturn:
+        raise TrainingError(
+            f"the {what} is {bad.loss}",
+            where=f"step {bad.step + 1:,} ({self._documents(bad.step)})",
+            mend="a lower learning_rate, a longer warmup, or skip_nonfinite; the last checkpoint is kept",
+        )
+
+    def _documents(self, step: int) -> str:
+        """The training documents that the step's batch reads from."""
+        found = self.windows.documents(range(step * self.batch, (step + 1) * self.batch), self.ends)
+        shown = ", ".join(map(str, found[:8])) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        return f"documents {shown} of train.ds"
 
     def autocast(self) -> torch.autocast:
         """bf16 products with fp32 weights, or nothing."""

@@ -76,3 +76,15 @@ def test_a_stream_shorter_than_a_sample_is_refused() -> None:
     assert Windows(np.arange(11), 10, 0).batch([0, 1]).shape == (2, 11)
     with pytest.raises(ConfigError, match="10 tokens, fewer than one sample of 11"):
         Windows(np.arange(10), 10, 0)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_documents_of_a_sample_are_those_its_tokens_lie_in(epochs: int) -> None:
+    """Documents named by their tokens: the stream's token is the number of its document."""
+    lengths = [3, 1, 20, 7, 2, 9]
+    stream = np.repeat(np.arange(len(lengths)), lengths)
+    windows = Windows(stream, 5, 1)
+    for position in range(epochs * windows.count):
+        expected = sorted(set(windows.batch([position])[0].tolist()))
+        assert windows.documents([position], np.cumsum(lengths)) == expected
+    assert windows.documents(range(windows.count), np.cumsum(lengths)) == list(range(6))

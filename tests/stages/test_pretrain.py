@@ -445,7 +445,7 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_step(tokens: Artifact, tmp_p
     with pytest.raises(TrainingError) as caught:
         train(tokens, tmp_path / "out", max_steps=50, learning_rate=1e30, warmup_steps=0, logging_steps=3)
     assert caught.value.what in ("the loss is nan", "the loss is inf")
-    assert caught.value.where == "step 3"
+    assert re.fullmatch(r"step 3 \(documents \d+(, \d+)*( and \d+ more)? of train\.ds\)", caught.value.where)
     assert "learning_rate" in caught.value.mend
     assert caught.value.exit_code == 1
 
@@ -453,8 +453,53 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_step(tokens: Artifact, tmp_p
 def test_a_loss_that_is_not_finite_at_the_command_line(warm: Any, tokenized: Path):
     done = warm("run", "tiny.yaml", "--set", "pretrain.learning_rate=1e30", "--set", "pretrain.warmup_steps=0")
     assert done.code == 1
-    assert "error: step 5: the loss is nan" in done.stderr
+    assert re.search(r"error: step 3 \(documents [\d, ]+of train\.ds\): the loss is nan", done.stderr), done.stderr
     assert not (warm.folder / "artifacts" / "tiny" / "pretrain").exists()
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`poisoned({3, 7})`: the loss of the third and the seventh micro-step of a run is nan."""
+    plain = NextToken.loss_sum
+
+    def poison(places: set[int]) -> None:
+        count = 0
+
+        def loss_sum(self: NextToken, inputs: torch.Tensor, targets: torch.Tensor) -> Any:
+            nonlocal count
+            count += 1
+            nats, routing = plain(self, inputs, targets)
+            return (nats * math.nan if count in places else nats), routing
+
+        monkeypatch.setattr(NextToken, "loss_sum", loss_sum)
+
+    return poison
+
+
+def test_steps_that_are_not_finite_are_stepped_over_as_many_as_allowed(
+    tokens: Artifact, tmp_path: Path, poisoned: Any, capsys: pytest.CaptureFixture[str]
+):
+    """The steps around are trained as ever: weights stay finite, and what was stepped over is said and counted."""
+    poisoned({3, 5})
+    with pytest.raises(TrainingError, match=r"the loss is nan") as caught:
+        train(tokens, tmp_path / "one", max_steps=8, skip_nonfinite=1, logging_steps=8, save_steps=4)
+    assert caught.value.where.startswith("step 5 (documents ")
+    assert [path.name for path in (tmp_path / "one" / "checkpoints").glob("step-*")] == ["step-00000004"]
+    poisoned({3, 5})
+    train(tokens, tmp_path / "two", max_steps=8, skip_nonfinite=2, logging_steps=4)
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "two").values())
+    lines = [line for line in metrics(tmp_path / "two") if "loss" in line]
+    assert [line["skipped_steps"] for line in lines] == [1, 2]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(
+    tokens: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    with pytest.raises(TrainingError, match="the gradient's norm is inf"):
+        train(tokens, tmp_path / "out", max_steps=4, logging_steps=100, save_steps=2)
+    assert not list((tmp_path / "out" / "checkpoints").glob("step-*"))
 
 
 def test_it_goes_on_from_a_base_model(tokens: Artifact, made: Path, tmp_path: Path):

@@ -94,6 +94,16 @@ class Windows:
                 rows[row] = self.window(self.start(int(epoch)) + int(index) * self.length)
         return rows
 
+    def documents(self, positions: Sequence[int] | range, ends: Array) -> list[int]:
+        """The documents that the samples at these positions reach into, rising; `ends` is where each one ends."""
+        found: set[int] = set()
+        for position in positions:
+            epoch, index = divmod(int(position), self.count)
+            place = int(permuted(np.array([index]), self.count, hash_of(self.seed, epoch))[0])
+            tokens = (self.start(epoch) + place * self.length + np.arange(self.length + 1)) % len(self.tokens)
+            found.update(np.unique(np.searchsorted(ends, tokens, side="right")).tolist())
+        return sorted(found)
+
     def start(self, epoch: int) -> int:
         """Where an epoch's first window begins: at the stream's start in the first, anywhere in later ones."""
         return 0 if epoch == 0 else hash_of(self.seed, epoch, 1) % len(self.tokens)
