@@ -111,6 +111,8 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     # 2. policy, reference, reward model and critic, from the checkpoint if there is one
     loop = _Loop(config, inputs, tokenizer, prompts, runtime)
     step = loop.resume()
+    if runtime.is_main:
+        write_policy(loop.policy.model, out / "model", inputs["init"].model, loop.stop_id, weights=False)
 
     # 3. rollouts and updates
     runtime.say(f"{steps:,} steps of {config.batch_size} responses, {len(prompts.ids):,} prompts")

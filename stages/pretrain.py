@@ -92,7 +92,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     from pipeline.data.packing import Windows
     from pipeline.data.shards import TokenFile
     from pipeline.data.tokenizers import load_tokenizer
-    from pipeline.model.build import flops_per_token, save_model
+    from pipeline.model.build import flops_per_token, save_model, save_without_weights
 
     # 1. data
     tokens = inputs["tokens"]
@@ -102,6 +102,9 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
 
     # 2. model and optimizers, from the checkpoint if there is one
     model = _model(config, inputs, len(tokenizer), runtime).to(runtime.device)
+    ends = ([train.metadata.separator_id], tokenizer.pad_token_id)
+    if runtime.is_main and "auto_map" not in model.config.to_dict():
+        save_without_weights(model, out / "model", tokens.model, *ends)
     loop = _Loop(config, model, windows, train.ends, runtime)
     step = loop.resume()
 
@@ -116,7 +119,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
 
     # 4. save, then evaluate
     if runtime.is_main:
-        save_model(model, out / "model", tokens.model, [train.metadata.separator_id], tokenizer.pad_token_id)
+        save_model(model, out / "model", tokens.model, *ends)
     runtime.barrier()
     bits, samples = loop.evaluate(valid, tokenizer)
     seen = config.max_steps * batch * config.context_length

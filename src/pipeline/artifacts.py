@@ -98,6 +98,21 @@ class Store:
             raise ConfigError(f"{reference!r} is no reference", mend="write run/stage, ./folder or hub:org/name")
         return self.artifact(run, stage)
 
+    def resolve_or_unfinished(self, reference: str) -> Artifact | Path:
+        """As `resolve`; for a stage that has not finished, the folder it works in."""
+        run, slash, stage = reference.partition("/")
+        is_name = bool(slash) and NAME.fullmatch(run) is not None and NAME.fullmatch(stage) is not None
+        if is_name and self.find(run, stage) is None:
+            begun = self.unfinished(run, stage)
+            if begun is not None:
+                return begun
+        return self.resolve(reference)
+
+    def unfinished(self, run: str, stage: str) -> Path | None:
+        """The newest folder in which the stage has begun to work; None where there is none."""
+        folders = self.folder(run, stage).parent.glob(f".{stage}.*.partial")
+        return max(folders, key=lambda path: path.stat().st_mtime, default=None)
+
     def partial(self, run: str, stage: str, fingerprint: str) -> Path:
         """The folder in which the stage works, made if need be."""
         path = self.folder(run, stage).parent / f".{stage}.{fingerprint[:16]}.partial"

@@ -58,8 +58,7 @@ class Checkpoints:
 
     def peek(self) -> Checkpoint | None:
         """The newest whole checkpoint, nothing changed."""
-        found = _whole(self.folder)
-        return found[-1] if found else None
+        return newest_checkpoint(self.folder)
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint; what is half-written is removed and metrics.jsonl cut back to it."""
@@ -120,6 +119,12 @@ def _marker(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"unreadable marker ({error})", where=str(path), mend=f"rm -r {path}") from error
     return marker
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint in the folder, that of a stage at work too."""
+    found = _whole(folder)
+    return found[-1] if found else None
 
 
 def _whole(folder: Path) -> list[Checkpoint]:

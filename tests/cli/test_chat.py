@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +74,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast) 
 
 
 def ask(artifact: Artifact, prompt: str | None = None, **settings: object) -> None:
-    defaults = {"system": None, "temperature": 0.0, "max_new_tokens": 12, "seed": 0}
+    defaults = {"reference": "tiny/sft", "system": None, "temperature": 0.0, "max_new_tokens": 12, "seed": 0}
     module.chat(artifact, prompt=prompt, **(defaults | settings))  # type: ignore[arg-type]
 
 
@@ -231,3 +234,30 @@ def test_a_reward_model_cannot_talk(chatting: Artifact) -> None:
     reward = Artifact("tiny/reward", chatting.path, "reward-model", "f", chatting.manifest)
     with pytest.raises(ConfigError, match="reward-model is no kind that can talk"):
         ask(reward, "hello")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "ppo"])
+def test_a_stage_that_was_stopped_can_be_talked_to(stage: str, warm: Any, tokenized: Path) -> None:
+    rows = [{"prompt": f"ka {index}", "completion": "lo mi"} for index in range(60)]
+    warm.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    warm.write(
+        "rewards.py", "def short(prompts, responses, rows):\n    return [-float(len(each)) for each in responses]\n"
+    )
+    more = """\
+  sft: {data: rows.jsonl, max_steps: 4, save_steps: 2, chat_template: chatml}
+  ppo: {reward: "./rewards.py:short", total_episodes: 64, batch_size: 8, response_length: 4, save_steps: 1}
+"""
+    tokenized.write_text(tokenized.read_text() + more)
+    if stage != "pretrain":
+        done = warm("run", "tiny.yaml", "--until", "sft" if stage == "ppo" else "pretrain")
+        assert done.code == 0, done.stderr
+    steps = {"pretrain": "pretrain.max_steps=20000", "sft": "sft.max_steps=20000", "ppo": "ppo.total_episodes=40000"}
+    running = warm.start("run", "tiny.yaml", "--until", stage, "--set", steps[stage])
+    folder = tokenized.parent / "artifacts" / "tiny"
+    running.wait_for(lambda: bool(list(folder.glob(f".{stage}.*.partial/checkpoints/*/whole.json"))))
+    running.signal(signal.SIGTERM)
+    assert running.wait().code == 75
+    answered = warm("chat", f"tiny/{stage}", "-p", "ka 1", "--max-new-tokens", "5")
+    assert answered.code == 0, answered.stderr
+    assert "the stage has not finished: this is its model at step" in answered.stderr
+    assert ("it continues the text" in answered.stderr) == (stage == "pretrain")

@@ -554,7 +554,7 @@ def test_long_prompts_can_be_left_out(parts: Parts, tmp_path: Path):
 def refused(parts: Parts, out: Path, kind: type[PipelineError], what: str, **values: Any) -> PipelineError:
     with pytest.raises(kind, match=what) as caught:
         run(parts, out, **values)
-    assert not (out / "model").exists()
+    assert not (out / "model" / "model.safetensors").exists()
     return caught.value
 
 

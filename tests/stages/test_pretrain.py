@@ -342,7 +342,7 @@ def test_a_resumed_run_is_the_undisturbed_one(
         die_after(patch, 2)  # at step 8, before what is measured there
         with pytest.raises(Died):
             train(tokens, tmp_path / "cut", **fields)
-    assert not (tmp_path / "cut" / "model").exists()
+    assert not (tmp_path / "cut" / "model" / "model.safetensors").exists()
     with monkeypatch.context() as patch:
         die_after(patch, 2)  # at step 16
         with pytest.raises(Died):

@@ -217,9 +217,9 @@ def chat(
     from pipeline.cli.chat import chat as talk
     from pipeline.cli.session import artifacts_root
 
-    artifact = Store(artifacts_root(artifacts)).resolve(reference)
     talk(
-        artifact,
+        Store(artifacts_root(artifacts)).resolve_or_unfinished(reference),
+        reference=reference,
         prompt=prompt,
         system=system,
         temperature=temperature,

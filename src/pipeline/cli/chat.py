@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts import Artifact
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
 
 def chat(
-    artifact: Artifact,
+    artifact: Artifact | Path,
     *,
+    reference: str,
     prompt: str | None,
     system: str | None,
     temperature: float,
@@ -45,14 +47,14 @@ def chat(
         )
     conversation = load(artifact, system, temperature, max_new_tokens, seed)
     if not conversation.is_chat:
-        say(f"{artifact.reference} is a base model: it was not taught to answer, so it continues the text")
+        say(f"{reference} is a base model: it was not taught to answer, so it continues the text")
         if system is not None:
-            raise ConfigError("a base model takes no system message", where=artifact.reference, mend="drop --system")
+            raise ConfigError("a base model takes no system message", where=reference, mend="drop --system")
     if prompt is not None:
         conversation.reply(prompt.rstrip("\n"), write)
         write("\n")
     else:
-        converse(conversation, artifact.reference)
+        converse(conversation, reference)
 
 
 def write(text: str) -> None:
@@ -190,9 +192,12 @@ def pieces(tokenizer: PreTrainedTokenizerFast, ids: Iterator[int]) -> Iterator[s
         yield rest
 
 
-def load(artifact: Artifact, system: str | None, temperature: float, max_new_tokens: int, seed: int) -> Conversation:
-    """The model on the best device that is there, ready to answer. ConfigError for what is no language model."""
-    if artifact.kind != "causal-lm":
+def load(
+    artifact: Artifact | Path, system: str | None, temperature: float, max_new_tokens: int, seed: int
+) -> Conversation:
+    """The model on the best device that is there, ready to answer; of a Path, that of an unfinished stage's newest
+    checkpoint. ConfigError for what is no language model."""
+    if isinstance(artifact, Artifact) and artifact.kind != "causal-lm":
         raise ConfigError(
             f"{artifact.kind} is no kind that can talk", where=artifact.reference, mend="llmpipe status lists models"
         )
@@ -204,14 +209,20 @@ def load(artifact: Artifact, system: str | None, temperature: float, max_new_tok
     from pipeline.evals.subject import is_chat
     from pipeline.model.build import load_causal_lm, reach_of
     from pipeline.model.generation import Sampling
+    from pipeline.model.unfinished import load_unfinished
     from pipeline.runtime import bf16_pays
 
     logging.disable_progress_bar()
     kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(kind)
-    tokenizer = load_tokenizer(artifact.model)
-    model = load_causal_lm(artifact.model, dtype=torch.bfloat16 if bf16_pays(device) else torch.float32)
-    chat = is_chat(artifact.model, tokenizer)
+    dtype = torch.bfloat16 if bf16_pays(device) else torch.float32
+    if isinstance(artifact, Artifact):
+        folder, model = artifact.model, load_causal_lm(artifact.model, dtype=dtype)
+    else:
+        model, folder, step = load_unfinished(artifact, dtype)
+        say(f"the stage has not finished: this is its model at step {step:,}")
+    tokenizer = load_tokenizer(folder)
+    chat = is_chat(folder, tokenizer)
     eos = model.generation_config.eos_token_id
     stops = {*(eos if isinstance(eos, list) else [eos] if eos is not None else [])}
     if chat:

@@ -117,14 +117,30 @@ def restore_attention(model: PreTrainedModel) -> None:
 def save_model(model: PreTrainedModel, folder: Path, tokenizer_from: Path, stop_ids: list[int], pad_id: int) -> None:
     """Write the model's folder: safetensors, the tokenizer and chat template of `tokenizer_from`, greedy generation
     that ends at `stop_ids`."""
-    model.generation_config = GenerationConfig(
-        eos_token_id=stop_ids[0] if len(stop_ids) == 1 else stop_ids, pad_token_id=pad_id, do_sample=False
-    )
-    model.config.pad_token_id = pad_id
-    model.config.eos_token_id = stop_ids[0] if len(stop_ids) == 1 else stop_ids
+    _end_at(model, stop_ids, pad_id)
     model.save_pretrained(folder)
     _name_code_by_its_file(folder / "config.json")
     copy_tokenizer(tokenizer_from, folder)
+
+
+def save_without_weights(
+    model: PreTrainedModel, folder: Path, tokenizer_from: Path, stop_ids: list[int], pad_id: int
+) -> None:
+    """The folder that `save_model` will fill, all but the weights: what a checkpoint needs to be a model."""
+    _end_at(model, stop_ids, pad_id)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    assert model.generation_config is not None
+    model.generation_config.save_pretrained(folder)
+    copy_tokenizer(tokenizer_from, folder)
+
+
+def _end_at(model: PreTrainedModel, stop_ids: list[int], pad_id: int) -> None:
+    """Greedy generation that ends at `stop_ids`."""
+    stops = stop_ids[0] if len(stop_ids) == 1 else stop_ids
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=pad_id, do_sample=False)
+    model.config.pad_token_id = pad_id
+    model.config.eos_token_id = stops
 
 
 def _name_code_by_its_file(file: Path) -> None:

@@ -63,12 +63,17 @@ def restore(learners: Mapping[str, Learner], tensors: dict[str, Tensor], setting
         load_optimizer(learner.optimizer, f"{name}_optimizer", tensors, settings[name])
 
 
-def write_policy(policy: PreTrainedModel, folder: Path, init: Path, stop_id: int) -> None:
-    """The policy's folder, with the tokenizer, chat template and generation settings of `init`, ending at the stop."""
+def write_policy(policy: PreTrainedModel, folder: Path, init: Path, stop_id: int, *, weights: bool = True) -> None:
+    """The policy's folder, with the tokenizer, chat template and generation settings of `init`, ending at the stop;
+    all but the `weights` for a policy in training, which its checkpoints hold."""
     settings = policy.generation_config
     assert settings is not None
     stops = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     if stop_id not in stops:
         settings.eos_token_id = [stop_id, *(stop for stop in stops if stop is not None)]
-    policy.save_pretrained(folder)
+    if weights:
+        policy.save_pretrained(folder)
+    else:
+        policy.config.save_pretrained(folder)
+        settings.save_pretrained(folder)
     copy_tokenizer(init, folder)
