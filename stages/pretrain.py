@@ -68,6 +68,7 @@ class PretrainConfig(StageConfig):
     weight_decay: float = field(0.1, "on matrices only, never on embeddings and norms", ge=0)
     max_grad_norm: float = field(1.0, "clip the gradient's norm to this", gt=0)
     bf16: bool | None = field(None, "autocast to bf16; where the hardware gains by it unless set")
+    torch_compile: bool | None = field(None, "compile the repeated blocks; where that pays unless set")
     skip_nonfinite: int = field(
         0, "step over so many steps whose loss or gradient is not finite; the next one ends the run", unit="steps", ge=0
     )
@@ -82,6 +83,10 @@ class PretrainConfig(StageConfig):
     save_steps: int = field(200, "optimiser steps between checkpoints", unit="steps", gt=0, run_only=True)
 
 
+CACHED_TOKENS = 2048
+"""Tokens of a forward and backward on a CPU, at most, so that their activations stay in its cache: 4 × 8 rows of 256
+for 32 at once, the same gradient in 4 % less time. (A GPU takes the micro-step whole.)"""
+
 INPUTS = {"tokens": "tokens", "init": "causal-lm"}
 KIND = "causal-lm"
 RESULT_VERSION = 1
@@ -93,6 +98,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     from pipeline.data.shards import TokenFile
     from pipeline.data.tokenizers import load_tokenizer
     from pipeline.model.build import flops_per_token, save_model, save_without_weights
+    from pipeline.model.compiling import compile_blocks
 
     # 1. data
     tokens = inputs["tokens"]
@@ -115,6 +121,8 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.max_steps:,} steps of "
         f"{batch} × {config.context_length} tokens ({epochs:.2f} epochs), {'bf16' if loop.bf16 else 'fp32'}"
     )
+    flops = flops_per_token(model, config.context_length) * config.max_steps * batch * config.context_length
+    runtime.say(compile_blocks(model, config.torch_compile, flops))
     _train(config, loop, step, valid, tokenizer, runtime)
 
     # 4. save, then evaluate
@@ -128,7 +136,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
         "bits_per_byte": bits,
         "epochs": epochs,
         "parameters": float(sum(p.numel() for p in model.parameters())),
-        "flops": flops_per_token(model, config.context_length) * seen,
+        "flops": flops,
     }
 
 
@@ -250,6 +258,8 @@ class _Loop:
             runtime.world_size,
             "pretrain.per_device_train_batch_size",
         )
+        while runtime.device.type == "cpu" and self.rows % 2 == 0 and self.rows * config.context_length > CACHED_TOKENS:
+            self.rows, self.micro_steps = self.rows // 2, self.micro_steps * 2
         self.warmup = warmup_steps(config.warmup_steps, config.max_steps)
         self.optimizers = build_optimizers(
             model,
@@ -407,10 +417,11 @@ class _Loop:
 
     def evaluate(self, valid: TokenFile, tokenizer: PreTrainedTokenizerFast) -> tuple[float, dict[str, str]]:
         """Held-out bits per UTF-8 byte, and what the model makes of the sample prompts (greedy)."""
+        from pipeline.model.build import evaluating
         from pipeline.model.held_out import bits_per_byte, continuations
 
         config = self.config
-        with self.autocast():
+        with self.autocast(), evaluating(self.model):
             bits = bits_per_byte(self.losses, valid, config.context_length, config.eval_documents)
             texts = continuations(
                 self.model, tokenizer, valid, config.sample_prompts, config.sample_tokens, config.context_length

@@ -116,7 +116,7 @@ class Stage:
     """Field -> what the data of the nearest stage along `init` must be for (`demonstrations`)."""
     trains_on: str
     run: Callable[..., dict[str, float]]
-    preview: Callable[..., list[Any]] | None
+    preview: Callable[..., list[Any]] | None = None
     """(config, inputs, how many) -> rows as `llmpipe preview` shows them; optional."""
 
     @classmethod

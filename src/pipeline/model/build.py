@@ -98,14 +98,17 @@ def recompute_activations(model: PreTrainedModel) -> None:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """In evaluation mode for a while; then every module in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
+    """In evaluation mode and not compiled (rows of other lengths would compile anew) for a while; then every module as
+    it was."""
+    modes = {module: (module.training, module._compiled_call_impl) for module in model.modules()}
     model.eval()
+    for module in modes:
+        module._compiled_call_impl = None
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, (mode, compiled) in modes.items():
+            module.training, module._compiled_call_impl = mode, compiled
 
 
 def restore_attention(model: PreTrainedModel) -> None:

@@ -81,10 +81,10 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     if head is None or model.base_model is model or is_scaled:
         return False
     ids_14 = torch.arange(4, device=model.device)[None] % head.weight.shape[0]
-    with evaluating(model):
+    with evaluating(model), torch.autocast(model.device.type, enabled=False):
         hidden_14D = model.base_model(ids_14, use_cache=False).last_hidden_state
         logits_14V = model(ids_14, use_cache=False).logits
-    ours_14V = F.linear(hidden_14D, head.weight)
+        ours_14V = F.linear(hidden_14D, head.weight)
     return ours_14V.shape == logits_14V.shape and torch.allclose(ours_14V, logits_14V, rtol=1e-4, atol=1e-5)
 
 
