@@ -313,3 +313,17 @@ def test_the_real_harvest(monkeypatch):
     assert len(pydocs.questions("held_out")) >= 1500
     assert len(list(pydocs.instruction_rows("train"))) > 25_000
     assert by_name(pydocs.harvest())["torch.abs"].signature.startswith("(input: Tensor")
+
+
+@pytest.mark.parametrize("error", [AttributeError, NameError, ValueError, TypeError])
+def test_a_native_function_whose_signature_cannot_be_read_has_none(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.13's `select.epoll.register` says its default is `select.EPOLLIN`, and `select` is a function there."""
+
+    def signature(value: object) -> None:
+        raise error("no such default")
+
+    monkeypatch.setattr(docstrings.inspect, "signature", signature)
+    found = {entry[0]: entry[3] for entry in docstrings.from_c_modules()}
+    assert found["math.sqrt"] == "Return the square root of x."

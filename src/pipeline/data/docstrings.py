@@ -214,7 +214,8 @@ def _is_native(value: object) -> bool:
 
 def _with_signature(name: str, kind: str, value: object) -> Docstring:
     entry = _native(name, kind, value.__doc__ or "")
-    with contextlib.suppress(TypeError, ValueError):  # not all of them have one
+    # Not all of them have one, and some name a default that cannot be looked up (3.13's `select.epoll.register`).
+    with contextlib.suppress(TypeError, ValueError, AttributeError, NameError):
         entry[2] = entry[2] or str(inspect.signature(value))  # type: ignore[arg-type]
     return entry
 
