@@ -36,8 +36,8 @@ test-fast: setup  ## its quick part, under two minutes
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 check: setup    ## ruff, mypy strict, import directions
-	@$(BIN)/ruff check src stages tests
-	@$(BIN)/ruff format --check src stages tests
+	@$(BIN)/ruff check src stages tests benchmarks
+	@$(BIN)/ruff format --check src stages tests benchmarks
 	@$(BIN)/mypy
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_imports.py
 
