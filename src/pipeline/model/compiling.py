@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +21,12 @@ def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+def can_compile() -> bool:
+    """Whether torch's compiler finds what it needs on a CPU: g++ (or CXX) and Python's headers."""
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return shutil.which(os.environ.get("CXX", "g++")) is not None and headers.exists()
+
+
 def compile_blocks(model: PreTrainedModel, wanted: bool | None, flops: float) -> str:
     """Compile the model's blocks where that is wanted, or pays; says what was done and why.
 
@@ -29,8 +37,8 @@ def compile_blocks(model: PreTrainedModel, wanted: bool | None, flops: float) ->
         return "not compiled: torch_compile is false"
     if not blocks_of(model):
         return f"not compiled: {type(model).__name__} names no repeated block"
-    if on_cpu and shutil.which(os.environ.get("CXX", "g++")) is None:
-        return "not compiled: there is no C++ compiler (g++)"
+    if on_cpu and not can_compile():
+        return "not compiled: there is no C++ compiler (g++), or Python's headers are missing"
     if wanted is None and not on_cpu:
         return f"not compiled: not measured on {model.device.type} yet (torch_compile: true compiles)"
     if wanted is None and flops < WORTH:
