@@ -109,7 +109,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     # 2. model and optimizers, from the checkpoint if there is one
     model = _model(config, inputs, len(tokenizer), runtime).to(runtime.device)
     ends = ([train.metadata.separator_id], tokenizer.pad_token_id)
-    if runtime.is_main and "auto_map" not in model.config.to_dict():
+    if runtime.is_main:
         save_without_weights(model, out / "model", tokens.model, *ends)
     loop = _Loop(config, model, windows, train.ends, runtime)
     step = loop.resume()

@@ -228,3 +228,11 @@ def trained(made: Path, tiny: Path, tmp_path: Path) -> Path:
     """`tiny.yaml` in the test's folder, where both of its stages stand."""
     shutil.copytree(made / "artifacts", tmp_path / "artifacts")
     return tiny
+
+
+@pytest.fixture(scope="session")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A runtime of one thread and seed 0 that says nothing, for what needs one and leaves nothing."""
+    from pipeline.runtime import Runtime
+
+    return Runtime.start(tmp_path_factory.mktemp("quiet"), seed=0, threads=1, quiet=True)

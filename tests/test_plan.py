@@ -139,6 +139,8 @@ def test_what_ran_here_sets_the_speed(trained: Path) -> None:
     assert rate == 5e10
     assert "1 pretrain here before (12% of" in source
     assert Planner(session.recipe, session.store, H100, 1).rate("pretrain")[0] == 0.4 * 8e14
+    named = Planner(session.recipe, session.store, replace(CPU, is_here=False), 1)
+    assert named.rate("pretrain") == (0.3 * 4e11, "at 30% of the maker's peak"), "what ran here says nothing of it"
 
 
 def test_the_command_prints_every_stage_and_as_json(road: Path, warm: Any) -> None:

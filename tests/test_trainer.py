@@ -22,11 +22,6 @@ from pipeline.schedule import schedule
 from pipeline.trainer_config import TrainerConfig
 
 
-@pytest.fixture(scope="module")
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    return Runtime.start(tmp_path_factory.mktemp("out"), seed=0, threads=1, quiet=True)
-
-
 def config(**fields: Any) -> TrainerConfig:
     return TrainerConfig(**({"bf16": False} | fields))
 
@@ -34,15 +29,15 @@ def config(**fields: Any) -> TrainerConfig:
 LENGTHS = [5 + (7 * index) % 40 for index in range(100)]
 
 
-def build(runtime: Runtime, tmp_path: Path, **fields: Any) -> Any:
+def build(quiet: Runtime, tmp_path: Path, **fields: Any) -> Any:
     settings = config(**fields)
-    plan = schedule(LENGTHS, settings, runtime)
-    return adapter.trainer_arguments(Arguments, settings, plan, tmp_path, runtime, {"packing": False})
+    plan = schedule(LENGTHS, settings, quiet)
+    return adapter.trainer_arguments(Arguments, settings, plan, tmp_path, quiet, {"packing": False})
 
 
-def test_fields_reach_trl(runtime: Runtime, tmp_path: Path) -> None:
+def test_fields_reach_trl(quiet: Runtime, tmp_path: Path) -> None:
     fields = {"learning_rate": 3e-4, "weight_decay": 0.01, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
-    made = build(runtime, tmp_path, **fields, trainer={"adam_beta2": 0.95, "neftune_noise_alpha": 5.0})
+    made = build(quiet, tmp_path, **fields, trainer={"adam_beta2": 0.95, "neftune_noise_alpha": 5.0})
     assert (made.learning_rate, made.weight_decay, made.lr_scheduler_type) == (3e-4, 0.01, "cosine")
     assert made.get_warmup_steps(1000) == 100
     assert (made.adam_beta2, made.neftune_noise_alpha) == (0.95, 5.0)
@@ -61,14 +56,14 @@ def test_fields_reach_trl(runtime: Runtime, tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_trainer_option_is_a_config_error(
-    runtime: Runtime, tmp_path: Path, options: dict[str, Any], message: str
+    quiet: Runtime, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        build(runtime, tmp_path, trainer=options)
+        build(quiet, tmp_path, trainer=options)
 
 
-def test_values_are_shared_out_and_come_back_in_order(runtime: Runtime) -> None:
-    found = adapter.over_ranks(runtime, (5, 2), lambda own: [[i, i * i] for i in own])
+def test_values_are_shared_out_and_come_back_in_order(quiet: Runtime) -> None:
+    found = adapter.over_ranks(quiet, (5, 2), lambda own: [[i, i * i] for i in own])
     assert found.tolist() == [[0, 0], [1, 1], [2, 4], [3, 9], [4, 16]]
 
 

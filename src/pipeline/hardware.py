@@ -24,6 +24,8 @@ class Device:
     flops_per_second: float
     """Of a product of matrices, in bf16 where that is what training uses."""
     bf16: bool
+    is_here: bool = True
+    """False for one that was named: nothing has run on it."""
 
 
 KNOWN = {
@@ -44,7 +46,7 @@ def known_device(name: str) -> Device:
     if kind not in KNOWN or not (count or "1").isdigit() or int(count or "1") < 1:
         raise ConfigError(f"--on {name}: not known", mend=f"one of {', '.join(KNOWN)}, with x8 behind it for eight")
     memory, peak = KNOWN[kind]
-    return Device(kind, "cuda", int(count or "1"), memory * 2.0**30, peak, bf16=True)
+    return Device(kind, "cuda", int(count or "1"), memory * 2.0**30, peak, bf16=True, is_here=False)
 
 
 def measure_device(seconds: float = 2.0) -> Device:

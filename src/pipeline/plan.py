@@ -24,6 +24,7 @@ from pipeline.graph import Node, Recipe
 from pipeline.hardware import Device
 from pipeline.lineage import Standing
 from pipeline.model.build import count_parameters, flops_per_token
+from pipeline.model.losses import CHUNK, CPU_CHUNK
 from pipeline.model.memory import Load, adapter_parameters, memory_of
 from pipeline.model.presets import build_model, shape_of
 from pipeline.model.scaling import CHINCHILLA
@@ -31,10 +32,9 @@ from pipeline.model.scaling import CHINCHILLA
 GIB = 2**30
 BYTES_A_TOKEN = 3.5
 """Of text, under a vocabulary of some thousand, until a tokenize stage stands and says better."""
-UTILISATION = {"cpu": 0.3, "cuda": 0.4, "mps": 0.2}
+UTILISATION = {"cpu": 0.3, "cuda": 0.4}
 """Share of the matrix product's FLOP/s that training reaches, until a stage of the kind has run here."""
 SAMPLED_ROWS = 2000
-CHUNK = 2048  # positions whose logits exist at one time in pretrain
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Planner:
         self.recipe, self.store, self.device, self.processes = recipe, store, device, processes
 
     def estimate(self, standing: Standing) -> Estimate:
-        """What the stage would take; nothing where it stands."""
+        """What the stage takes, whether it stands or not."""
         node = standing.node
         found = Estimate(node.name, standing.state)
         make = {
@@ -136,7 +136,8 @@ class Planner:
         reached = [
             artifact.manifest["flops"] / artifact.manifest["seconds"] / artifact.manifest["processes"]
             for artifact in artifacts_of(self.store)
-            if artifact.stage == kind
+            if self.device.is_here
+            and artifact.stage == kind
             and artifact.manifest.get("flops")
             and artifact.manifest["seconds"] > 10  # a tiny run is all start and end
             and artifact.manifest["device"].startswith(self.device.kind)
@@ -146,7 +147,8 @@ class Planner:
             share = rate / self.device.flops_per_second
             return rate, f"at the speed of {len(reached)} {kind} here before ({share:.0%} of the measured product)"
         share = UTILISATION[self.device.kind]
-        return share * self.device.flops_per_second, f"at {share:.0%} of the measured product: no {kind} ran here yet"
+        of = f"measured product: no {kind} ran here yet" if self.device.is_here else "maker's peak"
+        return share * self.device.flops_per_second, f"at {share:.0%} of the {of}"
 
     def _tokenize(self, node: Node, found: Estimate) -> Estimate:
         size = 0.0
@@ -169,7 +171,8 @@ class Planner:
         rows = max(1, config.per_device_train_batch_size // self.processes)
         moments = 4.0 if config.optimizer == "muon" else 8.0
         bf16 = self.device.bf16 if config.bf16 is None else config.bf16
-        logits = min(CHUNK, rows * config.context_length)
+        chunk = CPU_CHUNK if self.device.kind == "cpu" else CHUNK
+        logits = min(chunk, rows * config.context_length)
         load = Load(rows, config.context_length, total, moments, bf16, config.gradient_checkpointing, logits)
         notes = []
         best = CHINCHILLA.best_split(6 * counted * tokens)

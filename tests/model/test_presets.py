@@ -104,10 +104,8 @@ def test_of_experts_a_tokens_share_counts() -> None:
 @pytest.mark.parametrize(("architecture", "layers"), [("gpt2", 2), ("llama", 2), ("gemma3", 2)])
 def test_attention_is_counted_in_every_family(architecture: str, layers: int) -> None:
     model = small(architecture)
-    positions = 32 * 32 if architecture == "gpt2" else 0
     counted = sum(parameter.numel() for parameter in model.parameters())
     assert count_parameters(model) == (counted, counted)
-    assert positions < counted
     assert flops_per_token(model, 100) == 6 * counted + 12 * layers * 2 * 16 * 100
 
 

@@ -61,11 +61,6 @@ def trained_texts(tokenizer: Any, row: dict[str, Any]) -> list[str]:
     return [tokenizer.decode(text) for text in texts]
 
 
-@pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    return Runtime.start(tmp_path_factory.mktemp("quiet"), seed=0, threads=1, quiet=True)
-
-
 def test_assistant_text_and_stop_token_are_trained_and_nothing_else(model_folder: Path, quiet: Runtime) -> None:
     tokenizer = load_tokenizer(model_folder)
     conversation = [

@@ -135,6 +135,7 @@ def save_without_weights(
     model.config.save_pretrained(folder)
     assert model.generation_config is not None
     model.generation_config.save_pretrained(folder)
+    _name_code_by_its_file(folder / "config.json")
     copy_tokenizer(tokenizer_from, folder)
 
 

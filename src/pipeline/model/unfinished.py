@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from pipeline.artifacts import runs_code_of
 from pipeline.checkpoint import newest_checkpoint
 from pipeline.errors import ArtifactError
 from pipeline.model.build import load_causal_lm, load_parameters
@@ -33,7 +34,8 @@ def load_unfinished(partial: Path, dtype: torch.dtype) -> tuple[PreTrainedModel,
     role = next((role for role in ROLES if any(name.startswith(f"{role}.") for name in tensors)), None)
     if role is None:
         raise ArtifactError("its checkpoint holds no language model", where=str(newest.path))
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype="float32")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=runs_code_of(folder))
+    model = AutoModelForCausalLM.from_config(config, dtype="float32")
     assert isinstance(model, PreTrainedModel)
     load_parameters(model, tensors, role)
     model.generation_config = GenerationConfig.from_pretrained(folder)
