@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from pipeline.data.packing import Windows
+    from pipeline.data.mixture import Mixture, Samples
+    from pipeline.data.samples import RunSamples
     from pipeline.data.shards import TokenFile
     from pipeline.data.shown import ShownRow
     from pipeline.model.loss_watch import StepLoss
@@ -45,6 +46,13 @@ class ModelConfig(Section):
     config: dict[str, Any] = field({}, "further fields of transformers' config of the architecture, over all these")
 
 
+class Anneal(Section):
+    """The end of a run, on other text: the best there is, or what the model is for."""
+
+    share: float = field(0.1, "last share of the steps", gt=0, lt=1)
+    mixture: dict[str, float] = field(..., "source of the shards -> its share of the tokens there")
+
+
 class PretrainConfig(StageConfig):
     """What pretrain can be told."""
 
@@ -52,6 +60,17 @@ class PretrainConfig(StageConfig):
     init: str | None = field(None, "a base model to go on from; a new one is built unless set")
     model: ModelConfig = field(ModelConfig(), "the model to build; ignored with `init`")
     context_length: int = field(256, "tokens of a sample", unit="tokens", gt=1)
+    packing: Literal["chunk", "best_fit", "document"] = field(
+        "chunk", "documents end to end and cut; whole ones beside each other; or one a sample"
+    )
+    document_mask: bool = field(False, "documents of a sample do not see each other")
+    mixture: dict[str, float] | None = field(
+        None, "source of the shards -> its share of the tokens; by size times the data's weights unless set"
+    )
+    max_epochs: float | dict[str, float] | None = field(
+        None, "times a source is read at most, or source -> that; the others make up for it"
+    )
+    anneal: Anneal | None = field(None, "another mixture for the last share of the steps")
     per_device_train_batch_size: int = field(8, "samples a micro-step; several processes share them", gt=0)
     gradient_accumulation_steps: int = field(1, "micro-steps an optimiser step", gt=0)
     max_steps: int = field(1000, "optimiser steps", unit="steps", gt=0)
@@ -94,7 +113,6 @@ RESULT_VERSION = 1
 
 def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
     """Train to `max_steps`; returns held-out bits per byte and what it took."""
-    from pipeline.data.packing import Windows
     from pipeline.data.shards import TokenFile
     from pipeline.data.tokenizers import load_tokenizer
     from pipeline.model.build import flops_per_token, save_model, save_without_weights
@@ -103,7 +121,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     # 1. data
     tokens = inputs["tokens"]
     train, valid = TokenFile(tokens.path / "train.ds"), TokenFile(tokens.path / "valid.ds")
-    windows = Windows(train.tokens, config.context_length, config.seed)
+    run_samples = _samples(config, train)
     tokenizer = load_tokenizer(tokens.model)
 
     # 2. model and optimizers, from the checkpoint if there is one
@@ -111,19 +129,23 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     ends = ([train.metadata.separator_id], tokenizer.pad_token_id)
     if runtime.is_main:
         save_without_weights(model, out / "model", tokens.model, *ends)
-    loop = _Loop(config, model, windows, train.ends, runtime)
+    loop = _Loop(config, model, run_samples.order, runtime)
     step = loop.resume()
 
     # 3. train
     batch = loop.batch
-    epochs = config.max_steps * batch / windows.count
+    drawn = run_samples.drawn(config.max_steps * batch)
+    epochs = run_samples.epochs(config.max_steps * batch)
     runtime.say(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.max_steps:,} steps of "
         f"{batch} × {config.context_length} tokens ({epochs:.2f} epochs), {'bf16' if loop.bf16 else 'fp32'}"
     )
+    for line in run_samples.described(config.max_steps * batch):
+        runtime.say(line)
     flops = flops_per_token(model, config.context_length) * config.max_steps * batch * config.context_length
     runtime.say(compile_blocks(model, config.torch_compile, flops))
     _train(config, loop, step, valid, tokenizer, runtime)
+    loop.feed.close()
 
     # 4. save, then evaluate
     if runtime.is_main:
@@ -131,27 +153,43 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     runtime.barrier()
     bits, samples = loop.evaluate(valid, tokenizer)
     seen = config.max_steps * batch * config.context_length
-    runtime.metrics.log(config.max_steps, seen, bits_per_byte=bits, **samples)
+    by_source = loop.evaluate_sources(valid)
+    runtime.metrics.log(config.max_steps, seen, bits_per_byte=bits, **by_source, **samples)
     return {
         "bits_per_byte": bits,
+        **by_source,
         "epochs": epochs,
         "parameters": float(sum(p.numel() for p in model.parameters())),
         "flops": flops,
+        **{f"drawn_tokens/{source.label}": float(source.tokens) for source in drawn if len(drawn) > 1},
+        **{f"epochs/{source.label}": source.epochs for source in drawn if len(drawn) > 1},
     }
 
 
+def _samples(config: PretrainConfig, train: TokenFile) -> RunSamples:
+    """The samples of the whole run, a pure function of the shards and the config."""
+    from pipeline.data.samples import Packed, Shares, run_samples
+
+    anneal = config.anneal
+    shares = Shares(
+        config.mixture, config.max_epochs, anneal.share if anneal else 0.0, anneal.mixture if anneal else None
+    )
+    packed = Packed(config.context_length, config.packing, config.document_mask)
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return run_samples(train, packed, shares, config.max_steps, batch, config.seed)
+
+
 def preview(config: PretrainConfig, inputs: dict[str, Any], count: int) -> list[ShownRow]:
-    """The first samples of the run, in its order: every token but the first is a target."""
-    from pipeline.data.packing import Windows
+    """The first samples of the run, in its order: every token but the first is a target, padding apart."""
+    import numpy as np
+
     from pipeline.data.shards import TokenFile
     from pipeline.data.shown import ShownRow
 
-    train = TokenFile(inputs["tokens"].path / "train.ds")
-    samples = Windows(train.tokens, config.context_length, config.seed).batch(range(count))
-    return [
-        ShownRow(f"sample {place}", ids, [False] + [True] * (len(ids) - 1))
-        for place, ids in enumerate(samples.tolist(), 1)
-    ]
+    batch = _samples(config, TokenFile(inputs["tokens"].path / "train.ds")).order.take(range(count))
+    is_target_BT = np.ones_like(batch.rows_BT[:, 1:], dtype=bool) if batch.is_target_BT is None else batch.is_target_BT
+    rows = zip(batch.rows_BT.tolist(), is_target_BT.tolist(), strict=True)
+    return [ShownRow(f"sample {place}", ids, [False, *is_target]) for place, (ids, is_target) in enumerate(rows, 1)]
 
 
 def _model(config: PretrainConfig, inputs: dict[str, Any], vocab: int, runtime: Runtime) -> PreTrainedModel:
@@ -235,22 +273,29 @@ class _Loop:
     """Model, optimizers and data of the loop, and what one step does with them."""
 
     def __init__(
-        self, config: PretrainConfig, model: PreTrainedModel, windows: Windows, ends: Any, runtime: Runtime
+        self, config: PretrainConfig, model: PreTrainedModel, samples: Samples | Mixture, runtime: Runtime
     ) -> None:
         import torch
 
         from pipeline.model.build import choose_attention, recompute_activations
+        from pipeline.model.feed import Feed
         from pipeline.model.loss_watch import LossWatch
-        from pipeline.model.next_token import NextToken
+        from pipeline.model.next_token import NextToken, keeps_documents_apart
         from pipeline.model.optim import build_optimizers, warmup_steps
         from pipeline.runtime import share_batch
 
-        self.config, self.model, self.windows, self.ends, self.runtime = config, model, windows, ends, runtime
+        self.config, self.model, self.samples, self.runtime = config, model, samples, runtime
         self.bf16 = runtime.bf16 if config.bf16 is None else config.bf16
         choose_attention(model, self.bf16, config.context_length)
         if config.gradient_checkpointing:
             recompute_activations(model)
         self.losses = NextToken(model)
+        if config.document_mask and not keeps_documents_apart(model):
+            raise ConfigError(
+                f"{type(model).__name__} does not keep the documents of a sample apart",
+                where="pretrain.document_mask",
+                mend="packing: document, or leave it out",
+            )
         self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.rows, self.micro_steps = share_batch(
             config.per_device_train_batch_size,
@@ -260,6 +305,15 @@ class _Loop:
         )
         while runtime.device.type == "cpu" and self.rows % 2 == 0 and self.rows * config.context_length > CACHED_TOKENS:
             self.rows, self.micro_steps = self.rows // 2, self.micro_steps * 2
+        self.feed = Feed(
+            samples.take,
+            steps=config.max_steps,
+            batch=self.batch,
+            rows=self.rows,
+            micro_steps=self.micro_steps,
+            first=runtime.rank * self.rows * self.micro_steps,
+            pin=runtime.device.type == "cuda",
+        )
         self.warmup = warmup_steps(config.warmup_steps, config.max_steps)
         self.optimizers = build_optimizers(
             model,
@@ -318,13 +372,12 @@ class _Loop:
             ),
         )
         total = torch.zeros((), device=self.runtime.device)
-        first = step * self.batch + self.runtime.rank * self.rows * self.micro_steps
-        for start in range(first, first + self.rows * self.micro_steps, self.rows):
-            rows = torch.from_numpy(self.windows.batch(range(start, start + self.rows)))
-            rows_BT = rows.to(self.runtime.device, non_blocking=True)
+        targets = self.samples.targets(range(step * self.batch, (step + 1) * self.batch))
+        for ready in self.feed.step(step):
+            batch = ready.to(self.runtime.device)
             with self.autocast():
-                nats, routing = self.losses.loss_sum(rows_BT[:, :-1], rows_BT[:, 1:])
-            loss = nats / (self.batch * config.context_length)
+                nats, routing = self.losses.loss_sum(batch.inputs_BT, batch.targets_BT, batch.positions_BT)
+            loss = nats / targets
             total += loss.detach()
             if routing is not None:
                 share = self.rows / self.batch
@@ -405,7 +458,7 @@ class _Loop:
 
     def _documents(self, step: int) -> str:
         """The training documents that the step's batch reads from."""
-        found = self.windows.documents(range(step * self.batch, (step + 1) * self.batch), self.ends)
+        found = self.samples.documents(range(step * self.batch, (step + 1) * self.batch))
         shown = ", ".join(map(str, found[:8])) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
         return f"documents {shown} of train.ds"
 
@@ -427,3 +480,12 @@ class _Loop:
                 self.model, tokenizer, valid, config.sample_prompts, config.sample_tokens, config.context_length
             )
         return bits, {f"sample_{place}": text for place, text in enumerate(texts, 1)}
+
+    def evaluate_sources(self, valid: TokenFile) -> dict[str, float]:
+        """Held-out bits per byte of each source, where there are several: `bits_per_byte/<label>`."""
+        from pipeline.model.build import evaluating
+        from pipeline.model.held_out import bits_by_source
+
+        with self.autocast(), evaluating(self.model):
+            bits = bits_by_source(self.losses, valid, self.config.context_length, self.config.eval_documents)
+        return {f"bits_per_byte/{label}": value for label, value in bits.items()}

@@ -80,7 +80,7 @@ def look_through(config: TokenizeConfig, runtime: Runtime) -> Survey:
     survey = Survey(Sample(config.sample_bytes))
     with runtime.progress("read", None, "documents") as bar:
         for piece in read(config, runtime, runtime.say):
-            survey.add(piece)
+            survey.add(piece, config.data[piece.source].weight)
             bar.advance(1, MB=(survey.train_bytes + survey.held_out_bytes) / 1e6)
     sources = ", ".join(entry.source for entry in config.data)
     if survey.train_documents + survey.held_out_documents == 0:
@@ -176,7 +176,8 @@ def write_tokens(
     """train.ds and valid.ds; returns the stage's figures."""
     from pipeline.artifacts import need_disk, tokenizer_hash
     from pipeline.data import encoding
-    from pipeline.data.shards import ShardWriter, token_dtype
+    from pipeline.data.shards import ShardWriter, Source, token_dtype
+    from pipeline.data.sources import labels
     from pipeline.data.tokenizers import separator_id
 
     sample = survey.sample.head(2_000_000)
@@ -187,7 +188,8 @@ def write_tokens(
     need_disk(out, int(1.1 * tokens * token_dtype(len(tokenizer)).itemsize), "writing the token files")
     processes = config.num_proc or encoding.processes_for(total_bytes)
 
-    what = (len(tokenizer), separator_id(tokenizer), tokenizer_hash(out / "model"))
+    sources = [Source(label, entry.weight) for label, entry in zip(labels(config.data), config.data, strict=True)]
+    what = (len(tokenizer), separator_id(tokenizer), tokenizer_hash(out / "model"), sources)
     start = time.monotonic()
     with (
         runtime.progress("encode", total_bytes // 1_000_000, "MB") as bar,
@@ -195,9 +197,9 @@ def write_tokens(
         ShardWriter(out / "valid.ds", *what) as valid,
     ):
         corpus = read(config, runtime, lambda text: None)
-        tagged = (((piece.is_held_out, piece.bytes), piece.text) for piece in corpus)
-        for (is_held_out, size), ids in encoding.encode_all(tagged, encoder, processes):
-            (valid if is_held_out else train).append(ids, size)
+        tagged = (((piece.is_held_out, piece.bytes, piece.source), piece.text) for piece in corpus)
+        for (is_held_out, size, source), ids in encoding.encode_all(tagged, encoder, processes):
+            (valid if is_held_out else train).append(ids, size, source)
             done = train.text_bytes + valid.text_bytes
             bar.advance(done // 1_000_000 - bar.done, **{"MB/s": done / 1e6 / (time.monotonic() - start)})
     figures = counts(train, valid) | {"mb_per_second": total_bytes / 1e6 / (time.monotonic() - start)}
@@ -206,6 +208,9 @@ def write_tokens(
         f"{train.tokens:,} tokens to train on, {valid.tokens:,} held out; "
         f"{figures['bytes_per_token']:.2f} bytes a token, {figures['mb_per_second']:.1f} MB/s"
     )
+    if len(sources) > 1:
+        for one, other in zip(train.sources, valid.sources, strict=True):
+            runtime.say(f"  {one.label}: {one.documents:,} documents, {one.tokens:,} tokens; {other.tokens:,} held out")
     return figures
 
 

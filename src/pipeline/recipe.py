@@ -68,6 +68,7 @@ class DataEntry(Section):
     revision: str | None = field(None, "revision of a hub dataset")
     format: str | None = field(None, "layout of the rows; recognised by their keys where unset")
     text_field: str = field("text", "field that holds the text of a document in jsonl and parquet")
+    label: str | None = field(None, "tokenize: its name in mixtures and tables; short for `source` unless set")
     weight: float = field(1.0, "how often its rows are drawn, relative to the other sources", gt=0)
     limit: int | None = field(None, "take only the first rows", unit="rows", gt=0)
 

@@ -57,10 +57,17 @@ def test_where_a_tail_begins(text: str, start: int) -> None:
     assert tail_start(text, 0.1) == start
 
 
-def test_weights_repeat_what_is_trained_on_only(tmp_path: Path) -> None:
+def test_weights_repeat_what_the_tokenizer_sees_not_what_is_written(tmp_path: Path) -> None:
     texts = [f"document {i}" for i in range(500)]
-    train, held_out = divided([entry(tmp_path / "a.jsonl", texts, weight=1.5)])
-    assert len(held_out) == len(set(held_out))
+    found = list(
+        pieces([entry(tmp_path / "a.jsonl", texts), entry(tmp_path / "b.jsonl", ["x"] * 200)], 0.1, 0.1, print)
+    )
+    assert [piece.source for piece in found] == [0] * 500 + [1] * 200
+    survey = Survey(Sample(10_000_000))
+    for piece in found[:500]:
+        survey.add(piece, 1.5)
+    train = survey.sample.texts()
+    assert survey.train_documents == len(set(train)) == sum(not piece.is_held_out for piece in found[:500])
     times = {text: train.count(text) for text in train}
     assert set(times.values()) == {1, 2}
     assert 0.4 < sum(count == 2 for count in times.values()) / len(times) < 0.6

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.data.packing import Windows, hash_of, mix, permuted
+from pipeline.data.packing import FittedRows, Windows, best_fit, hash_of, mix, permuted
 from pipeline.errors import ConfigError
 
 
@@ -83,8 +83,113 @@ def test_documents_of_a_sample_are_those_its_tokens_lie_in(epochs: int) -> None:
     """Documents named by their tokens: the stream's token is the number of its document."""
     lengths = [3, 1, 20, 7, 2, 9]
     stream = np.repeat(np.arange(len(lengths)), lengths)
-    windows = Windows(stream, 5, 1)
+    windows = Windows(stream, 5, 1, ends=np.cumsum(lengths), first_document=10)
     for position in range(epochs * windows.count):
         expected = sorted(set(windows.batch([position])[0].tolist()))
-        assert windows.documents([position], np.cumsum(lengths)) == expected
-    assert windows.documents(range(windows.count), np.cumsum(lengths)) == list(range(6))
+        assert windows.documents([position]) == [10 + document for document in expected]
+    assert windows.documents(range(windows.count)) == list(range(10, 16))
+
+
+def test_positions_begin_again_behind_each_separator() -> None:
+    """0 is the separator; the document that a window begins in the middle of counts from the window's start."""
+    windows = Windows(np.array([5, 6, 0, 7, 8, 9, 0, 0, 4, 3]), 9, 0, separator=0)
+    batch = windows.take([0])
+    assert batch.rows_BT.tolist() == [[5, 6, 0, 7, 8, 9, 0, 0, 4, 3]]
+    assert batch.positions_BT is not None
+    assert batch.positions_BT.tolist() == [[0, 1, 0, 1, 2, 3, 0, 0, 1]]
+    assert batch.is_target_BT is None
+    assert Windows(np.arange(20), 9, 0).take([0]).positions_BT is None
+
+
+# Rows in which documents stay whole. Tokens are numbered through the stream (100 is the separator): each says where it
+# comes from.
+
+SEPARATOR = 100
+LENGTHS = [3, 1, 20, 7, 2, 9, 11, 5, 5, 6, 4, 21]
+"""Separators included."""
+
+
+def numbered(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    stream = np.arange(sum(lengths)) + 1000
+    ends = np.cumsum(lengths)
+    stream[ends - 1] = SEPARATOR
+    return stream, ends
+
+
+def rows_of(alone: bool, apart: bool, length: int = 10) -> FittedRows:
+    stream, ends = numbered(LENGTHS)
+    return FittedRows(stream, ends, length, 1, separator=SEPARATOR, first_document=50, alone=alone, apart=apart)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_every_token_is_a_target_once_an_epoch_behind_its_own_predecessor(alone: bool, epoch: int) -> None:
+    rows = rows_of(alone, apart=False)
+    stream, ends = numbered(LENGTHS)
+    positions = range(epoch * rows.count, (epoch + 1) * rows.count)
+    batch = rows.take(positions)
+    assert batch.is_target_BT is not None
+    targets = batch.rows_BT[:, 1:][batch.is_target_BT]
+    before = batch.rows_BT[:, :-1][batch.is_target_BT]
+    assert sorted(targets.tolist()) == sorted(stream.tolist())
+    expected = {int(token): int(stream[i - 1]) if i else SEPARATOR for i, token in enumerate(stream)}
+    pairs = [(t, b) for t, b in zip(targets.tolist(), before.tolist(), strict=True) if t != SEPARATOR]
+    assert all(expected[target] == lead for target, lead in pairs)
+    assert rows.targets(positions) == len(stream)
+    assert rows.documents(positions) == list(range(50, 50 + len(ends)))
+
+
+def test_documents_that_fit_are_not_cut() -> None:
+    rows = rows_of(alone=False, apart=False)
+    where: dict[int, set[int]] = {}
+    _, ends = numbered(LENGTHS)
+    for position in range(rows.count):
+        for start, _ in rows.pieces(int(rows.places([position])[0])):
+            where.setdefault(int(np.searchsorted(ends, start, side="right")), set()).add(position)
+    assert {document: len(found) for document, found in where.items()} == {
+        document: -(-length // 10) for document, length in enumerate(LENGTHS)
+    }
+
+
+def test_padding_and_other_documents_are_a_start_of_their_own() -> None:
+    rows = FittedRows(np.array([7, 8, 0, 9, 0]), np.array([3, 5]), 8, 0, separator=0, apart=True)
+    batch = rows.take([0])
+    assert batch.rows_BT.tolist() == [[0, 7, 8, 0, 0, 9, 0, 0, 0]]
+    assert batch.is_target_BT is not None
+    assert batch.positions_BT is not None
+    assert batch.is_target_BT.astype(int).tolist() == [[1, 1, 1, 0, 1, 1, 0, 0]]
+    assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
+
+
+def test_one_document_a_row() -> None:
+    rows = rows_of(alone=True, apart=False)
+    assert rows.count == len(LENGTHS) + 1 + 1 + 2  # 20 is cut in two, 11 in two, 21 in three
+    assert sorted(rows.filled.tolist()) == sorted([3, 1, 10, 10, 7, 2, 9, 10, 1, 5, 5, 6, 4, 10, 10, 1])
+
+
+def test_best_fit_is_the_naive_one() -> None:
+    """The fullest row that has room, largest first: the same rows as by looking at every row for each item."""
+    sizes = np.random.default_rng(0).integers(2, 40, 500).tolist()
+    found, count = best_fit(sizes, 64, 3)
+    room: list[int] = []
+    for item in sorted(range(500), key=lambda i: -sizes[i]):
+        fits = [r for r in range(len(room)) if room[r] >= sizes[item]]
+        if fits:
+            best = min(fits, key=lambda r: room[r])
+            room[best] -= sizes[item]
+        else:
+            room.append(64 - sizes[item])
+    used = [64 - sum(sizes[i] for i in range(500) if found[i] == row) for row in range(3, count)]
+    assert min(used) >= 0
+    assert sorted(used) == sorted(room)
+    assert sum(used) / 64 / (count - 3) < 0.01  # 99 % full
+
+
+def test_the_order_of_fitted_rows_is_shuffled_and_does_not_depend_on_the_batches() -> None:
+    rows = rows_of(alone=True, apart=False)
+    whole = rows.take(range(2 * rows.count)).rows_BT
+    parts = [rows.take(range(i, i + 5)).rows_BT for i in range(0, 2 * rows.count, 5)]
+    assert (np.concatenate(parts)[: len(whole)] == whole).all()
+    first, second = rows.places(range(rows.count)), rows.places(range(rows.count, 2 * rows.count))
+    assert sorted(first) == sorted(second) == list(range(rows.count))
+    assert first.tolist() != second.tolist()

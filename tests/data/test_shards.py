@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.shards import ShardWriter, TokenFile, token_dtype
+from pipeline.data.shards import ShardWriter, Source, TokenFile, token_dtype
 from pipeline.errors import ArtifactError
 
 
@@ -24,7 +24,7 @@ def test_the_bytes_are_datatroves(tmp_path: Path) -> None:
     assert (tmp_path / "train.ds.index").read_bytes() == b"".join(n.to_bytes(8, "little") for n in (4, 5, 8))
     assert (tmp_path / "train.ds.bytes").read_bytes() == b"".join(n.to_bytes(8, "little") for n in (10, 0, 5))
     assert json.loads((tmp_path / "train.ds.metadata").read_text()) == {
-        "version": 1,
+        "version": 2,
         "dtype": "uint16",
         "tokens": 8,
         "documents": 3,
@@ -32,7 +32,22 @@ def test_the_bytes_are_datatroves(tmp_path: Path) -> None:
         "separator_id": 7,
         "vocab_size": 400,
         "tokenizer_hash": "hash",
+        "sources": [{"label": "text", "weight": 1.0, "tokens": 8, "documents": 3, "text_bytes": 15}],
     }
+
+
+def test_the_documents_of_a_source_stand_together(tmp_path: Path) -> None:
+    sources = [Source("books", 2.0), Source("none"), Source("web")]
+    with ShardWriter(tmp_path / "train.ds", 400, 7, "hash", sources) as shard:
+        for ids, size, source in (([1, 2], 9, 0), ([3], 4, 0), ([4], 5, 2)):
+            shard.append(ids, size, source)
+        with pytest.raises(AssertionError, match="stand together"):
+            shard.append([5], 1, 1)
+    file = TokenFile(tmp_path / "train.ds")
+    assert file.metadata.sources == (Source("books", 2.0, 5, 2, 13), Source("none"), Source("web", 1.0, 2, 1, 5))
+    assert [file.documents_of(source) for source in range(3)] == [range(2), range(2, 2), range(2, 3)]
+    assert [file.tokens_of(source) for source in range(3)] == [(0, 5), (5, 5), (5, 7)]
+    assert sources[0].tokens == 0  # what was handed in is not written on
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:

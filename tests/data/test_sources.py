@@ -16,6 +16,7 @@ from pipeline.data.sources import (
     copies,
     hub_name,
     is_few_documents,
+    labels,
     local_files,
     read_documents,
     read_source_rows,
@@ -204,6 +205,28 @@ def test_share_is_the_head_of_blake2b() -> None:
     # blake2b(b"", digest_size=8) is e4a6a0577479b2b4 (computed with coreutils: b2sum -l 64 /dev/null)
     assert share("") == (0xE4A6A0577479B2B4 >> 11) / 2**53
     assert all(0 <= share(str(i)) < 1 for i in range(1000))
+
+
+@pytest.mark.parametrize(
+    ("source", "label"),
+    [
+        ("pydocs", "pydocs"),
+        ("texts/web.jsonl.zst", "web"),
+        ("books/", "books"),
+        ("./books/*.txt", "books"),
+        ("texts/**/part*.parquet", "texts"),
+        ("*.txt", "*"),
+        ("hub:org/fineweb-edu@main", "fineweb-edu"),
+        ("/", "/"),
+    ],
+)
+def test_a_source_has_a_short_name(source: str, label: str) -> None:
+    assert labels([DataEntry(source=source)]) == [label]
+
+
+def test_names_of_sources_are_told_apart() -> None:
+    entries = [DataEntry(source=f"{letter}/data.jsonl") for letter in "abc"]
+    assert labels([*entries, DataEntry(source="d.txt", label="mine")]) == ["data", "data-2", "data-3", "mine"]
 
 
 def test_copies_by_weight() -> None:

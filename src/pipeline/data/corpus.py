@@ -23,6 +23,8 @@ class Piece:
 
     text: str
     is_held_out: bool
+    source: int = 0
+    """Which of the entries it came from."""
 
     @property
     def bytes(self) -> int:
@@ -80,8 +82,8 @@ class Survey:
     held_out_documents: int = 0
     held_out_bytes: int = 0
 
-    def add(self, piece: Piece) -> None:
-        """Counts a piece; the sample is of what is trained on alone."""
+    def add(self, piece: Piece, weight: float = 1.0) -> None:
+        """Counts a piece; the sample is of what is trained on alone, and has it as often as its source's weight."""
         size = piece.bytes
         if piece.is_held_out:
             self.held_out_documents += 1
@@ -89,8 +91,9 @@ class Survey:
             return
         self.train_documents += 1
         self.train_bytes += size
-        for start in range(0, len(piece.text), SLICE):
-            self.sample.add(piece.text[start : start + SLICE])
+        for _ in range(copies(piece.text, weight)):
+            for start in range(0, len(piece.text), SLICE):
+                self.sample.add(piece.text[start : start + SLICE])
 
 
 def text_bytes(text: str) -> int:
@@ -104,34 +107,32 @@ def pieces(
     """All documents of all entries, in order, each on its side.
 
     A share `held_out` of the documents of a source is held out; of a source with fewer than 100 documents the
-    last share `held_out_tail` of each, which `say` is told of. What is trained on comes as often as its
-    source's weight.
+    last share `held_out_tail` of each, which `say` is told of.
     """
-    for entry in entries:
+    for place, entry in enumerate(entries):
         is_few = is_few_documents(entry, FEW)
         if is_few:
             say(f"{entry.source}: fewer than {FEW} documents, so the last {held_out_tail:.0%} of each is held out")
-        for piece in divided(entry, is_few, held_out, held_out_tail):
-            for _ in range(1 if piece.is_held_out else copies(piece.text, entry.weight)):
-                yield piece
+        for text, is_held_out in divided(entry, is_few, held_out, held_out_tail):
+            yield Piece(text, is_held_out, place)
 
 
-def divided(entry: DataEntry, is_few: bool, held_out: float, held_out_tail: float) -> Iterator[Piece]:
-    """The documents of one entry, each on its side."""
+def divided(entry: DataEntry, is_few: bool, held_out: float, held_out_tail: float) -> Iterator[tuple[str, bool]]:
+    """The documents of one entry, each with whether it is held out."""
     if entry.source == PYDOCS:
         for document in read_documents(entry, split="train"):
-            yield Piece(document.text, False)
+            yield document.text, False
         for document in read_documents(entry, split="held_out"):
-            yield Piece(document.text, True)
+            yield document.text, True
         return
     for document in read_documents(entry):
         if is_few:
             cut = tail_start(document.text, held_out_tail)
             for part, is_held_out in ((document.text[:cut], False), (document.text[cut:], True)):
                 if part:
-                    yield Piece(part, is_held_out)
+                    yield part, is_held_out
         else:
-            yield Piece(document.text, share(document.text) < held_out)
+            yield document.text, share(document.text) < held_out
 
 
 def tail_start(text: str, tail: float) -> int:

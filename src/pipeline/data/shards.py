@@ -1,12 +1,11 @@
 """Token files in datatrove's `.ds` layout: write once, memory-map ever after.
 
-    NAME.ds            the tokens, raw little-endian uint16 (uint32 above 65,536 ids), document after
-    document, each
-                       closed by the separator
+    NAME.ds            the tokens, raw little-endian uint16 (uint32 above 65,536 ids), document after document, each
+                       closed by the separator; the documents of a source stand together
     NAME.ds.index      little-endian uint64: where each document ends, its separator included
     NAME.ds.bytes      little-endian uint64: the UTF-8 bytes of each document's text
-    NAME.ds.metadata   JSON: version, dtype, tokens, documents, text_bytes, separator_id, vocab_size,
-    tokenizer_hash
+    NAME.ds.metadata   JSON: version, dtype, tokens, documents, text_bytes, separator_id, vocab_size, tokenizer_hash,
+                       sources (label, weight, tokens, documents, text_bytes of each)
 
 nanotron and datatrove read `.ds` and its index as they are. The bytes are what turns a loss into bits per
 byte.
@@ -15,6 +14,7 @@ byte.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +25,19 @@ import numpy.typing as npt
 
 from pipeline.errors import ArtifactError
 
-VERSION = 1
+VERSION = 2
 Tokens = npt.NDArray[Any]
+
+
+@dataclass
+class Source:
+    """What one source has in a token file, and the weight it was given in the recipe."""
+
+    label: str
+    weight: float = 1.0
+    tokens: int = 0
+    documents: int = 0
+    text_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,7 @@ class Metadata:
     separator_id: int
     vocab_size: int
     tokenizer_hash: str
+    sources: tuple[Source, ...]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -51,27 +63,41 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 class ShardWriter:
     """Writes a token file, a document at a time; the metadata comes last, when `with` ends well.
 
-    with ShardWriter(out / "train.ds", len(tokenizer), separator_id, tokenizer_hash) as shard:
+    with ShardWriter(out / "train.ds", len(tokenizer), separator_id, tokenizer_hash, [Source("books")]) as shard:
         shard.append(ids, text_bytes)
     """
 
-    def __init__(self, path: Path, vocab_size: int, separator_id: int, tokenizer_hash: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        vocab_size: int,
+        separator_id: int,
+        tokenizer_hash: str,
+        sources: Sequence[Source] = (Source("text"),),
+    ) -> None:
         self.path = path
+        self.sources = [Source(source.label, source.weight) for source in sources]
+        self.last = 0
         self.dtype = token_dtype(vocab_size)
         self.vocab_size, self.separator_id, self.tokenizer_hash = vocab_size, separator_id, tokenizer_hash
         self.tokens = self.documents = self.text_bytes = 0
         self.files = [beside(path, suffix).open("wb", buffering=1 << 20) for suffix in ("", ".index", ".bytes")]
 
-    def append(self, ids: list[int] | Tokens, text_bytes: int) -> None:
-        """Adds one document, without its separator: that is written here."""
+    def append(self, ids: list[int] | Tokens, text_bytes: int, source: int = 0) -> None:
+        """Adds one document, without its separator: that is written here. Sources come one after the other."""
+        assert source >= self.last, "the documents of a source stand together"
+        self.last = source
+        part = self.sources[source]
+        part.tokens, part.documents = part.tokens + len(ids) + 1, part.documents + 1
+        part.text_bytes += text_bytes
         document = np.empty(len(ids) + 1, dtype=self.dtype)
         document[:-1] = ids
         document[-1] = self.separator_id
         self.tokens += len(document)
         self.documents += 1
         self.text_bytes += text_bytes
-        for file, part in zip(self.files, (document, np.uint64(self.tokens), np.uint64(text_bytes)), strict=True):
-            file.write(part.tobytes())
+        for file, value in zip(self.files, (document, np.uint64(self.tokens), np.uint64(text_bytes)), strict=True):
+            file.write(value.tobytes())
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -91,6 +117,7 @@ class ShardWriter:
                 self.separator_id,
                 self.vocab_size,
                 self.tokenizer_hash,
+                tuple(self.sources),
             )
             beside(self.path, ".metadata").write_text(json.dumps(asdict(metadata), indent=1) + "\n")
 
@@ -105,8 +132,10 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.metadata = Metadata(**json.loads(beside(path, ".metadata").read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            found = json.loads(beside(path, ".metadata").read_text())
+            found["sources"] = tuple(Source(**source) for source in found["sources"])
+            self.metadata = Metadata(**found)
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise ArtifactError(
                 f"no readable metadata of a token file: {error}",
                 where=str(path),
@@ -119,6 +148,16 @@ class TokenFile:
 
     def __len__(self) -> int:
         return self.metadata.tokens
+
+    def documents_of(self, source: int) -> range:
+        """The documents of one source, by their place in the file."""
+        start = sum(each.documents for each in self.metadata.sources[:source])
+        return range(start, start + self.metadata.sources[source].documents)
+
+    def tokens_of(self, source: int) -> tuple[int, int]:
+        """Where the tokens of one source begin and end."""
+        start = sum(each.tokens for each in self.metadata.sources[:source])
+        return start, start + self.metadata.sources[source].tokens
 
     def document(self, index: int) -> Tokens:
         """The tokens of document `index`, its separator last."""

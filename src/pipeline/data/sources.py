@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,30 @@ def read_documents(entry: DataEntry, *, split: Split = "train") -> Iterator[Docu
             count += 1
             if count == entry.limit:
                 return
+
+
+def labels(entries: Sequence[DataEntry]) -> list[str]:
+    """What each source is called in shards, mixtures and tables: its `label`, else the last part of its name without
+    suffixes (`texts/web.jsonl.gz` is "web", `hub:org/name` "name"), numbered where two are the same.
+    """
+    found: list[str] = []
+    for entry in entries:
+        bare = entry.label or short_name(entry.source)
+        label, number = bare, 2
+        while label in found:
+            label, number = f"{bare}-{number}", number + 1
+        found.append(label)
+    return found
+
+
+def short_name(source: str) -> str:
+    """The last part of a source's name that is more than a wildcard, without suffixes."""
+    parts = [
+        part for part in re.split(r"[/\\]", source.removeprefix(HUB).partition("@")[0]) if part not in ("", ".", "..")
+    ]
+    plain = [part for part in parts if not glob.has_magic(part.partition(".")[0])]
+    name = (plain or parts or [source])[-1]
+    return name.partition(".")[0] or name
 
 
 def check_entry(entry: DataEntry) -> None:

@@ -26,10 +26,11 @@ from pipeline.model.next_token import NextToken
 TOKENS_A_BATCH = 8192
 
 
-def choose_documents(valid: TokenFile, count: int) -> list[int]:
-    """The documents that are scored: a fixed draw, the same for every model of the same shards."""
-    order = np.random.default_rng(0).permutation(valid.metadata.documents)
-    return [int(index) for index in order[:count]]
+def choose_documents(valid: TokenFile, count: int, source: int | None = None) -> list[int]:
+    """The documents that are scored, of one source or of all: a fixed draw, the same for every model of the shards."""
+    among = range(valid.metadata.documents) if source is None else valid.documents_of(source)
+    order = np.random.default_rng(0).permutation(len(among))
+    return [among[index] for index in order[:count]]
 
 
 def windows(document: Any, separator: int, length: int) -> list[np.ndarray[Any, Any]]:
@@ -50,9 +51,20 @@ def padded(rows: list[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def bits_per_byte(losses: NextToken, valid: TokenFile, length: int, documents: int) -> float:
-    """Bits a UTF-8 byte over `documents` held-out documents: Σ nats / (ln 2 · Σ bytes)."""
-    chosen = choose_documents(valid, documents)
+def bits_by_source(losses: NextToken, valid: TokenFile, length: int, documents: int) -> dict[str, float]:
+    """Label -> bits a byte over `documents` of the source's own; nothing where there is but one source."""
+    there = [i for i, source in enumerate(valid.metadata.sources) if source.documents]
+    if len(there) < 2:
+        return {}
+    return {valid.metadata.sources[i].label: bits_per_byte(losses, valid, length, documents, source=i) for i in there}
+
+
+@torch.no_grad()
+def bits_per_byte(
+    losses: NextToken, valid: TokenFile, length: int, documents: int, *, source: int | None = None
+) -> float:
+    """Bits a UTF-8 byte over `documents` held-out documents, of one source or of all: Σ nats / (ln 2 · Σ bytes)."""
+    chosen = choose_documents(valid, documents, source)
     rows = [row for index in chosen for row in windows(valid.document(index), valid.metadata.separator_id, length)]
     rows.sort(key=len)
     nats, start = 0.0, 0

@@ -10,6 +10,7 @@ Letters of shapes: B rows, T tokens, D width, V vocabulary, E experts, L layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +46,16 @@ class NextToken:
         self.has_experts = self.balance_weight > 0 and count_experts(self.config) > 1
         self.is_chunked = has_plain_head(model)
 
-    def loss_sum(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Routing | None]:
-        """(Σ −ln p(target) in nats over the targets that are not IGNORED, how the experts were used)."""
-        asked = {"output_router_logits": True} if self.has_experts else {}
+    def loss_sum(
+        self, inputs_BT: Tensor, targets_BT: Tensor, positions_BT: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """(Σ −ln p(target) in nats over the targets that are not IGNORED, how the experts were used).
+
+        positions_BT: 0, 1, 2, … from the start of every document of a row, which then do not see each other.
+        """
+        asked: dict[str, Any] = {"output_router_logits": True} if self.has_experts else {}
+        if positions_BT is not None:
+            asked["position_ids"] = positions_BT
         if self.is_chunked:
             found = self.model.base_model(inputs_BT, use_cache=False, **asked)
             nats = cross_entropy_sum(found.last_hidden_state.flatten(0, 1), self._head(), targets_BT.flatten())
@@ -86,6 +94,31 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         logits_14V = model(ids_14, use_cache=False).logits
         ours_14V = F.linear(hidden_14D, head.weight)
     return ours_14V.shape == logits_14V.shape and torch.allclose(ours_14V, logits_14V, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: PreTrainedModel) -> bool:
+    """Whether positions that begin again keep what stands before them out of sight: tried on two rows of eight tokens.
+
+    transformers reads document borders off the positions where it makes the attention mask; families that make none
+    (state spaces, ALiBi) see on. Projections that begin at zero would hide it, and are drawn for the trial.
+    """
+    ids_28 = torch.arange(16, device=model.device).reshape(2, 8) % model.get_input_embeddings().weight.shape[0]
+    ids_28[1, 4:] = ids_28[0, 4:]
+    positions_28 = torch.arange(4, device=model.device).repeat(2, 2)
+    zeros = [weight for weight in model.parameters() if weight.dim() > 1 and not weight.any()]
+    try:
+        for weight in zeros:
+            weight.fill_(0.02)
+        with evaluating(model), torch.autocast(model.device.type, enabled=False):
+            found = model.base_model(ids_28, position_ids=positions_28, use_cache=False)
+    except TypeError:  # a model of one's own that takes no positions
+        return False
+    finally:
+        for weight in zeros:
+            weight.zero_()
+    hidden_28D = found.last_hidden_state
+    return bool((hidden_28D[0, 4:] - hidden_28D[1, 4:]).abs().max() < 1e-4 * hidden_28D.abs().max())
 
 
 def routing_of(router_logits: tuple[Tensor, ...], top_k: int) -> Routing:
