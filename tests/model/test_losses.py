@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.model.losses import IGNORED, cross_entropy_sum, token_nats
+from pipeline.model.losses import IGNORED, cross_entropy_sum, distillation_sum, token_nats
 
 N, D, V = 37, 16, 53
 
@@ -110,3 +110,49 @@ def test_nats_of_every_token(chunk: int):
     assert nats_N[target_N == IGNORED].tolist() == [0.0] * 5
     assert not nats_N.requires_grad
     assert nats_N.sum().item() == pytest.approx(cross_entropy_sum(hidden_ND, weight_VD, target_N).item(), rel=1e-6)
+
+
+# Distillation, against torch's own kl_div and cross_entropy over whole logits.
+
+
+def distilled(
+    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, teacher: tuple[Tensor, Tensor], alpha: float, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits_NV = (hidden_ND @ weight_VD.to(hidden_ND.dtype).T).double()
+    teacher_NV = (teacher[0] @ teacher[1].T).double()
+    hard = F.cross_entropy(logits_NV, target_N, reduction="sum", ignore_index=IGNORED)
+    counted = target_N != IGNORED
+    soft = tau**2 * F.kl_div(
+        F.log_softmax(logits_NV[counted] / tau, -1), F.softmax(teacher_NV[counted] / tau, -1), reduction="sum"
+    )
+    return (1 - alpha) * hard + alpha * soft, hard, soft
+
+
+@pytest.mark.parametrize("chunk", [1, 36, 2048])
+@pytest.mark.parametrize(("alpha", "tau"), [(0.5, 1.0), (1.0, 2.0), (0.0, 3.0), (0.3, 0.5)])
+def test_distillation_is_torchs(alpha: float, tau: float, chunk: int):
+    hidden_ND, weight_VD, target_N = made(torch.float32)
+    teacher = (torch.randn(N, 24, generator=torch.Generator().manual_seed(7)), torch.randn(V, 24))
+    found = distillation_sum(hidden_ND, weight_VD, target_N, *teacher, alpha, tau, chunk)
+    (0.5 * found[0]).backward()
+    own = [hidden_ND.grad, weight_VD.grad]
+    hidden_ND.grad = weight_VD.grad = None
+    expected = distilled(hidden_ND, weight_VD, target_N, teacher, alpha, tau)
+    (0.5 * expected[0]).backward()
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.item() == pytest.approx(theirs.item(), rel=1e-5)
+    for mine, theirs in zip(own, [hidden_ND.grad, weight_VD.grad], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_that_is_its_teacher_learns_from_the_text_alone():
+    hidden_ND, weight_VD, target_N = made(torch.float32)
+    teacher = (hidden_ND.detach(), weight_VD.detach())
+    loss, hard, soft = distillation_sum(hidden_ND, weight_VD, target_N, *teacher, 0.25, 2.0)
+    assert float(soft) == pytest.approx(0, abs=1e-4)
+    loss.backward()
+    own = hidden_ND.grad
+    hidden_ND.grad = None
+    (0.75 * reference(hidden_ND, weight_VD, target_N)).backward()
+    torch.testing.assert_close(own, hidden_ND.grad, rtol=1e-4, atol=1e-5)
+    assert float(hard) == pytest.approx(float(reference(hidden_ND, weight_VD, target_N).detach()), rel=1e-5)
