@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import ValidationInfo, field_validator
+
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import Data, Ref, StageConfig, field
 
@@ -35,6 +37,10 @@ class TokenizeConfig(StageConfig):
 
     data: Data = field(..., "the text: files, folders, globs, `pydocs`, or `hub:org/name`")
     tokenizer: Ref | None = field(None, "a model whose tokenizer is taken instead of training one")
+    added_merges: int = field(
+        0, "tokenizer: merges learnt on the text and put after the given tokenizer's own", unit="new tokens", ge=0
+    )
+    added_tokens: tuple[str, ...] = field((), "special tokens to add, to a trained tokenizer as to a given one")
     algorithm: Literal["bpe", "bytes", "characters"] = field(
         "bpe", "byte-level BPE, the 256 bytes alone, or the text's characters (vocab_size at most, others as bytes)"
     )
@@ -49,6 +55,14 @@ class TokenizeConfig(StageConfig):
     num_proc: int | None = field(
         None, "processes that encode; unset: one for each 32 MB, up to the cores", run_only=True
     )
+
+    @field_validator("added_merges")
+    @classmethod
+    def have_something_to_stand_on(cls, count: int, others: ValidationInfo) -> int:
+        """Merges are added to a given tokenizer; one that is trained here is as large as `vocab_size` says."""
+        if count and others.data.get("tokenizer") is None:
+            raise ValueError("there is no `tokenizer` to add merges to; name one, or set vocab_size")
+        return count
 
 
 INPUTS = {"tokenizer": "causal-lm"}
@@ -133,29 +147,42 @@ def make_tokenizer(
     config: TokenizeConfig, given: Artifact | list[Artifact] | None, survey: Survey, out: Path, runtime: Runtime
 ) -> PreTrainedTokenizerFast:
     """The tokenizer, saved to out/model."""
-    from pipeline.data import tokenizers
+    from pipeline.data import extend, tokenizers
 
     if given is not None:
         assert not isinstance(given, list)
         tokenizer = tokenizers.load_tokenizer(given.model)
         runtime.say(tokenizers.complete(tokenizer))
     else:
-        with runtime.progress("train the tokenizer", None, "texts") as bar:
-            texts = watched(survey, runtime, bar)
-            if config.algorithm == "bytes":
-                tokenizer = tokenizers.train_bytes()
-            elif config.algorithm == "characters":
-                tokenizer = tokenizers.train_characters(texts, config.vocab_size)
-            else:
-                pattern = tokenizers.split_pattern(config.digits, config.split)
-                tokenizer = tokenizers.train_bpe(texts, config.vocab_size, pattern=pattern)
-        if config.algorithm == "bpe" and len(tokenizer) < config.vocab_size:
-            raise ConfigError(
-                f"{survey.sample.size:,} bytes of text make only {len(tokenizer):,} different tokens",
-                where="tokenize.vocab_size",
-                mend=f"vocab_size: {len(tokenizer)} or less, or more text",
-            )
-    tokenizer.save_pretrained(out / "model")
+        tokenizer = train_tokenizer(config, survey, runtime)
+    if config.added_tokens:
+        runtime.say(extend.add_specials(tokenizer, config.added_tokens))
+    if not config.added_merges:
+        tokenizer.save_pretrained(out / "model")
+        return tokenizer
+    with runtime.progress("learn merges", None, "texts") as bar:
+        texts = watched(survey, runtime, bar)
+        return extend.extend(tokenizer, texts, config.added_merges, out / "model")
+
+
+def train_tokenizer(config: TokenizeConfig, survey: Survey, runtime: Runtime) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on the sample; ConfigError where that has too little text for `vocab_size`."""
+    from pipeline.data import tokenizers
+
+    with runtime.progress("train the tokenizer", None, "texts") as bar:
+        texts = watched(survey, runtime, bar)
+        if config.algorithm == "bytes":
+            return tokenizers.train_bytes()
+        if config.algorithm == "characters":
+            return tokenizers.train_characters(texts, config.vocab_size)
+        pattern = tokenizers.split_pattern(config.digits, config.split)
+        tokenizer = tokenizers.train_bpe(texts, config.vocab_size, pattern=pattern)
+    if len(tokenizer) < config.vocab_size:
+        raise ConfigError(
+            f"{survey.sample.size:,} bytes of text make only {len(tokenizer):,} different tokens",
+            where="tokenize.vocab_size",
+            mend=f"vocab_size: {len(tokenizer)} or less, or more text",
+        )
     return tokenizer
 
 

@@ -72,6 +72,8 @@ def test_every_stage_by_hand(road: Path) -> None:
     assert found["eval"].flops is None
     assert "not estimated" in found["eval"].notes[0]
     assert found["pretrain"].loss is None, "the law says nothing of so small a model"
+    more = planned(road, CPU, 'tokenize.added_tokens=["<|a|>", "<|b|>"]')
+    assert more["pretrain"].parameters == total + 2 * 64
 
 
 def test_memory_by_part_by_hand() -> None:

@@ -91,8 +91,10 @@ def _vocabulary(recipe: Recipe, store: Store, node: Node) -> int:
     taken = tokenize.inputs.get("tokenizer")
     if taken:
         model = model_of(recipe, store, taken[0])
-        return int(model.config.get_text_config().vocab_size) if model is not None else 32_000
-    return int(tokenize.config.vocab_size)  # type: ignore[attr-defined]
+        size = int(model.config.get_text_config().vocab_size) if model is not None else 32_000
+    else:
+        size = int(tokenize.config.vocab_size)  # type: ignore[attr-defined]
+    return size + int(tokenize.config.added_merges) + len(tokenize.config.added_tokens)  # type: ignore[attr-defined]
 
 
 def _context(node: Node) -> int:

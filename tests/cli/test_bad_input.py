@@ -43,6 +43,7 @@ def test_a_good_recipe_is_planned(warm: Any, recipe: Path):
     [
         ("learning_rate", "learning_rat", 8, "unknown key `learning_rat`; did you mean `learning_rate`?"),
         ("max_steps: 10", "max_steps: ten", 7, "`max_steps`: input should be a valid integer"),
+        ("text.txt", "text.txt\n    added_merges: 9", 6, "`added_merges`: there is no `tokenizer` to add merges to"),
         ("init: pretrain", "init: pretrian", 9, "no stage `pretrian`; did you mean `pretrain`?"),
         ("init: pretrain", "init: sft", 9, "the stages go round in a circle: sft → sft"),
         ("seed: 0", "run: twice", 2, 'duplicate key "run"'),

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline import artifacts
 from pipeline.artifacts import Artifact, tokenizer_hash
+from pipeline.data import extend
 from pipeline.data.shards import TokenFile
 from pipeline.data.sources import share
-from pipeline.data.tokenizers import encode_text, load_tokenizer
+from pipeline.data.tokenizers import CHATML, encode_text, load_tokenizer, train_bytes
 from pipeline.errors import ConfigError, DataError, MachineError, Stopped
 from pipeline.runtime import Runtime
 from stages import tokenize
@@ -155,12 +156,54 @@ def test_a_models_tokenizer_is_taken_as_it_is(tmp_path: Path) -> None:
     assert "im_start" in str(load_tokenizer(tmp_path / "dressed" / "model").chat_template)
 
 
+def test_a_models_tokenizer_is_extended(tmp_path: Path) -> None:
+    """200 documents in a language the tokenizer has not seen: the same text in fewer tokens, the old ids as before."""
+    texts = documents(200)
+    run(tmp_path / "base", str(write(tmp_path / "other.jsonl", [text.upper() for text in texts])), vocab_size=305)
+    old = load_tokenizer(tmp_path / "base" / "model")
+    base = model_folder(tmp_path / "model", old.chat_template, old)
+    corpus = str(write(tmp_path / "corpus.jsonl", texts))
+    plain = run(tmp_path / "plain", corpus, base, tokenizer="./model")
+    figures = run(tmp_path / "out", corpus, base, tokenizer="./model", added_merges=40, added_tokens=("<|tool|>",))
+
+    assert figures["vocab_size"] == 305 + 1 + 40
+    assert (plain["train_tokens"], figures["train_tokens"]) == (22_234, 6_946)
+    tokenizer = load_tokenizer(tmp_path / "out" / "model")
+    assert extend.is_extension(old, tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|tool|>") == 305
+    train = TokenFile(tmp_path / "out" / "train.ds")
+    assert decoded(train, tokenizer) == [text for text in texts if share(text) >= 0.1]
+    assert train.tokens.max() == 345
+    assert train.metadata.tokenizer_hash == tokenizer_hash(tmp_path / "out" / "model")
+
+    # Learnt on what is trained on alone; the same text gives the same merges.
+    sample = [text for text in texts if share(text) >= 0.1]
+    folder = tmp_path / "by_hand"
+    extend.add_specials(old, ["<|tool|>"])
+    extend.extend(old, sample, 40, folder)
+    assert tokenizer_hash(folder) == tokenizer_hash(tmp_path / "out" / "model")
+
+
+def test_special_tokens_are_added_to_a_trained_tokenizer(tmp_path: Path) -> None:
+    corpus = str(write(tmp_path / "corpus.jsonl", [f"{text} <|tool|>" for text in documents(200)]))
+    figures = run(tmp_path / "out", corpus, added_tokens=("<|tool|>", "<|pad|>"))
+    tokenizer = load_tokenizer(tmp_path / "out" / "model")
+    assert figures["vocab_size"] == len(tokenizer) == 301
+    assert tokenizer.encode("king<|tool|>")[-1] == 300
+    train = TokenFile(tmp_path / "out" / "train.ds")
+    assert 300 not in train.tokens, "typed in a text it is letters"
+    assert decoded(train, tokenizer)[0].endswith("<|tool|>")
+
+
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, corpus = tmp_path / "out", str(write(tmp_path / "corpus.jsonl", documents(200)))
+    given = model_folder(tmp_path / "given", CHATML, train_bytes())
     cases: list[tuple[Callable[[], object], type[Exception], str, int]] = [
         (lambda: run(out, corpus, vocab_size=259), ConfigError, "no room for the 256 bytes", 2),
         (lambda: run(out, corpus, vocab_size=50_000), ConfigError, r"make only \d+ different tokens", 2),
         (lambda: run(out, str(write(tmp_path / "e.jsonl", ["", " "]))), DataError, "no text in the data", 1),
+        (lambda: run(out, corpus, added_tokens=("Ġking",)), ConfigError, "'Ġking' is an ordinary token", 2),
+        (lambda: run(out, corpus, given, tokenizer="x", added_merges=9000), ConfigError, r"only \d+ new tokens", 2),
         (lambda: run(out, corpus, held_out=1e-9), DataError, "none of the 200 documents is held out", 1),
         (lambda: run(out, corpus, held_out=0.999999), DataError, "all documents are held out", 1),
     ]
