@@ -10,22 +10,28 @@ final model is saved before it is evaluated.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pipeline.errors import ConfigError, MismatchError, TrainingError
-from pipeline.recipe import Section, StageConfig, field
+from pipeline.recipe import PeftConfig, Section, StageConfig, field
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from pipeline.artifacts import Artifact
+    from pipeline.data.infilling import Infilled
     from pipeline.data.mixture import Mixture, Samples
     from pipeline.data.samples import RunSamples
     from pipeline.data.shards import TokenFile
     from pipeline.data.shown import ShownRow
+    from pipeline.model.distillation import Teacher
     from pipeline.model.loss_watch import StepLoss
     from pipeline.runtime import Runtime
 
@@ -71,6 +77,12 @@ class PretrainConfig(StageConfig):
         None, "times a source is read at most, or source -> that; the others make up for it"
     )
     anneal: Anneal | None = field(None, "another mixture for the last share of the steps")
+    fim_rate: float = field(0.0, "share of the documents told as fill-in-the-middle", ge=0, le=1)
+    fim_spm_rate: float = field(0.5, "share of those in the order suffix, prefix, middle", ge=0, le=1)
+    teacher: str | None = field(None, "a model of the same tokens to learn from beside the text")
+    distill_alpha: float = field(0.5, "share of the teacher's part of the loss", gt=0, le=1)
+    distill_temperature: float = field(1.0, "temperature of both sides in that part", gt=0)
+    peft: PeftConfig | None = field(None, "with `init`: train LoRA adapters (and the rows of new tokens) alone")
     per_device_train_batch_size: int = field(8, "samples a micro-step; several processes share them", gt=0)
     gradient_accumulation_steps: int = field(1, "micro-steps an optimiser step", gt=0)
     max_steps: int = field(1000, "optimiser steps", unit="steps", gt=0)
@@ -106,7 +118,7 @@ CACHED_TOKENS = 2048
 """Tokens of a forward and backward on a CPU, at most, so that their activations stay in its cache: 4 × 8 rows of 256
 for 32 at once, the same gradient in 4 % less time. (A GPU takes the micro-step whole.)"""
 
-INPUTS = {"tokens": "tokens", "init": "causal-lm"}
+INPUTS = {"tokens": "tokens", "init": "causal-lm", "teacher": "causal-lm"}
 KIND = "causal-lm"
 RESULT_VERSION = 1
 
@@ -125,12 +137,17 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     tokenizer = load_tokenizer(tokens.model)
 
     # 2. model and optimizers, from the checkpoint if there is one
-    model = _model(config, inputs, len(tokenizer), runtime).to(runtime.device)
+    start = _start(config, inputs, tokenizer, valid, runtime)
+    model = start.model.to(runtime.device)
+    teacher = _teacher(config, inputs, runtime)
+    order = _infilled(config, tokens.model, run_samples, train, tokenizer)
     ends = ([train.metadata.separator_id], tokenizer.pad_token_id)
     if runtime.is_main:
         save_without_weights(model, out / "model", tokens.model, *ends)
-    loop = _Loop(config, model, run_samples.order, runtime)
+    loop = _Loop(config, model, order, teacher, runtime)
     step = loop.resume()
+    if step == 0 and start.known:
+        runtime.metrics.log(0, 0, **_by_source(start.known))
 
     # 3. train
     batch = loop.batch
@@ -143,21 +160,28 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     for line in run_samples.described(config.max_steps * batch):
         runtime.say(line)
     flops = flops_per_token(model, config.context_length) * config.max_steps * batch * config.context_length
+    flops *= 2 / 3 if start.adapted else 1
     runtime.say(compile_blocks(model, config.torch_compile, flops))
     _train(config, loop, step, valid, tokenizer, runtime)
     loop.feed.close()
 
     # 4. save, then evaluate
+    if start.adapted is not None:
+        start.adapted.merge_and_unload()
     if runtime.is_main:
         save_model(model, out / "model", tokens.model, *ends)
     runtime.barrier()
     bits, samples = loop.evaluate(valid, tokenizer)
     seen = config.max_steps * batch * config.context_length
-    by_source = loop.evaluate_sources(valid)
+    by_source = loop.evaluate_sources(valid) if inputs.get("init") or len(valid.metadata.sources) > 1 else {}
+    before = _before(out) if inputs.get("init") else {}
+    for line in _forgetting(before, by_source):
+        runtime.say(line)
     runtime.metrics.log(config.max_steps, seen, bits_per_byte=bits, **by_source, **samples)
     return {
         "bits_per_byte": bits,
         **by_source,
+        **{f"before/{name}": value for name, value in before.items()},
         "epochs": epochs,
         "parameters": float(sum(p.numel() for p in model.parameters())),
         "flops": flops,
@@ -185,47 +209,183 @@ def preview(config: PretrainConfig, inputs: dict[str, Any], count: int) -> list[
 
     from pipeline.data.shards import TokenFile
     from pipeline.data.shown import ShownRow
+    from pipeline.data.tokenizers import load_tokenizer
 
-    batch = _samples(config, TokenFile(inputs["tokens"].path / "train.ds")).order.take(range(count))
+    tokens = inputs["tokens"]
+    train = TokenFile(tokens.path / "train.ds")
+    order = _infilled(config, tokens.model, _samples(config, train), train, load_tokenizer(tokens.model))
+    batch = order.take(range(count))
     is_target_BT = np.ones_like(batch.rows_BT[:, 1:], dtype=bool) if batch.is_target_BT is None else batch.is_target_BT
     rows = zip(batch.rows_BT.tolist(), is_target_BT.tolist(), strict=True)
     return [ShownRow(f"sample {place}", ids, [False, *is_target]) for place, (ids, is_target) in enumerate(rows, 1)]
 
 
-def _model(config: PretrainConfig, inputs: dict[str, Any], vocab: int, runtime: Runtime) -> PreTrainedModel:
+@dataclass(frozen=True)
+class _Start:
+    """What a run begins with."""
+
+    model: PreTrainedModel
+    adapted: PeftModel | None = None
+    """The adapters on it, where only they are trained."""
+    known: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Label -> bits per byte of the base on each source, where the run is not resumed."""
+
+
+def _start(
+    config: PretrainConfig,
+    inputs: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    valid: TokenFile,
+    runtime: Runtime,
+) -> _Start:
     """The base model to go on from, or a new one with weights drawn from the seed."""
     import torch
 
-    from pipeline.model.build import check_vocabulary, initialise, load_causal_lm, reach_of
+    from pipeline.model.build import initialise
     from pipeline.model.presets import PRESETS, build_model, shape_of
     from pipeline.runtime import derive_seed
 
-    base = inputs.get("init")
-    if base is not None:
-        if base.tokenizer_hash != inputs["tokens"].tokenizer_hash:
-            raise MismatchError(
-                f"the shards are of another tokenizer than {base.reference}",
-                where="pretrain.tokens",
-                mend=f"tokenize with it: --set tokenize.tokenizer={base.model}",
-            )
-        model = load_causal_lm(base.model)
-        check_vocabulary(model, vocab, "pretrain.init")
-        reach = reach_of(model.config)
-        if reach is not None and reach < config.context_length:
-            raise ConfigError(
-                f"{config.context_length} is more than the base's context of {reach}",
-                where="pretrain.context_length",
-                mend=f"--set pretrain.context_length={reach}",
-            )
-        return model
+    if inputs.get("init") is not None:
+        return _start_from(config, inputs["init"], tokenizer, valid, runtime)
+    if config.peft is not None:
+        raise ConfigError(
+            "adapters need a base model", where="pretrain.peft", mend="set pretrain.init, or leave it out"
+        )
     given = config.model
-    shape = shape_of(given.model_dump(exclude={"architecture", "config"}), config.context_length, vocab)
+    shape = shape_of(given.model_dump(exclude={"architecture", "config"}), config.context_length, len(tokenizer))
     with torch.random.fork_rng(devices=[]):  # what is not a preset keeps the weights that transformers draws
         torch.manual_seed(derive_seed(config.seed, "model"))
         model = build_model(given.architecture, shape, given.config)
     if given.architecture in PRESETS:
         initialise(model, runtime.generator("model"))
-    return model
+    return _Start(model)
+
+
+def _start_from(
+    config: PretrainConfig, base: Artifact, tokenizer: PreTrainedTokenizerFast, valid: TokenFile, runtime: Runtime
+) -> _Start:
+    """The base with rows for the tokens it lacks. What it knows of each source is measured first, in its own tokens."""
+    from pipeline.data.tokenizers import load_tokenizer
+    from pipeline.model.adapters import adapt, lora
+    from pipeline.model.build import check_vocabulary, load_causal_lm, reach_of
+    from pipeline.model.continued import check_extends, fit_vocabulary, measure_base
+    from pipeline.runtime import derive_seed
+
+    own = load_tokenizer(base.model)
+    check_extends(tokenizer, own)
+    model = load_causal_lm(base.model)
+    check_vocabulary(model, len(own), "pretrain.init")
+    reach = reach_of(model.config)
+    if reach is not None and reach < config.context_length:
+        raise ConfigError(
+            f"{config.context_length} is more than the base's context of {reach}",
+            where="pretrain.context_length",
+            mend=f"--set pretrain.context_length={reach}",
+        )
+    known = {}
+    if runtime.checkpoints.peek() is None:
+        model.to(runtime.device)
+        with _autocast(config, runtime):
+            known = measure_base(model, own, tokenizer, valid, config.context_length, config.eval_documents)
+    new = fit_vocabulary(model, own, tokenizer)
+    if new:
+        runtime.say(f"{new:,} new tokens: rows for them from those of their parts")
+    adapters = lora(config.peft, "CAUSAL_LM")
+    if adapters is None:
+        return _Start(model, None, known)
+    return _Start(model, adapt(model, adapters, derive_seed(config.seed, "adapters"), train_rows=new > 0), known)
+
+
+def _teacher(config: PretrainConfig, inputs: dict[str, Any], runtime: Runtime) -> Teacher | None:
+    """The model to learn from beside the text, in the precision of the products. It has to speak the same tokens."""
+    import torch
+
+    from pipeline.model.build import load_causal_lm, reach_of
+    from pipeline.model.distillation import Teacher
+
+    given = inputs.get("teacher")
+    if given is None:
+        return None
+    if given.tokenizer_hash != inputs["tokens"].tokenizer_hash:
+        raise MismatchError(
+            f"the shards are of another tokenizer than {given.reference}",
+            where="pretrain.teacher",
+            mend=f"tokenize with the teacher's: --set tokenize.tokenizer={given.model}",
+        )
+    is_bf16 = runtime.bf16 if config.bf16 is None else config.bf16
+    model = load_causal_lm(given.model, dtype=torch.bfloat16 if is_bf16 else torch.float32).to(runtime.device).eval()
+    reach = reach_of(model.config)
+    if reach is not None and reach < config.context_length:
+        raise ConfigError(
+            f"{config.context_length} is more than the teacher's context of {reach}",
+            where="pretrain.context_length",
+            mend=f"--set pretrain.context_length={reach}",
+        )
+    return Teacher(model.requires_grad_(False), config.distill_alpha, config.distill_temperature)
+
+
+def _infilled(
+    config: PretrainConfig, folder: Path, samples: RunSamples, train: TokenFile, tokenizer: PreTrainedTokenizerFast
+) -> Samples | Mixture | Infilled:
+    """The samples of the run, some of their documents told as fill-in-the-middle where that is asked for."""
+    from pipeline.data.encoding import choose
+    from pipeline.data.infilling import Infilled, marks_of
+    from pipeline.data.packing import hash_of
+
+    if config.fim_rate == 0:
+        return samples.order
+    if config.packing != "chunk":
+        raise ConfigError(
+            "fill-in-the-middle lengthens documents, which then fit no row",
+            where="pretrain.fim_rate",
+            mend="packing: chunk",
+        )
+    encoder, _ = choose(folder, [])
+    return Infilled(
+        samples.order,
+        rate=config.fim_rate,
+        spm_share=config.fim_spm_rate,
+        marks=marks_of(tokenizer),
+        separator=train.metadata.separator_id,
+        decode=tokenizer.decode,
+        encode=lambda text: encoder.encode([text])[0].tolist(),
+        seed=hash_of(config.seed, 2),
+        apart=config.document_mask,
+    )
+
+
+def _before(out: Path) -> dict[str, float]:
+    """What the base knew: the line of step 0."""
+    import json
+
+    with (out / "metrics.jsonl").open(encoding="utf-8") as file:
+        line = json.loads(file.readline())
+    return {name: value for name, value in line.items() if name.startswith("bits_per_byte/")}
+
+
+def _forgetting(before: dict[str, float], after: dict[str, float]) -> list[str]:
+    """A table of the bits per byte of each source, held out, before and after."""
+    if not before:
+        return []
+    width = max(len(name.partition("/")[2]) for name in before)
+    lines = [f"{'bits per byte, held out':{width}}  before   after"]
+    width = max(width, len("bits per byte, held out"))
+    for name, bits in before.items():
+        change = after[name] - bits
+        lines.append(f"{name.partition('/')[2]:{width}}  {bits:6.3f}  {after[name]:6.3f}  {change:+.3f}")
+    return lines
+
+
+def _by_source(bits: dict[str, float]) -> dict[str, float]:
+    return {f"bits_per_byte/{label}": value for label, value in bits.items()}
+
+
+def _autocast(config: PretrainConfig, runtime: Runtime) -> torch.autocast:
+    """bf16 products with fp32 weights, or nothing."""
+    import torch
+
+    enabled = runtime.bf16 if config.bf16 is None else config.bf16
+    return torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def _train(
@@ -273,7 +433,12 @@ class _Loop:
     """Model, optimizers and data of the loop, and what one step does with them."""
 
     def __init__(
-        self, config: PretrainConfig, model: PreTrainedModel, samples: Samples | Mixture, runtime: Runtime
+        self,
+        config: PretrainConfig,
+        model: PreTrainedModel,
+        samples: Samples | Mixture | Infilled,
+        teacher: Teacher | None,
+        runtime: Runtime,
     ) -> None:
         import torch
 
@@ -289,7 +454,7 @@ class _Loop:
         choose_attention(model, self.bf16, config.context_length)
         if config.gradient_checkpointing:
             recompute_activations(model)
-        self.losses = NextToken(model)
+        self.losses = NextToken(model, teacher)
         if config.document_mask and not keeps_documents_apart(model):
             raise ConfigError(
                 f"{type(model).__name__} does not keep the documents of a sample apart",
@@ -436,7 +601,8 @@ class _Loop:
         figures = {"loss": mean, "learning_rate": rate, "grad_norm": float(self.grad_norm)}
         experts = {"balance_loss": balance, "busiest_expert": busiest} if self.losses.has_experts else {}
         skipped = {"skipped_steps": float(self.skipped)} if self.skipped else {}
-        return {**figures, **experts, **skipped}
+        parts = self.losses.teacher.look(self.runtime.world_size) if self.losses.teacher else {}
+        return {**figures, **parts, **experts, **skipped}
 
     def check(self) -> None:
         """TrainingError where a step since the last look was not finite, as before a checkpoint is written."""

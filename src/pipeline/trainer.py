@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -42,16 +42,21 @@ from pipeline.artifacts import need_disk
 from pipeline.checkpoint import Checkpoint
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, TrainingError
+from pipeline.model.adapters import lora
 from pipeline.model.build import choose_attention, flops_per_token, load_causal_lm, reach, restore_attention
 from pipeline.model.optim import muon
 from pipeline.progress import Bar
 from pipeline.reading import meant
-from pipeline.recipe import PeftConfig
 from pipeline.runtime import Runtime, share_batch
 from pipeline.schedule import Row, Schedule, Unrolled
 from pipeline.trainer_config import TrainerConfig
 
-__all__ = ["GivenDPOTrainer", "RewardTrainer", "SFTTrainer"]  # imported with this module: before a stage is forked off
+__all__ = [
+    "GivenDPOTrainer",
+    "RewardTrainer",
+    "SFTTrainer",
+    "lora",
+]  # imported with this module: before a stage is forked off
 
 Arguments = TypeVar("Arguments")
 
@@ -154,22 +159,6 @@ def building() -> Iterator[None]:
         yield
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"TRL refuses this: {error}", where="the stage's fields and `trainer`") from error
-
-
-def lora(config: PeftConfig | None, task_type: str, modules_to_save: list[str] | None = None) -> LoraConfig | None:
-    """peft's config of the recipe's `peft:` section; None without one."""
-    if config is None:
-        return None
-    modules = config.target_modules
-    return LoraConfig(
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=modules if isinstance(modules, str) else list(modules),
-        use_rslora=config.use_rslora,
-        task_type=task_type,
-        modules_to_save=modules_to_save,
-    )
 
 
 def trained_model(trainer: Any) -> PreTrainedModel:

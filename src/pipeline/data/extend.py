@@ -170,9 +170,10 @@ def with_merges(state: dict[str, Any], merges: Sequence[Merge]) -> dict[str, Any
 
 
 def is_extension(base: PreTrainedTokenizerFast, extended: PreTrainedTokenizerFast) -> bool:
-    """Whether every id of `base` means the same token in `extended`."""
+    """Whether every id of `base` means the same token in `extended`, whose merges begin with those of `base`."""
     vocab: dict[str, int] = extended.get_vocab()
-    return all(vocab.get(token) == index for token, index in base.get_vocab().items())
+    old, new = (json.loads(each.backend_tokenizer.to_str())["model"].get("merges", []) for each in (base, extended))
+    return all(vocab.get(token) == index for token, index in base.get_vocab().items()) and new[: len(old)] == old
 
 
 def pieces(base: PreTrainedTokenizerFast, extended: PreTrainedTokenizerFast) -> dict[int, list[int]]:

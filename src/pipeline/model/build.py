@@ -55,6 +55,12 @@ def embedding_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return list({id(parameter): parameter for parameter in found}.values())
 
 
+def head_weight(model: PreTrainedModel) -> torch.Tensor | None:
+    """The output head's matrix, None without one."""
+    head = model.get_output_embeddings()
+    return None if head is None else head.weight
+
+
 ATTENTION_NAMES = ("attn", "self_attn", "attention", "self_attention")
 """What families call the attention of a block."""
 
@@ -179,15 +185,16 @@ def check_vocabulary(model: PreTrainedModel, vocab: int, where: str) -> None:
 
 
 def unique_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> parameter, each once: tied weights under their first name. What a checkpoint keeps."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """Name -> parameter that is trained, each once: tied weights under their first name. What a checkpoint keeps."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def load_parameters(model: torch.nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
-    """Copy `prefix.<name>` of `tensors` into the model's parameters in place."""
+    """Copy `prefix.<name>` of `tensors` into the parameters that are trained, in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"{prefix}.{name}"])
+            if parameter.requires_grad:
+                parameter.copy_(tensors[f"{prefix}.{name}"])
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:

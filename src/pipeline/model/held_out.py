@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from pipeline.model.losses import IGNORED
 from pipeline.model.next_token import NextToken
 
 TOKENS_A_BATCH = 8192
+Ids = Callable[[int], "np.ndarray[Any, Any]"]
 
 
 def choose_documents(valid: TokenFile, count: int, source: int | None = None) -> list[int]:
@@ -51,21 +52,34 @@ def padded(rows: list[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def bits_by_source(losses: NextToken, valid: TokenFile, length: int, documents: int) -> dict[str, float]:
-    """Label -> bits a byte over `documents` of the source's own; nothing where there is but one source."""
-    there = [i for i, source in enumerate(valid.metadata.sources) if source.documents]
-    if len(there) < 2:
-        return {}
-    return {valid.metadata.sources[i].label: bits_per_byte(losses, valid, length, documents, source=i) for i in there}
+def bits_by_source(
+    losses: NextToken, valid: TokenFile, length: int, documents: int, ids_of: Ids | None = None
+) -> dict[str, float]:
+    """Label -> bits a byte over `documents` of the source's own."""
+    return {
+        source.label: bits_per_byte(losses, valid, length, documents, source=place, ids_of=ids_of)
+        for place, source in enumerate(valid.metadata.sources)
+        if source.documents
+    }
 
 
 @torch.no_grad()
 def bits_per_byte(
-    losses: NextToken, valid: TokenFile, length: int, documents: int, *, source: int | None = None
+    losses: NextToken,
+    valid: TokenFile,
+    length: int,
+    documents: int,
+    *,
+    source: int | None = None,
+    ids_of: Ids | None = None,
 ) -> float:
-    """Bits a UTF-8 byte over `documents` held-out documents, of one source or of all: Σ nats / (ln 2 · Σ bytes)."""
+    """Bits a UTF-8 byte over `documents` held-out documents, of one source or of all: Σ nats / (ln 2 · Σ bytes).
+
+    `ids_of` gives a document's tokens, its separator last, where they are another tokenizer's than the file's.
+    """
     chosen = choose_documents(valid, documents, source)
-    rows = [row for index in chosen for row in windows(valid.document(index), valid.metadata.separator_id, length)]
+    read = ids_of or valid.document
+    rows = [row for index in chosen for row in windows(read(index), valid.metadata.separator_id, length)]
     rows.sort(key=len)
     nats, start = 0.0, 0
     while start < len(rows):

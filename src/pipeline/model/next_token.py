@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.errors import ConfigError
 from pipeline.model.build import count_experts, evaluating
-from pipeline.model.losses import IGNORED, cross_entropy_sum, token_nats
+from pipeline.model.distillation import Teacher
+from pipeline.model.losses import IGNORED, cross_entropy_sum, distillation_sum, token_nats
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,25 @@ SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_hea
 class NextToken:
     """A model's next-token losses. `is_chunked` says whether whole logits are avoided."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, teacher: Teacher | None = None) -> None:
         self.model = model
+        self.teacher = teacher
         self.config = model.config.get_text_config()
         self.balance_weight = float(getattr(self.config, "router_aux_loss_coef", 0.0) or 0.0)
         self.has_experts = self.balance_weight > 0 and count_experts(self.config) > 1
         self.is_chunked = has_plain_head(model)
+        if teacher is not None and not (self.is_chunked and has_plain_head(teacher.model)):
+            raise ConfigError(
+                "distillation takes logits that are the head's plain product; one of the models scales or caps them",
+                where="pretrain.teacher",
+                mend="another architecture, or no teacher",
+            )
 
     def loss_sum(
         self, inputs_BT: Tensor, targets_BT: Tensor, positions_BT: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """(Σ −ln p(target) in nats over the targets that are not IGNORED, how the experts were used).
+        """(Σ −ln p(target) in nats over the targets that are not IGNORED, or with a teacher the sum that is minimised;
+        how the experts were used).
 
         positions_BT: 0, 1, 2, … from the start of every document of a row, which then do not see each other.
         """
@@ -58,12 +68,28 @@ class NextToken:
             asked["position_ids"] = positions_BT
         if self.is_chunked:
             found = self.model.base_model(inputs_BT, use_cache=False, **asked)
-            nats = cross_entropy_sum(found.last_hidden_state.flatten(0, 1), self._head(), targets_BT.flatten())
+            nats = self._from_trunk(
+                found.last_hidden_state.flatten(0, 1), inputs_BT, targets_BT.flatten(), positions_BT
+            )
         else:
             found = self.model(inputs_BT, use_cache=False, **asked)
             logits_NV = found.logits.float().flatten(0, 1)
             nats = F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
         return nats, routing_of(found.router_logits, self.config.num_experts_per_tok) if self.has_experts else None
+
+    def _from_trunk(
+        self, hidden_ND: Tensor, inputs_BT: Tensor, target_N: Tensor, positions_BT: Tensor | None
+    ) -> Tensor:
+        if self.teacher is None:
+            return cross_entropy_sum(hidden_ND, self._head(), target_N)
+        teacher, head_VD = self.teacher, self._head()
+        teacher_NE = teacher.hidden(inputs_BT, positions_BT)
+        teacher_VE = teacher.head(len(head_VD)).to(teacher_NE.dtype)
+        loss, hard, soft = distillation_sum(
+            hidden_ND, head_VD, target_N, teacher_NE, teacher_VE, teacher.alpha, teacher.temperature
+        )
+        teacher.add(hard, soft, (target_N != IGNORED).sum())
+        return loss
 
     @torch.no_grad()
     def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:

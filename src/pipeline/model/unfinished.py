@@ -34,6 +34,8 @@ def load_unfinished(partial: Path, dtype: torch.dtype) -> tuple[PreTrainedModel,
     role = next((role for role in ROLES if any(name.startswith(f"{role}.") for name in tensors)), None)
     if role is None:
         raise ArtifactError("its checkpoint holds no language model", where=str(newest.path))
+    if any(".lora_A." in name for name in tensors):
+        raise ArtifactError("its checkpoint holds adapters alone", where=str(newest.path), mend="wait for the stage")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=runs_code_of(folder))
     model = AutoModelForCausalLM.from_config(config, dtype="float32")
     assert isinstance(model, PreTrainedModel)

@@ -1,0 +1,78 @@
+"""Going on from a base model: rows for new tokens, and what it knew before.
+
+Letters of shapes: V rows of an embedding, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from pipeline.data.extend import is_extension, pieces
+from pipeline.data.shards import TokenFile
+from pipeline.data.tokenizers import encode_text
+from pipeline.errors import MismatchError
+from pipeline.model.build import evaluating, head_weight
+from pipeline.model.held_out import bits_by_source
+from pipeline.model.next_token import NextToken
+
+
+def check_extends(tokenizer: PreTrainedTokenizerFast, base: PreTrainedTokenizerFast) -> None:
+    """MismatchError unless every id of `base` means the same token in `tokenizer`."""
+    if not is_extension(base, tokenizer):
+        raise MismatchError(
+            "the shards are of a tokenizer that is neither the base's own nor an extension of it",
+            where="pretrain.tokens",
+            mend=f"tokenize with the base's: --set tokenize.tokenizer={base.name_or_path}",
+        )
+
+
+def fit_vocabulary(model: PreTrainedModel, base: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Gives the model a row for every token that `tokenizer` has and its own `base` has not; returns how many are new.
+
+    A new token's rows (of the embedding, and of the head where it is not the same) are the mean of those of the base's
+    tokens it is made of: at the start it stands for what its parts said (as Hewitt 2021, "Initializing new word
+    embeddings", argues for the mean). A new special token's are the mean of all. Raises MismatchError where
+    `tokenizer` does not extend `base`.
+    """
+    check_extends(tokenizer, base)
+    new = pieces(base, tokenizer)
+    table = model.get_input_embeddings().weight
+    if len(tokenizer) > table.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tables = {id(t): t for t in (model.get_input_embeddings().weight, head_weight(model)) if t is not None}
+    for weight in tables.values():
+        fill_rows(weight, new, len(base))
+    return len(new)
+
+
+def measure_base(
+    model: PreTrainedModel,
+    own: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast,
+    valid: TokenFile,
+    length: int,
+    documents: int,
+) -> dict[str, float]:
+    """Label -> held-out bits a byte of the base on each source, the text in its `own` tokens, not the file's."""
+
+    def own_ids(index: int) -> np.ndarray[Any, Any]:
+        text = tokenizer.decode(valid.document(index)[:-1])
+        return np.array([*encode_text(own, text), valid.metadata.separator_id])
+
+    has_merges = any(pieces(own, tokenizer).values())
+    with evaluating(model):
+        return bits_by_source(NextToken(model), valid, length, documents, own_ids if has_merges else None)
+
+
+@torch.no_grad()
+def fill_rows(weight_VD: Tensor, parts: Mapping[int, Sequence[int]], known: int) -> None:
+    """Row i becomes the mean of the rows `parts[i]`, or of the first `known` where there are none; in place."""
+    mean_D = weight_VD[:known].float().mean(dim=0)
+    for row, ids in parts.items():
+        weight_VD[row] = (weight_VD[list(ids)].float().mean(dim=0) if ids else mean_D).to(weight_VD.dtype)

@@ -1,0 +1,49 @@
+"""A teacher beside the text: what a larger model of the same tokens says of every position (Hinton et al. 2015)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@dataclass
+class Teacher:
+    """A model that is not trained, and how much it counts. Its logits are its head's plain product."""
+
+    model: PreTrainedModel
+    alpha: float
+    """Share of its part of the loss; the rest is the text's."""
+    temperature: float
+    """Of both sides in that part."""
+    tally: Tensor = field(init=False)
+    """[cross entropy, divergence, targets] summed since the last look."""
+
+    def __post_init__(self) -> None:
+        self.tally = torch.zeros(3, device=self.model.device)
+
+    @torch.no_grad()
+    def hidden(self, inputs_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
+        """The trunk's output [B · T, width]."""
+        given = {} if positions_BT is None else {"position_ids": positions_BT}
+        found: Tensor = self.model.base_model(inputs_BT, use_cache=False, **given).last_hidden_state
+        return found.flatten(0, 1)
+
+    def head(self, rows: int) -> Tensor:
+        """The first `rows` rows of the head: a padded vocabulary has more."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight[:rows]
+
+    def add(self, cross_entropy: Tensor, divergence: Tensor, targets: Tensor) -> None:
+        """Count a micro-batch; no wait for the device."""
+        self.tally += torch.stack([cross_entropy, divergence, targets.float()])
+
+    def look(self, world_size: int) -> dict[str, float]:
+        """Means a token, in nats, since the last look, over all ranks."""
+        if world_size > 1:
+            torch.distributed.all_reduce(self.tally)
+        cross_entropy, divergence, targets = self.tally.tolist()
+        self.tally.zero_()
+        return {"cross_entropy": cross_entropy / targets, "teacher_kl": divergence / targets} if targets else {}
