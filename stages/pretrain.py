@@ -10,10 +10,8 @@ final model is saved before it is evaluated.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -22,15 +20,13 @@ from pipeline.recipe import PeftConfig, Section, StageConfig, field
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from pipeline.artifacts import Artifact
-    from pipeline.data.infilling import Infilled
-    from pipeline.data.mixture import Mixture, Samples
+    from pipeline.data.infilling import Order
     from pipeline.data.samples import RunSamples
     from pipeline.data.shards import TokenFile
     from pipeline.data.shown import ShownRow
+    from pipeline.model.continued import Start
     from pipeline.model.distillation import Teacher
     from pipeline.model.loss_watch import StepLoss
     from pipeline.runtime import Runtime
@@ -129,6 +125,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     from pipeline.data.tokenizers import load_tokenizer
     from pipeline.model.build import flops_per_token, save_model, save_without_weights
     from pipeline.model.compiling import compile_blocks
+    from pipeline.model.continued import forgetting, read_known
 
     # 1. data
     tokens = inputs["tokens"]
@@ -140,14 +137,14 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     start = _start(config, inputs, tokenizer, valid, runtime)
     model = start.model.to(runtime.device)
     teacher = _teacher(config, inputs, runtime)
-    order = _infilled(config, tokens.model, run_samples, train, tokenizer)
+    order = _order(config, run_samples, tokens.model, train.metadata.separator_id)
     ends = ([train.metadata.separator_id], tokenizer.pad_token_id)
     if runtime.is_main:
         save_without_weights(model, out / "model", tokens.model, *ends)
     loop = _Loop(config, model, order, teacher, runtime)
     step = loop.resume()
     if step == 0 and start.known:
-        runtime.metrics.log(0, 0, **_by_source(start.known))
+        runtime.metrics.log(0, 0, **start.known)
 
     # 3. train
     batch = loop.batch
@@ -174,8 +171,8 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     bits, samples = loop.evaluate(valid, tokenizer)
     seen = config.max_steps * batch * config.context_length
     by_source = loop.evaluate_sources(valid) if inputs.get("init") or len(valid.metadata.sources) > 1 else {}
-    before = _before(out) if inputs.get("init") else {}
-    for line in _forgetting(before, by_source):
+    before = read_known(out / "metrics.jsonl") if inputs.get("init") else {}
+    for line in forgetting(before, by_source):
         runtime.say(line)
     runtime.metrics.log(config.max_steps, seen, bits_per_byte=bits, **by_source, **samples)
     return {
@@ -194,13 +191,26 @@ def _samples(config: PretrainConfig, train: TokenFile) -> RunSamples:
     """The samples of the whole run, a pure function of the shards and the config."""
     from pipeline.data.samples import Packed, Shares, run_samples
 
-    anneal = config.anneal
-    shares = Shares(
-        config.mixture, config.max_epochs, anneal.share if anneal else 0.0, anneal.mixture if anneal else None
-    )
+    late = config.anneal
+    shares = Shares(config.mixture, config.max_epochs, late.share if late else 0.0, late.mixture if late else None)
     packed = Packed(config.context_length, config.packing, config.document_mask)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return run_samples(train, packed, shares, config.max_steps, batch, config.seed)
+
+
+def _order(config: PretrainConfig, samples: RunSamples, folder: Path, separator: int) -> Order:
+    """The samples in order, some of their documents told as fill-in-the-middle where that is asked for. `folder` has
+    the tokenizer."""
+    from pipeline.data.infilling import infill
+    from pipeline.data.packing import hash_of
+
+    if config.fim_rate == 0:
+        return samples.order
+    if config.packing != "chunk":
+        problem = "fill-in-the-middle lengthens documents, which then fit no row"
+        raise ConfigError(problem, where="pretrain.fim_rate", mend="packing: chunk")
+    seed, apart = hash_of(config.seed, 2), config.document_mask
+    return infill(samples.order, config.fim_rate, config.fim_spm_rate, folder, separator, seed, apart)
 
 
 def preview(config: PretrainConfig, inputs: dict[str, Any], count: int) -> list[ShownRow]:
@@ -209,26 +219,32 @@ def preview(config: PretrainConfig, inputs: dict[str, Any], count: int) -> list[
 
     from pipeline.data.shards import TokenFile
     from pipeline.data.shown import ShownRow
-    from pipeline.data.tokenizers import load_tokenizer
 
     tokens = inputs["tokens"]
     train = TokenFile(tokens.path / "train.ds")
-    order = _infilled(config, tokens.model, _samples(config, train), train, load_tokenizer(tokens.model))
+    order = _order(config, _samples(config, train), tokens.model, train.metadata.separator_id)
     batch = order.take(range(count))
     is_target_BT = np.ones_like(batch.rows_BT[:, 1:], dtype=bool) if batch.is_target_BT is None else batch.is_target_BT
     rows = zip(batch.rows_BT.tolist(), is_target_BT.tolist(), strict=True)
     return [ShownRow(f"sample {place}", ids, [False, *is_target]) for place, (ids, is_target) in enumerate(rows, 1)]
 
 
-@dataclass(frozen=True)
-class _Start:
-    """What a run begins with."""
+def _new_model(config: PretrainConfig, vocab: int, runtime: Runtime) -> PreTrainedModel:
+    """A new model with weights drawn from the seed."""
+    import torch
 
-    model: PreTrainedModel
-    adapted: PeftModel | None = None
-    """The adapters on it, where only they are trained."""
-    known: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Label -> bits per byte of the base on each source, where the run is not resumed."""
+    from pipeline.model.build import initialise
+    from pipeline.model.presets import PRESETS, build_model, shape_of
+    from pipeline.runtime import derive_seed
+
+    given = config.model
+    shape = shape_of(given.model_dump(exclude={"architecture", "config"}), config.context_length, vocab)
+    with torch.random.fork_rng(devices=[]):  # what is not a preset keeps the weights that transformers draws
+        torch.manual_seed(derive_seed(config.seed, "model"))
+        model = build_model(given.architecture, shape, given.config)
+    if given.architecture in PRESETS:
+        initialise(model, runtime.generator("model"))
+    return model
 
 
 def _start(
@@ -237,51 +253,19 @@ def _start(
     tokenizer: PreTrainedTokenizerFast,
     valid: TokenFile,
     runtime: Runtime,
-) -> _Start:
-    """The base model to go on from, or a new one with weights drawn from the seed."""
-    import torch
-
-    from pipeline.model.build import initialise
-    from pipeline.model.presets import PRESETS, build_model, shape_of
-    from pipeline.runtime import derive_seed
-
-    if inputs.get("init") is not None:
-        return _start_from(config, inputs["init"], tokenizer, valid, runtime)
-    if config.peft is not None:
-        raise ConfigError(
-            "adapters need a base model", where="pretrain.peft", mend="set pretrain.init, or leave it out"
-        )
-    given = config.model
-    shape = shape_of(given.model_dump(exclude={"architecture", "config"}), config.context_length, len(tokenizer))
-    with torch.random.fork_rng(devices=[]):  # what is not a preset keeps the weights that transformers draws
-        torch.manual_seed(derive_seed(config.seed, "model"))
-        model = build_model(given.architecture, shape, given.config)
-    if given.architecture in PRESETS:
-        initialise(model, runtime.generator("model"))
-    return _Start(model)
-
-
-def _start_from(
-    config: PretrainConfig, base: Artifact, tokenizer: PreTrainedTokenizerFast, valid: TokenFile, runtime: Runtime
-) -> _Start:
-    """The base with rows for the tokens it lacks. What it knows of each source is measured first, in its own tokens."""
-    from pipeline.data.tokenizers import load_tokenizer
+) -> Start:
+    """The base model to go on from with what it knows, or a new one."""
     from pipeline.model.adapters import adapt, lora
-    from pipeline.model.build import check_vocabulary, load_causal_lm, reach_of
-    from pipeline.model.continued import check_extends, fit_vocabulary, measure_base
+    from pipeline.model.continued import Start, fit_vocabulary, load_base, measure_base
     from pipeline.runtime import derive_seed
 
-    own = load_tokenizer(base.model)
-    check_extends(tokenizer, own)
-    model = load_causal_lm(base.model)
-    check_vocabulary(model, len(own), "pretrain.init")
-    reach = reach_of(model.config)
-    if reach is not None and reach < config.context_length:
-        raise ConfigError(
-            f"{config.context_length} is more than the base's context of {reach}",
-            where="pretrain.context_length",
-            mend=f"--set pretrain.context_length={reach}",
-        )
+    adapters = lora(config.peft, "CAUSAL_LM")
+    if inputs.get("init") is None:
+        if adapters is not None:
+            mend = "set pretrain.init, or leave it out"
+            raise ConfigError("adapters need a base model", where="pretrain.peft", mend=mend)
+        return Start(_new_model(config, len(tokenizer), runtime))
+    model, own = load_base(inputs["init"].model, tokenizer, config.context_length)
     known = {}
     if runtime.checkpoints.peek() is None:
         model.to(runtime.device)
@@ -290,18 +274,16 @@ def _start_from(
     new = fit_vocabulary(model, own, tokenizer)
     if new:
         runtime.say(f"{new:,} new tokens: rows for them from those of their parts")
-    adapters = lora(config.peft, "CAUSAL_LM")
     if adapters is None:
-        return _Start(model, None, known)
-    return _Start(model, adapt(model, adapters, derive_seed(config.seed, "adapters"), train_rows=new > 0), known)
+        return Start(model, None, known)
+    return Start(model, adapt(model, adapters, derive_seed(config.seed, "adapters"), train_rows=new > 0), known)
 
 
 def _teacher(config: PretrainConfig, inputs: dict[str, Any], runtime: Runtime) -> Teacher | None:
     """The model to learn from beside the text, in the precision of the products. It has to speak the same tokens."""
     import torch
 
-    from pipeline.model.build import load_causal_lm, reach_of
-    from pipeline.model.distillation import Teacher
+    from pipeline.model.distillation import load_teacher
 
     given = inputs.get("teacher")
     if given is None:
@@ -312,80 +294,20 @@ def _teacher(config: PretrainConfig, inputs: dict[str, Any], runtime: Runtime) -
             where="pretrain.teacher",
             mend=f"tokenize with the teacher's: --set tokenize.tokenizer={given.model}",
         )
-    is_bf16 = runtime.bf16 if config.bf16 is None else config.bf16
-    model = load_causal_lm(given.model, dtype=torch.bfloat16 if is_bf16 else torch.float32).to(runtime.device).eval()
-    reach = reach_of(model.config)
-    if reach is not None and reach < config.context_length:
-        raise ConfigError(
-            f"{config.context_length} is more than the teacher's context of {reach}",
-            where="pretrain.context_length",
-            mend=f"--set pretrain.context_length={reach}",
-        )
-    return Teacher(model.requires_grad_(False), config.distill_alpha, config.distill_temperature)
+    dtype = torch.bfloat16 if _is_bf16(config, runtime) else torch.float32
+    alpha, temperature = config.distill_alpha, config.distill_temperature
+    return load_teacher(given.model, dtype, runtime.device, config.context_length, alpha, temperature)
 
 
-def _infilled(
-    config: PretrainConfig, folder: Path, samples: RunSamples, train: TokenFile, tokenizer: PreTrainedTokenizerFast
-) -> Samples | Mixture | Infilled:
-    """The samples of the run, some of their documents told as fill-in-the-middle where that is asked for."""
-    from pipeline.data.encoding import choose
-    from pipeline.data.infilling import Infilled, marks_of
-    from pipeline.data.packing import hash_of
-
-    if config.fim_rate == 0:
-        return samples.order
-    if config.packing != "chunk":
-        raise ConfigError(
-            "fill-in-the-middle lengthens documents, which then fit no row",
-            where="pretrain.fim_rate",
-            mend="packing: chunk",
-        )
-    encoder, _ = choose(folder, [])
-    return Infilled(
-        samples.order,
-        rate=config.fim_rate,
-        spm_share=config.fim_spm_rate,
-        marks=marks_of(tokenizer),
-        separator=train.metadata.separator_id,
-        decode=tokenizer.decode,
-        encode=lambda text: encoder.encode([text])[0].tolist(),
-        seed=hash_of(config.seed, 2),
-        apart=config.document_mask,
-    )
-
-
-def _before(out: Path) -> dict[str, float]:
-    """What the base knew: the line of step 0."""
-    import json
-
-    with (out / "metrics.jsonl").open(encoding="utf-8") as file:
-        line = json.loads(file.readline())
-    return {name: value for name, value in line.items() if name.startswith("bits_per_byte/")}
-
-
-def _forgetting(before: dict[str, float], after: dict[str, float]) -> list[str]:
-    """A table of the bits per byte of each source, held out, before and after."""
-    if not before:
-        return []
-    width = max(len(name.partition("/")[2]) for name in before)
-    lines = [f"{'bits per byte, held out':{width}}  before   after"]
-    width = max(width, len("bits per byte, held out"))
-    for name, bits in before.items():
-        change = after[name] - bits
-        lines.append(f"{name.partition('/')[2]:{width}}  {bits:6.3f}  {after[name]:6.3f}  {change:+.3f}")
-    return lines
-
-
-def _by_source(bits: dict[str, float]) -> dict[str, float]:
-    return {f"bits_per_byte/{label}": value for label, value in bits.items()}
+def _is_bf16(config: PretrainConfig, runtime: Runtime) -> bool:
+    return runtime.bf16 if config.bf16 is None else config.bf16
 
 
 def _autocast(config: PretrainConfig, runtime: Runtime) -> torch.autocast:
     """bf16 products with fp32 weights, or nothing."""
     import torch
 
-    enabled = runtime.bf16 if config.bf16 is None else config.bf16
-    return torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=enabled)
+    return torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=_is_bf16(config, runtime))
 
 
 def _train(
@@ -436,7 +358,7 @@ class _Loop:
         self,
         config: PretrainConfig,
         model: PreTrainedModel,
-        samples: Samples | Mixture | Infilled,
+        samples: Order,
         teacher: Teacher | None,
         runtime: Runtime,
     ) -> None:
@@ -450,7 +372,7 @@ class _Loop:
         from pipeline.runtime import share_batch
 
         self.config, self.model, self.samples, self.runtime = config, model, samples, runtime
-        self.bf16 = runtime.bf16 if config.bf16 is None else config.bf16
+        self.bf16 = _is_bf16(config, runtime)
         choose_attention(model, self.bf16, config.context_length)
         if config.gradient_checkpointing:
             recompute_activations(model)
@@ -540,7 +462,7 @@ class _Loop:
         targets = self.samples.targets(range(step * self.batch, (step + 1) * self.batch))
         for ready in self.feed.step(step):
             batch = ready.to(self.runtime.device)
-            with self.autocast():
+            with _autocast(config, self.runtime):
                 nats, routing = self.losses.loss_sum(batch.inputs_BT, batch.targets_BT, batch.positions_BT)
             loss = nats / targets
             total += loss.detach()
@@ -628,19 +550,13 @@ class _Loop:
         shown = ", ".join(map(str, found[:8])) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
         return f"documents {shown} of train.ds"
 
-    def autocast(self) -> torch.autocast:
-        """bf16 products with fp32 weights, or nothing."""
-        import torch
-
-        return torch.autocast(self.runtime.device.type, dtype=torch.bfloat16, enabled=self.bf16)
-
     def evaluate(self, valid: TokenFile, tokenizer: PreTrainedTokenizerFast) -> tuple[float, dict[str, str]]:
         """Held-out bits per UTF-8 byte, and what the model makes of the sample prompts (greedy)."""
         from pipeline.model.build import evaluating
         from pipeline.model.held_out import bits_per_byte, continuations
 
         config = self.config
-        with self.autocast(), evaluating(self.model):
+        with _autocast(self.config, self.runtime), evaluating(self.model):
             bits = bits_per_byte(self.losses, valid, config.context_length, config.eval_documents)
             texts = continuations(
                 self.model, tokenizer, valid, config.sample_prompts, config.sample_tokens, config.context_length
@@ -648,10 +564,9 @@ class _Loop:
         return bits, {f"sample_{place}": text for place, text in enumerate(texts, 1)}
 
     def evaluate_sources(self, valid: TokenFile) -> dict[str, float]:
-        """Held-out bits per byte of each source, where there are several: `bits_per_byte/<label>`."""
+        """Held-out bits per byte of each source: `bits_per_byte/<label>`."""
         from pipeline.model.build import evaluating
         from pipeline.model.held_out import bits_by_source
 
-        with self.autocast(), evaluating(self.model):
-            bits = bits_by_source(self.losses, valid, self.config.context_length, self.config.eval_documents)
-        return {f"bits_per_byte/{label}": value for label, value in bits.items()}
+        with _autocast(self.config, self.runtime), evaluating(self.model):
+            return bits_by_source(self.losses, valid, self.config.context_length, self.config.eval_documents)

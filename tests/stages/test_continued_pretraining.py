@@ -130,7 +130,7 @@ def test_a_base_learns_new_text_in_an_extended_vocabulary(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").eval()
     assert loaded.config.vocab_size == len(tokenizer) == len(own) + 43
     again = bits_by_source(NextToken(loaded), valid, 32, 20)
-    assert again["words"] == pytest.approx(found["bits_per_byte/words"], rel=1e-4)
+    assert again["bits_per_byte/words"] == pytest.approx(found["bits_per_byte/words"], rel=1e-4)
     if peft is not None:
         frozen = (
             load_file(base.model / "model.safetensors"),

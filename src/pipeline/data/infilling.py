@@ -17,13 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.data.encoding import choose
 from pipeline.data.mixture import Mixture, Samples
 from pipeline.data.packing import Batch, Positions, hash_of, places_after
-from pipeline.data.tokenizers import plain_text
+from pipeline.data.tokenizers import load_tokenizer, plain_text
 from pipeline.errors import ConfigError
 
 NAMES = (
@@ -63,6 +65,25 @@ def marks_of(tokenizer: PreTrainedTokenizerFast) -> Marks:
             mend="a byte-level tokenizer, such as one that tokenize trains",
         )
     return Marks(*(vocab[name] for name in names))
+
+
+def infill(
+    order: Samples | Mixture, rate: float, spm_share: float, folder: Path, separator: int, seed: int, apart: bool
+) -> Infilled:
+    """`order` with a share `rate` of its documents told anew; `folder` has the tokenizer. Raises as `marks_of`."""
+    tokenizer = load_tokenizer(folder)
+    encoder, _ = choose(folder, [])
+    return Infilled(
+        order,
+        rate=rate,
+        spm_share=spm_share,
+        marks=marks_of(tokenizer),
+        separator=separator,
+        decode=tokenizer.decode,
+        encode=lambda text: encoder.encode([text])[0].tolist(),
+        seed=seed,
+        apart=apart,
+    )
 
 
 class Infilled:
@@ -127,3 +148,7 @@ class Infilled:
         if draws[2] < self.spm_share:
             return [marks.prefix, marks.suffix, *after, marks.middle, *before, *between]
         return [marks.prefix, *before, marks.suffix, *after, marks.middle, *between]
+
+
+Order = Samples | Mixture | Infilled
+"""What stands at each position of a run."""

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.artifacts import runs_code_of
-from pipeline.errors import MismatchError
+from pipeline.errors import ConfigError, MismatchError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -81,6 +81,14 @@ def reach_of(config: PreTrainedConfig) -> int | None:
     """Tokens that a model's positions reach; None where nothing bounds them (BLOOM, Mamba)."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if found is None else int(found)
+
+
+def check_reach(model: PreTrainedModel, length: int, whose: str, where: str) -> None:
+    """ConfigError where the model's positions do not reach `length` tokens."""
+    reach = reach_of(model.config)
+    if reach is not None and reach < length:
+        mend = f"--set {where}={reach}"
+        raise ConfigError(f"{length} is more than {whose} context of {reach}", where=where, mend=mend)
 
 
 def choose_attention(model: PreTrainedModel, bf16: bool, longest: int) -> None:

@@ -5,21 +5,49 @@ Letters of shapes: V rows of an embedding, D width.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.data.extend import is_extension, pieces
 from pipeline.data.shards import TokenFile
-from pipeline.data.tokenizers import encode_text
+from pipeline.data.tokenizers import encode_text, load_tokenizer
 from pipeline.errors import MismatchError
-from pipeline.model.build import evaluating, head_weight
+from pipeline.model.build import check_reach, check_vocabulary, evaluating, head_weight, load_causal_lm
 from pipeline.model.held_out import bits_by_source
 from pipeline.model.next_token import NextToken
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    model: PreTrainedModel
+    adapted: PeftModel | None = None
+    """The adapters on it, where only they are trained."""
+    known: dict[str, float] = field(default_factory=dict)
+    """`bits_per_byte/<label>` of the base on each source, where the run is not resumed."""
+
+
+def load_base(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, length: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model in `folder` and its own tokenizer. MismatchError where `tokenizer` is no extension of that, ConfigError
+    where the model does not reach `length` tokens."""
+    own = load_tokenizer(folder)
+    check_extends(tokenizer, own)
+    model = load_causal_lm(folder)
+    check_vocabulary(model, len(own), "pretrain.init")
+    check_reach(model, length, "the base's", "pretrain.context_length")
+    return model, own
 
 
 def check_extends(tokenizer: PreTrainedTokenizerFast, base: PreTrainedTokenizerFast) -> None:
@@ -59,7 +87,7 @@ def measure_base(
     length: int,
     documents: int,
 ) -> dict[str, float]:
-    """Label -> held-out bits a byte of the base on each source, the text in its `own` tokens, not the file's."""
+    """`bits_per_byte/<label>` of the base on each source, held out, the text in its `own` tokens, not the file's."""
 
     def own_ids(index: int) -> np.ndarray[Any, Any]:
         text = tokenizer.decode(valid.document(index)[:-1])
@@ -76,3 +104,24 @@ def fill_rows(weight_VD: Tensor, parts: Mapping[int, Sequence[int]], known: int)
     mean_D = weight_VD[:known].float().mean(dim=0)
     for row, ids in parts.items():
         weight_VD[row] = (weight_VD[list(ids)].float().mean(dim=0) if ids else mean_D).to(weight_VD.dtype)
+
+
+def read_known(metrics: Path) -> dict[str, float]:
+    """What the base knew, `bits_per_byte/<label>`: the first line of the run's metrics."""
+    with metrics.open(encoding="utf-8") as file:
+        line = json.loads(file.readline())
+    return {name: value for name, value in line.items() if name.startswith("bits_per_byte/")}
+
+
+def forgetting(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """A table of the held-out bits per byte of each source, before and after; nothing without a before."""
+    if not before:
+        return []
+    names = {name: name.partition("/")[2] for name in before}
+    head = "bits per byte, held out"
+    width = max(len(head), *map(len, names.values()))
+    rows = [
+        f"{label:{width}}  {before[name]:6.3f}  {after[name]:6.3f}  {after[name] - before[name]:+.3f}"
+        for name, label in names.items()
+    ]
+    return [f"{head:{width}}  before   after", *rows]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from pipeline.model.build import check_reach, load_causal_lm
 
 
 @dataclass
@@ -47,3 +50,12 @@ class Teacher:
         cross_entropy, divergence, targets = self.tally.tolist()
         self.tally.zero_()
         return {"cross_entropy": cross_entropy / targets, "teacher_kl": divergence / targets} if targets else {}
+
+
+def load_teacher(
+    folder: Path, dtype: torch.dtype, device: torch.device, length: int, alpha: float, temperature: float
+) -> Teacher:
+    """The teacher in `folder`. ConfigError where it does not reach `length` tokens."""
+    model = load_causal_lm(folder, dtype=dtype).to(device).eval()
+    check_reach(model, length, "the teacher's", "pretrain.context_length")
+    return Teacher(model.requires_grad_(False), alpha, temperature)

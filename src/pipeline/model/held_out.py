@@ -55,9 +55,9 @@ def padded(rows: list[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor]:
 def bits_by_source(
     losses: NextToken, valid: TokenFile, length: int, documents: int, ids_of: Ids | None = None
 ) -> dict[str, float]:
-    """Label -> bits a byte over `documents` of the source's own."""
+    """`bits_per_byte/<label>` of each source, over `documents` of its own."""
     return {
-        source.label: bits_per_byte(losses, valid, length, documents, source=place, ids_of=ids_of)
+        f"bits_per_byte/{source.label}": bits_per_byte(losses, valid, length, documents, source=place, ids_of=ids_of)
         for place, source in enumerate(valid.metadata.sources)
         if source.documents
     }
