@@ -188,7 +188,7 @@ def train_tokenizer(config: TokenizeConfig, survey: Survey, runtime: Runtime) ->
 
 def watched(survey: Survey, runtime: Runtime, bar: Bar) -> Iterator[str]:
     """The sample on its way into the trainer."""
-    for text in survey.sample.texts():
+    for text in survey.sample.texts:
         runtime.check_stop()
         bar.advance()
         yield text
@@ -207,7 +207,7 @@ def write_tokens(
     from pipeline.data.sources import labels
     from pipeline.data.tokenizers import separator_id
 
-    sample = survey.sample.head(2_000_000)
+    sample = survey.sample.spread(500_000)
     encoder, choice = encoding.choose(out / "model", sample)
     runtime.say(choice)
     total_bytes = survey.train_bytes + survey.held_out_bytes
@@ -223,12 +223,13 @@ def write_tokens(
         ShardWriter(out / "train.ds", *what) as train,
         ShardWriter(out / "valid.ds", *what) as valid,
     ):
-        corpus = read(config, runtime, lambda text: None)
+        corpus = again(config, survey, runtime)
         tagged = (((piece.is_held_out, piece.bytes, piece.source), piece.text) for piece in corpus)
         for (is_held_out, size, source), ids in encoding.encode_all(tagged, encoder, processes):
             (valid if is_held_out else train).append(ids, size, source)
             done = train.text_bytes + valid.text_bytes
-            bar.advance(done // 1_000_000 - bar.done, **{"MB/s": done / 1e6 / (time.monotonic() - start)})
+            if done // 1_000_000 > bar.done:
+                bar.advance(done // 1_000_000 - bar.done, **{"MB/s": done / 1e6 / (time.monotonic() - start)})
     figures = counts(train, valid) | {"mb_per_second": total_bytes / 1e6 / (time.monotonic() - start)}
     runtime.metrics.log(0, tokens=train.tokens, **figures)
     runtime.say(
@@ -239,6 +240,16 @@ def write_tokens(
         for one, other in zip(train.sources, valid.sources, strict=True):
             runtime.say(f"  {one.label}: {one.documents:,} documents, {one.tokens:,} tokens; {other.tokens:,} held out")
     return figures
+
+
+def again(config: TokenizeConfig, survey: Survey, runtime: Runtime) -> Iterator[Piece]:
+    """The corpus a second time: from memory where it is small enough to have been kept, else read again."""
+    if survey.pieces is None:
+        yield from read(config, runtime, lambda text: None)
+        return
+    for piece in survey.pieces:
+        runtime.check_stop()
+        yield piece
 
 
 def counts(train: ShardWriter, valid: ShardWriter) -> dict[str, float]:

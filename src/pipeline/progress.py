@@ -123,12 +123,15 @@ class Bar:
     def advance(self, n: int = 1, **figures: float) -> None:
         """`n` more units are done; `figures` are the key figures to show."""
         self.done += n
+        is_due = not self.quiet and time.monotonic() - self._last >= SECONDS_BETWEEN_LINES
+        if self._rich is None and not is_due:
+            return  # before anything is formatted: a phase may have a hundred thousand short units
         text = "  ".join(f"{name} {_compact(value)}" for name, value in figures.items())
         if self._rich is not None and self._task is not None:
             self._rich.update(self._task, completed=self.done, total=self.total)
             if text:
                 self._rich.update(self._task, figures=text)
-        elif not self.quiet and time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
+        else:
             self._last = time.monotonic()
             _line(f"{self.phase}  {self._share()}  {text}{self._left()}")
 

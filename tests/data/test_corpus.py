@@ -66,7 +66,7 @@ def test_weights_repeat_what_the_tokenizer_sees_not_what_is_written(tmp_path: Pa
     survey = Survey(Sample(10_000_000))
     for piece in found[:500]:
         survey.add(piece, 1.5)
-    train = survey.sample.texts()
+    train = survey.sample.texts
     assert survey.train_documents == len(set(train)) == sum(not piece.is_held_out for piece in found[:500])
     times = {text: train.count(text) for text in train}
     assert set(times.values()) == {1, 2}
@@ -86,20 +86,21 @@ def test_a_sample_has_its_size_whatever_the_order() -> None:
         forward.add(text)
     for text in reversed(texts):
         backward.add(text)
-    assert sorted(forward.texts()) == sorted(backward.texts())
-    assert forward.size == 10 * len(forward.kept) <= 10_000
+    assert sorted(forward.texts) == sorted(backward.texts)
+    assert forward.size == 10 * len(forward.texts) <= 10_000
     assert forward.size > 4_000  # halved until it fits: between a half and the whole
-    assert forward.texts() == sorted(forward.texts())  # in the order they came
-    assert all(share(f"sample {text}") < forward.threshold for text in forward.texts())
+    assert forward.texts == sorted(forward.texts)  # in the order they came
+    assert forward.texts == [text for text in texts if share(f"sample {text}") < forward.threshold]
 
 
 def test_a_small_corpus_is_its_own_sample() -> None:
     sample = Sample(1000)
     for text in ("ä" * 10, "b" * 20):
         sample.add(text)
-    assert (sample.texts(), sample.size) == (["ä" * 10, "b" * 20], 40)
-    assert sample.head(5) == ["äääää"]
-    assert sample.head(15) == ["ä" * 10, "b" * 15]
+    assert (sample.texts, sample.size) == (["ä" * 10, "b" * 20], 40)
+    assert sample.spread(5) == ["äääää"]  # of 40 bytes, every eighth text
+    assert sample.spread(15) == ["ä" * 10]  # every second
+    assert sample.spread(25) == ["ä" * 10, "b" * 20]
 
 
 def test_a_survey_counts_both_sides_and_samples_one(tmp_path: Path) -> None:
@@ -108,4 +109,9 @@ def test_a_survey_counts_both_sides_and_samples_one(tmp_path: Path) -> None:
     survey.add(Piece("held out ä", True))
     assert (survey.train_documents, survey.train_bytes) == (1, 3_000_000)
     assert (survey.held_out_documents, survey.held_out_bytes) == (1, 11)
-    assert [len(text) for text in survey.sample.texts()] == [1 << 20, 1_500_000 - (1 << 20)]
+    assert survey.pieces == [Piece("ä" * 1_500_000, False), Piece("held out ä", True)]
+    survey.add(Piece("a" * 7_000_000, True))
+    assert survey.pieces is None, "more than the sample may hold is read again"
+    survey.add(Piece("a", True))
+    assert (survey.pieces, survey.held_out_documents) == (None, 3)
+    assert [len(text) for text in survey.sample.texts] == [1 << 20, 1_500_000 - (1 << 20)]

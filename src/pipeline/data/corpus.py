@@ -43,48 +43,46 @@ class Sample:
     limit: int
     threshold: float = 1.0
     size: int = 0
-    kept: list[tuple[float, str]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    """What was kept, in the order it came."""
 
     def add(self, text: str) -> None:
         """Keeps `text` or not."""
-        place = share(f"sample {text}")
-        if place < self.threshold:
-            self.kept.append((place, text))
+        if self.threshold == 1.0 or sample_share(text) < self.threshold:
+            self.texts.append(text)
             self.size += text_bytes(text)
-            while self.size > self.limit and len(self.kept) > 1:
+            while self.size > self.limit and len(self.texts) > 1:
                 self.threshold /= 2
-                self.kept = [(place, text) for place, text in self.kept if place < self.threshold]
-                self.size = sum(text_bytes(text) for _, text in self.kept)
+                self.texts = [text for text in self.texts if sample_share(text) < self.threshold]
+                self.size = sum(map(text_bytes, self.texts))
 
-    def texts(self) -> list[str]:
-        """What was kept, in the order it came."""
-        return [text for _, text in self.kept]
-
-    def head(self, characters: int) -> list[str]:
-        """The first texts of the sample, about so many characters of them, at least one."""
-        size = 0
-        taken = []
-        for text in self.texts():
-            taken.append(text[:characters])
-            size += len(text)
-            if size >= characters:
-                break
-        return taken
+    def spread(self, characters: int) -> list[str]:
+        """About so many characters of the sample, at least one text, from its beginning to its end."""
+        step = max(1, self.size // characters)
+        return [text[:characters] for text in self.texts[::step]]
 
 
 @dataclass
 class Survey:
-    """What a first pass over the corpus found: documents and UTF-8 bytes on each side, and the sample."""
+    """What a first pass over the corpus found: documents and UTF-8 bytes on each side, and the sample.
+
+    `pieces` are all of them, where they are no larger than the sample may be: then no second pass is needed.
+    """
 
     sample: Sample
     train_documents: int = 0
     train_bytes: int = 0
     held_out_documents: int = 0
     held_out_bytes: int = 0
+    pieces: list[Piece] | None = field(default_factory=list)
 
     def add(self, piece: Piece, weight: float = 1.0) -> None:
         """Counts a piece; the sample is of what is trained on alone, and has it as often as its source's weight."""
         size = piece.bytes
+        if self.pieces is not None:
+            self.pieces.append(piece)
+            if self.train_bytes + self.held_out_bytes + size > self.sample.limit:
+                self.pieces = None
         if piece.is_held_out:
             self.held_out_documents += 1
             self.held_out_bytes += size
@@ -94,6 +92,11 @@ class Survey:
         for _ in range(copies(piece.text, weight)):
             for start in range(0, len(piece.text), SLICE):
                 self.sample.add(piece.text[start : start + SLICE])
+
+
+def sample_share(text: str) -> float:
+    """A number in [0, 1) that decides whether a sample keeps `text`."""
+    return share(f"sample {text}")
 
 
 def text_bytes(text: str) -> int:
