@@ -159,8 +159,12 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     flops = flops_per_token(model, config.context_length) * config.max_steps * batch * config.context_length
     flops *= 2 / 3 if start.adapted else 1
     runtime.say(compile_blocks(model, config.torch_compile, flops))
-    _train(config, loop, step, valid, tokenizer, runtime)
-    loop.feed.close()
+    runtime.checkpoints.behind = True
+    try:
+        _train(config, loop, step, valid, tokenizer, runtime)
+    finally:
+        loop.feed.close()
+        runtime.checkpoints.wait()
 
     # 4. save, then evaluate
     if start.adapted is not None:
@@ -348,6 +352,7 @@ def _train(
                 loop.check()
                 loop.save(step)
             if stopping and step < config.max_steps:
+                runtime.checkpoints.wait()
                 runtime.stop(step)
 
 

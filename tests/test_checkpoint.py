@@ -52,6 +52,52 @@ def test_tensors_that_share_memory_or_are_views_are_saved(checkpoints: Checkpoin
     assert torch.equal(loaded["turned"], base.T)
 
 
+def test_one_that_is_written_behind_has_the_values_of_its_step(checkpoints: Checkpoints, tmp_path: Path):
+    """The weights go on changing in place, and so does metrics.jsonl."""
+    checkpoints.behind = True
+    weights = torch.zeros(1_000_000)
+    for step in range(1, 6):
+        weights += 1
+        checkpoints.metrics.log(step, loss=1.0)
+        checkpoints.save(step, {"weights": weights, "tied": weights, "part": weights[:10]}, {"at": step})
+        weights += 0.5
+        checkpoints.metrics.log(step, loss=2.0)
+    checkpoints.wait()
+    assert steps(tmp_path) == ["step-00000004", "step-00000005"]
+    found = fresh(tmp_path).latest()
+    assert found is not None
+    assert (found.step, found.state) == (5, {"at": 5})
+    loaded = found.tensors()
+    assert all(set(loaded[name].tolist()) == {7.0} for name in ("weights", "tied", "part"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines][-1] == (5, 1.0)
+
+
+def test_what_goes_wrong_behind_is_raised_by_the_next_save(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    checkpoints.behind = True
+    checkpoints.save(1, {"a": torch.ones(3)}, {})
+    checkpoints.wait()
+
+    def no_space(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", no_space)
+        checkpoints.save(2, {"a": torch.ones(3)}, {})
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save(3, {"a": torch.ones(3)}, {})
+    newest = fresh(tmp_path).latest()
+    assert newest is not None
+    assert newest.step == 1
+    checkpoints.save(3, {"a": torch.ones(3)}, {})
+    checkpoints.wait()
+    newest = fresh(tmp_path).latest()
+    assert newest is not None
+    assert newest.step == 3
+
+
 def test_the_newest_two_are_kept(checkpoints: Checkpoints, tmp_path: Path):
     for step in (5, 10, 100):
         checkpoints.save(step, {"a": torch.tensor(step)}, {})

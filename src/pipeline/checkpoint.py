@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,11 @@ class Checkpoints:
     threads: int = 1
     barrier: Callable[[], None] = lambda: None
     keep: int = 2
+    behind: bool = False
+    """Whether `save` returns when the tensors are copied and a thread writes them; `wait` before the stage ends."""
     resumed_from: int = field(default=0, init=False)
+    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), init=False)
+    _writing: Future[None] | None = field(default=None, init=False)
 
     def peek(self) -> Checkpoint | None:
         """The newest whole checkpoint, nothing changed."""
@@ -76,37 +81,56 @@ class Checkpoints:
         return newest
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        """Write the checkpoint of `step`: after this returns it is whole on disk. `state` is plain JSON."""
+        """Write the checkpoint of `step`: after this returns, or after the next `wait`, it is whole on disk. `state` is
+        plain JSON. What went wrong with the one before is raised here."""
+        self.wait()
         if self.is_main:
-            from safetensors.torch import save_file
+            marker = self._marker(step, state)
+            held = _separate(tensors, copy=self.behind)
+            if self.behind:
+                self._writing = self._writer.submit(self._write, step, held, marker)
+                return
+            self._write(step, held, marker)
+        if not self.behind:
+            self.barrier()
 
-            path = self.folder / f"step-{step:08d}"
-            temporary = self.folder / f".step-{step:08d}"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            save_file(_separate(tensors), temporary / "state.safetensors")
-            temporary.rename(path)  # never onto a whole one: a run goes on from the newest
-            _sync_file(self.folder)
-            self._mark(path, step, state)
-        self.barrier()
+    def wait(self) -> None:
+        """Until what is being written is whole on disk; raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, step: int, tensors: Mapping[str, torch.Tensor], marker: Mapping[str, Any]) -> None:
+        from safetensors.torch import save_file
+
+        path = self.folder / f"step-{step:08d}"
+        temporary = self.folder / f".step-{step:08d}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(dict(tensors), temporary / "state.safetensors")
+        temporary.rename(path)  # never onto a whole one: a run goes on from the newest
+        _sync_file(self.folder)
+        self._mark(path, marker)
 
     def adopt(self, path: Path, step: int, state: Mapping[str, Any]) -> None:
         """Declare the folder that somebody else wrote at `path` to be the whole checkpoint of `step`."""
         if self.is_main:
-            self._mark(path, step, state)
+            self._mark(path, self._marker(step, state))
         self.barrier()
 
-    def _mark(self, path: Path, step: int, state: Mapping[str, Any]) -> None:
-        for file in path.rglob("*"):
-            if file.is_file():
-                _sync_file(file)
-        marker = {
+    def _marker(self, step: int, state: Mapping[str, Any]) -> dict[str, Any]:
+        return {
             "step": step,
             "state": dict(state),
             "metrics_bytes": self.metrics.sync(),
             "seconds": self.metrics.seconds(),
             "threads": self.threads,
         }
+
+    def _mark(self, path: Path, marker: Mapping[str, Any]) -> None:
+        for file in path.rglob("*"):
+            if file.is_file():
+                _sync_file(file)
         write_json(path / MARKER, marker)
         for old in _whole(self.folder)[: -self.keep]:
             (old.path / MARKER).unlink()
@@ -136,13 +160,18 @@ def _whole(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous CPU tensors of which no two share memory, as safetensors wants them."""
+def _separate(tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
+    """Contiguous CPU tensors of which no two share memory, as safetensors wants them; `copy`: nor with the model."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
-        if own.untyped_storage().data_ptr() in seen or own.untyped_storage().nbytes() != own.nbytes:
+        is_models = own.data_ptr() == tensor.data_ptr()
+        if (
+            (copy and is_models)
+            or own.untyped_storage().data_ptr() in seen
+            or own.untyped_storage().nbytes() != own.nbytes
+        ):
             own = own.clone()
         seen.add(own.untyped_storage().data_ptr())
         result[name] = own
