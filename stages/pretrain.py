@@ -116,6 +116,7 @@ for 32 at once, the same gradient in 4 % less time. (A GPU takes the micro-step 
 
 INPUTS = {"tokens": "tokens", "init": "causal-lm", "teacher": "causal-lm"}
 KIND = "causal-lm"
+SHARDS = True
 RESULT_VERSION = 1
 
 
@@ -126,6 +127,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     from pipeline.model.build import flops_per_token, save_model, save_without_weights
     from pipeline.model.compiling import compile_blocks
     from pipeline.model.continued import forgetting, read_known
+    from pipeline.model.sharding import whole_state
 
     # 1. data
     tokens = inputs["tokens"]
@@ -135,7 +137,9 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
 
     # 2. model and optimizers, from the checkpoint if there is one
     start = _start(config, inputs, tokenizer, valid, runtime)
-    model = start.model.to(runtime.device)
+    model = start.model
+    if not runtime.shards:  # shards go there one by one
+        model.to(runtime.device)
     teacher = _teacher(config, inputs, runtime)
     order = _order(config, run_samples, tokens.model, train.metadata.separator_id)
     ends = ([train.metadata.separator_id], tokenizer.pad_token_id)
@@ -169,8 +173,9 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     # 4. save, then evaluate
     if start.adapted is not None:
         start.adapted.merge_and_unload()
+    state = whole_state(model, runtime.is_main)
     if runtime.is_main:
-        save_model(model, out / "model", tokens.model, *ends)
+        save_model(model, out / "model", tokens.model, *ends, state)
     runtime.barrier()
     bits, samples = loop.evaluate(valid, tokenizer)
     seen = config.max_steps * batch * config.context_length
@@ -280,6 +285,8 @@ def _start(
         runtime.say(f"{new:,} new tokens: rows for them from those of their parts")
     if adapters is None:
         return Start(model, None, known)
+    if runtime.shards:
+        raise ConfigError("adapters are not trained in shards", where="pretrain.peft", mend="--strategy ddp")
     return Start(model, adapt(model, adapters, derive_seed(config.seed, "adapters"), train_rows=new > 0), known)
 
 
@@ -308,10 +315,11 @@ def _is_bf16(config: PretrainConfig, runtime: Runtime) -> bool:
 
 
 def _autocast(config: PretrainConfig, runtime: Runtime) -> torch.autocast:
-    """bf16 products with fp32 weights, or nothing."""
+    """bf16 products with fp32 weights, or nothing. (Kept, its copies of gathered shards would be a whole model.)"""
     import torch
 
-    return torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=_is_bf16(config, runtime))
+    enabled, cached = _is_bf16(config, runtime), not runtime.shards
+    return torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=cached)
 
 
 def _train(
@@ -370,17 +378,16 @@ class _Loop:
         import torch
 
         from pipeline.model.build import choose_attention, recompute_activations
+        from pipeline.model.compiling import blocks_of
         from pipeline.model.feed import Feed
         from pipeline.model.loss_watch import LossWatch
         from pipeline.model.next_token import NextToken, keeps_documents_apart
         from pipeline.model.optim import build_optimizers, warmup_steps
+        from pipeline.model.sharding import shard
         from pipeline.runtime import share_batch
 
         self.config, self.model, self.samples, self.runtime = config, model, samples, runtime
         self.bf16 = _is_bf16(config, runtime)
-        choose_attention(model, self.bf16, config.context_length)
-        if config.gradient_checkpointing:
-            recompute_activations(model)
         self.losses = NextToken(model, teacher)
         if config.document_mask and not keeps_documents_apart(model):
             raise ConfigError(
@@ -388,6 +395,11 @@ class _Loop:
                 where="pretrain.document_mask",
                 mend="packing: document, or leave it out",
             )
+        if runtime.shards:
+            runtime.say(shard(self.losses, blocks_of(model), runtime.device, runtime.world_size, evaluates="nats"))
+        choose_attention(model, self.bf16, config.context_length)
+        if config.gradient_checkpointing:
+            recompute_activations(model)
         self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.rows, self.micro_steps = share_batch(
             config.per_device_train_batch_size,
@@ -441,6 +453,7 @@ class _Loop:
         """A checkpoint of `step`: weights and moments, never lost ones; the data's position is the step itself."""
         from pipeline.checkpoint import optimizer_tensors
         from pipeline.model.build import unique_parameters
+        from pipeline.model.sharding import whole
 
         tensors = {f"model.{name}": tensor for name, tensor in unique_parameters(self.model).items()}
         states = []
@@ -448,6 +461,7 @@ class _Loop:
             moments, state = optimizer_tensors(optimizer, f"optimizer{index}")
             tensors |= moments
             states.append(state)
+        tensors = whole(tensors, keep=self.runtime.is_main)
         self.runtime.checkpoints.save(step, tensors, {"optimizers": states, "skipped": self.skipped})
 
     def step(self, step: int) -> None:
@@ -455,6 +469,7 @@ class _Loop:
         import torch
 
         from pipeline.model.optim import learning_rate_share, set_learning_rate
+        from pipeline.model.sharding import clip_gradients, sum_gradients
 
         config = self.config
         set_learning_rate(
@@ -468,17 +483,19 @@ class _Loop:
         for ready in self.feed.step(step):
             batch = ready.to(self.runtime.device)
             with _autocast(config, self.runtime):
-                nats, routing = self.losses.loss_sum(batch.inputs_BT, batch.targets_BT, batch.positions_BT)
+                nats, routing = self.losses(batch.inputs_BT, batch.targets_BT, batch.positions_BT)
             loss = nats / targets
             total += loss.detach()
             if routing is not None:
                 share = self.rows / self.batch
                 loss = loss + self.losses.balance_weight * share * routing.balance_loss
                 self.routing += share * torch.stack([routing.balance_loss.detach(), routing.busiest])
-            loss.backward()  # type: ignore[no-untyped-call]
-        self._reduce()
+            loss.backward()
+        parameters = list(self.model.parameters())
+        if self.runtime.world_size > 1 and not self.runtime.shards:
+            sum_gradients(parameters)
         self.watch.add(step, total)
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        self.grad_norm = clip_gradients(parameters, config.max_grad_norm)
         steps_over = config.skip_nonfinite > 0 and not bool(self.grad_norm.isfinite())
         self.skipped += steps_over
         if self.skipped > config.skip_nonfinite:
@@ -487,19 +504,6 @@ class _Loop:
             if not steps_over:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-
-    def _reduce(self) -> None:
-        """Sum the gradients over the ranks: every rank's loss is already divided by the whole batch's tokens."""
-        import torch
-
-        if self.runtime.world_size > 1:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            torch.distributed.all_reduce(flat)
-            start = 0
-            for gradient in gradients:
-                gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-                start += gradient.numel()
 
     def figures(self, step: int) -> dict[str, float]:
         """Mean loss since the last call, in nats a token, and what goes with it. Says which steps had a spike or were
@@ -559,13 +563,15 @@ class _Loop:
         """Held-out bits per UTF-8 byte, and what the model makes of the sample prompts (greedy)."""
         from pipeline.model.build import evaluating
         from pipeline.model.held_out import bits_per_byte, continuations
+        from pipeline.model.sharding import gathered
 
         config = self.config
         with _autocast(self.config, self.runtime), evaluating(self.model):
             bits = bits_per_byte(self.losses, valid, config.context_length, config.eval_documents)
-            texts = continuations(
-                self.model, tokenizer, valid, config.sample_prompts, config.sample_tokens, config.context_length
-            )
+            with gathered(self.losses):
+                texts = continuations(
+                    self.model, tokenizer, valid, config.sample_prompts, config.sample_tokens, config.context_length
+                )
         return bits, {f"sample_{place}": text for place, text in enumerate(texts, 1)}
 
     def evaluate_sources(self, valid: TokenFile) -> dict[str, float]:

@@ -242,7 +242,7 @@ def test_torchrun_starts_the_ranks_from_outside(cli: Any, acts: Path):
     [
         (0, "auto", "--num-processes is at least 1"),
         (2, "single", "--strategy single is one process"),
-        (None, "fsdp3", "--strategy is one of auto, single, ddp"),
+        (None, "fsdp3", "--strategy is one of auto, single, ddp, fsdp"),
     ],
 )
 def test_launches_that_make_no_sense(processes: int | None, strategy: str, what: str):

@@ -204,12 +204,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[di
 def load_optimizer(
     optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
 ) -> None:
-    """Put back what `optimizer_tensors` took out."""
+    """Put back what `optimizer_tensors` took out; `tensors` are whole, also for parameters in shards."""
+    from pipeline.model.sharding import cut_like
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     restored: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         if key.startswith(f"{prefix}."):
             index, name = key.removeprefix(f"{prefix}.").split(".", 1)
-            restored.setdefault(int(index), {})[name] = tensor
+            restored.setdefault(int(index), {})[name] = cut_like(tensor, parameters[int(index)])
     for key, number in state["numbers"].items():
         index, name = key.split(".", 1)
         restored.setdefault(int(index), {})[name] = number

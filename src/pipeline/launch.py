@@ -33,7 +33,7 @@ from pipeline.lineage import Standing
 from pipeline.progress import leave_on_signals
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what asks a run to stop
-STRATEGIES = ("auto", "single", "ddp")
+STRATEGIES = ("auto", "single", "ddp", "fsdp")
 VERSIONS_OF = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "llmpipe")
 
 
@@ -82,7 +82,7 @@ def run_stage(standing: Standing, inputs: Mapping[str, Any], store: Store, run: 
     processes = launch.processes()
 
     def work(rank: int) -> None:
-        execute(standing, inputs, store, run, partial, processes, launch.quiet)
+        execute(standing, inputs, store, run, partial, processes, launch)
 
     if sys.platform != "linux" and processes == 1:
         work(0)
@@ -216,7 +216,7 @@ def execute(
     run: str,
     partial: Path,
     processes: int,
-    quiet: bool,
+    launch: Launch,
     *,
     last: bool = True,
 ) -> None:
@@ -231,9 +231,16 @@ def execute(
     halt = Stop()
     halt.listen()
     runtime = Runtime.start(
-        partial, seed=node.config.seed, threads=default_threads(processes), world_size=processes, quiet=quiet
+        partial,
+        seed=node.config.seed,
+        threads=default_threads(processes),
+        world_size=processes,
+        quiet=launch.quiet,
+        shards=launch.strategy == "fsdp" and node.stage.shards and processes > 1,
     )
     runtime.halt = halt
+    if launch.strategy == "fsdp" and node.stage.shards and not runtime.shards:
+        runtime.say("--strategy fsdp: one process keeps the model whole")
     if runtime.is_main:
         _write_config(partial / "config.yaml", to_jsonable_python(node.config))
     runtime.barrier()
@@ -283,6 +290,7 @@ def _manifest(
         "seconds": round(runtime.metrics.seconds(), 3),
         "resumed_from": runtime.checkpoints.resumed_from,
         "processes": runtime.world_size,
+        "shards": runtime.shards,
         "threads": runtime.threads,
         "device": _device(runtime.device),
         "versions": versions(),

@@ -119,6 +119,8 @@ class Stage:
     run: Callable[..., dict[str, float]]
     preview: Callable[..., list[Any]] | None = None
     """(config, inputs, how many) -> rows as `llmpipe preview` shows them; optional."""
+    shards: bool = False
+    """Whether it keeps its model in shards where the runtime asks for it (`--strategy fsdp`)."""
 
     @classmethod
     def of(cls, module: ModuleType, type_name: str) -> Stage:
@@ -154,6 +156,7 @@ class Stage:
             trains_on=members.get("TRAINS_ON", ""),
             run=members["run"],
             preview=members.get("preview"),
+            shards=members.get("SHARDS", False),
         )
 
 

@@ -62,9 +62,13 @@ class Runtime:
     checkpoints: Checkpoints
     halt: Stop = field(default_factory=Stop)
     quiet: bool = False
+    shards: bool = False
+    """Whether the stage is to keep its model in shards over the ranks."""
 
     @classmethod
-    def start(cls, out: Path, *, seed: int, threads: int, world_size: int = 1, quiet: bool = False) -> Runtime:
+    def start(
+        cls, out: Path, *, seed: int, threads: int, world_size: int = 1, quiet: bool = False, shards: bool = False
+    ) -> Runtime:
         """Join the other ranks and set up this process. `world_size` is what was asked for: fewer is an error."""
         transformers.utils.logging.disable_progress_bar()
         on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
@@ -96,6 +100,7 @@ class Runtime:
             metrics=metrics,
             checkpoints=checkpoints,
             quiet=quiet,
+            shards=shards,
         )
 
     @functools.cached_property

@@ -72,7 +72,7 @@ def test_what_is_wrong_in_a_recipe(warm: Any, recipe: Path, old: str, new: str, 
         (["r.yaml", "--run", "../x"], "error: --run ../x: '../x' is no name"),
         (["r.yaml", "--until", "pppo"], "--until pppo: no such stage; did you mean `ppo`?"),
         (["r.yaml", "--keep", "nothing"], "--keep nothing: the recipe has no such stage"),
-        (["r.yaml", "--strategy", "fsdp3"], "--strategy is one of auto, single, ddp"),
+        (["r.yaml", "--strategy", "fsdp3"], "--strategy is one of auto, single, ddp, fsdp, not 'fsdp3'"),
         (["missing.yaml"], "no recipe missing.yaml"),
         (["smoek"], "no recipe smoek; did you mean `smoke`?"),
         (["r.yaml", "--fource"], "--fource"),
@@ -120,6 +120,20 @@ def test_a_stage_alone_wants_what_it_takes(warm: Any, recipe: Path):
     assert "mend: llmpipe run r.yaml --until pretrain" in done.stderr
 
 
+def test_a_stage_that_cannot_be_sharded_refuses_it(warm: Any, recipe: Path):
+    done = warm("sft", "r.yaml", "--strategy", "fsdp")
+    assert done.code == 2
+    assert "r.yaml: --strategy fsdp: `sft` keeps the model whole in every process; only pretrain can" in done.stderr
+    assert "mend: --strategy ddp" in done.stderr
+    none = warm("run", "r.yaml", "--strategy", "fsdp", "--until", "tokenize")
+    assert (none.code, "`tokenize` keeps the model whole" in none.stderr) == (2, True)
+    some = warm("run", "r.yaml", "--strategy", "fsdp", "--dry-run")
+    assert some.code == 0
+    assert some.stderr == (
+        "--strategy fsdp: tokenize, sft, reward, ppo as under ddp, the model whole in every process\n"
+    )
+
+
 WITHOUT_TORCH = """
 import sys
 from pipeline.cli import main
@@ -136,6 +150,7 @@ finally:
     [
         ["run", "r.yaml", "--dry-run"],
         ["run", "bad.yaml"],
+        ["sft", "r.yaml", "--strategy", "fsdp"],
         ["config", "show", "r.yaml"],
         ["status", "r.yaml"],
         ["--help"],
@@ -145,5 +160,5 @@ def test_nothing_heavy_is_imported_to_check_a_recipe(cli: Any, recipe: Path, arg
     cli.write("bad.yaml", RECIPE.replace("init: sft, reward: reward", "init: sft, reward: pretrain"))
     command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
     done = subprocess.run(command, cwd=cli.folder, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == (2 if "bad.yaml" in arguments else 0), done.stderr
+    assert done.returncode == (2 if {"bad.yaml", "fsdp"} & set(arguments) else 0), done.stderr
     assert not {"torch", "transformers", "datasets", "accelerate"} & set(done.stdout.split())

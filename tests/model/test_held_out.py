@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,3 +108,20 @@ def test_samples_go_on_greedily_from_prompts_or_from_held_out_beginnings(made: P
     for index, text in zip(choose_documents(valid, 2), beginnings, strict=True):
         assert text.startswith(tokenizer.decode(valid.document(index)[:12]))
     assert continuations(trained, tokenizer, valid, None, 0, 32) == []
+
+
+def test_a_sample_ends_at_the_separator(made: Path, monkeypatch: pytest.MonkeyPatch):
+    """Generation goes on behind it, as it must where ranks share a model: that is cut off."""
+    folder = made / "artifacts" / "tiny" / "pretrain" / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    valid = TokenFile(made / "artifacts" / "tiny" / "tokenize" / "valid.ds")
+    written = [*tokenizer(" mi").input_ids, valid.metadata.separator_id, *tokenizer(" ru").input_ids]
+    asked: list[object] = []
+
+    def generate(*_: object, stop_ids: list[int], **__: object) -> SimpleNamespace:
+        asked.append(stop_ids)
+        return SimpleNamespace(responses=lambda: [written])
+
+    monkeypatch.setattr(held_out, "generate", generate)
+    assert continuations(model, tokenizer, valid, ("ka lo",), 6, 32) == ["ka lo mi"]
+    assert asked == [[]]

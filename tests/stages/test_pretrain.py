@@ -282,23 +282,6 @@ def test_samples_stand_beside_every_evaluation(tokens: Artifact, tmp_path: Path)
     assert all(line["sample_1"].startswith("ka lo") and len(line["sample_1"]) > 5 for line in lines)
 
 
-def test_two_processes_are_one_with_the_same_batch(warm: Any, tokenized: Path):
-    options = ("--set", "pretrain.max_steps=20", "--set", "pretrain.logging_steps=1", "--set", "pretrain.bf16=false")
-    per_device = "pretrain.per_device_train_batch_size"
-    one = warm("pretrain", "tiny.yaml", *options, "--set", f"{per_device}=4")
-    assert one.code == 0, one.stderr
-    folder = warm.folder / "artifacts" / "tiny" / "pretrain"
-    shutil.copytree(folder, warm.folder / "one")
-    two = warm("pretrain", "tiny.yaml", *options, "--set", f"{per_device}=4", "--num-processes", "2", "--force")
-    assert two.code == 0, two.stderr
-    assert manifest(warm.folder)["processes"] == 2
-    assert losses(folder) == pytest.approx(losses(warm.folder / "one"), abs=1e-4)
-    assert len(losses(folder)) == 20
-    assert distance(weights(folder), weights(warm.folder / "one")) < 1e-3
-    figures = [json.loads((path / "manifest.json").read_text())["metrics"] for path in (folder, warm.folder / "one")]
-    assert figures[0]["bits_per_byte"] == pytest.approx(figures[1]["bits_per_byte"], abs=1e-4)
-
-
 # The same bits, whatever disturbs it.
 
 

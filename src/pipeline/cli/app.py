@@ -32,7 +32,7 @@ KeepOption = Annotated[
 ProcessesOption = Annotated[
     int | None, typer.Option("--num-processes", help="processes a stage; one a GPU, else one, unless set")
 ]
-StrategyOption = Annotated[str, typer.Option("--strategy", help="auto, single or ddp")]
+StrategyOption = Annotated[str, typer.Option("--strategy", help="auto, single, ddp or fsdp (pretrain)")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")]
 
 

@@ -41,8 +41,8 @@ def run_as_rank(session: Session, name: str, force: bool) -> bool:
             shutil.rmtree(session.store.partial(run, name, standing.planned))
         partial = session.store.partial(run, name, standing.planned)
         state.wait_for_everyone()
-        quiet = session.launch.quiet
-        execute(standing, inputs_of(session, standing), session.store, run, partial, processes, quiet, last=False)
+        inputs = inputs_of(session, standing)
+        execute(standing, inputs, session.store, run, partial, processes, session.launch, last=False)
     return True
 
 

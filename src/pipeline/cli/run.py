@@ -27,6 +27,7 @@ def run_graph(
     if until is not None and until not in recipe.nodes:
         raise ConfigError(f"--until {until}: no such stage{meant(until, recipe.nodes)}", where=recipe.name)
     names = recipe.ancestors(until) if until else list(recipe.nodes)
+    _check_strategy(session, names)
     _run(session, names, keep=keep, force=force, dry_run=dry_run, as_json=as_json)
 
 
@@ -42,6 +43,7 @@ def run_one(
 ) -> None:
     """Run the one stage of this type; what it takes must stand."""
     name = _pick(session, type_name, only)
+    _check_strategy(session, [name])
     standings = survey(session.recipe, session.store, keep, bless=False)
     for parent in session.recipe.nodes[name].parents(session.recipe.nodes):
         if standings[parent].state != "stands" and not dry_run:
@@ -52,6 +54,22 @@ def run_one(
                 mend=f"llmpipe run {session.named} --until {name}",
             )
     _run(session, [name], keep=keep, force=force, dry_run=dry_run, as_json=as_json)
+
+
+def _check_strategy(session: Session, names: list[str]) -> None:
+    """ConfigError where fsdp is asked for and none of the stages keeps its model in shards; says which ones don't."""
+    if session.launch.strategy != "fsdp":
+        return
+    plain = [name for name in names if not session.recipe.nodes[name].stage.shards]
+    if len(plain) == len(names):
+        what = f"`{names[0]}` keeps" if len(names) == 1 else f"{', '.join(names)} keep"
+        raise ConfigError(
+            f"--strategy fsdp: {what} the model whole in every process; only pretrain can shard it",
+            where=session.recipe.name,
+            mend="--strategy ddp",
+        )
+    if plain and rank_from_outside() == 0:
+        _say(session, f"--strategy fsdp: {', '.join(plain)} as under ddp, the model whole in every process")
 
 
 def _pick(session: Session, type_name: str, only: str | None) -> str:

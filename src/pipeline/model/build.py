@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.artifacts import runs_code_of
 from pipeline.errors import ConfigError, MismatchError
+from pipeline.model.sharding import cut_like
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -131,11 +132,18 @@ def restore_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation("sdpa")
 
 
-def save_model(model: PreTrainedModel, folder: Path, tokenizer_from: Path, stop_ids: list[int], pad_id: int) -> None:
+def save_model(
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer_from: Path,
+    stop_ids: list[int],
+    pad_id: int,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write the model's folder: safetensors, the tokenizer and chat template of `tokenizer_from`, greedy generation
-    that ends at `stop_ids`."""
+    that ends at `stop_ids`. `state` in place of the model's own, where that is in shards."""
     _end_at(model, stop_ids, pad_id)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=state)
     _name_code_by_its_file(folder / "config.json")
     copy_tokenizer(tokenizer_from, folder)
 
@@ -198,11 +206,11 @@ def unique_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_parameters(model: torch.nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
-    """Copy `prefix.<name>` of `tensors` into the parameters that are trained, in place."""
+    """Copy `prefix.<name>` of `tensors`, which are whole, into the parameters that are trained, in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(tensors[f"{prefix}.{name}"])
+                parameter.copy_(cut_like(tensors[f"{prefix}.{name}"], parameter))
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:

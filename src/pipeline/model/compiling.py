@@ -16,9 +16,10 @@ the half minute that it takes."""
 
 
 def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The repeated blocks, as the family names them for splitting over devices; [] where it names none."""
+    """The repeated blocks, as the family names them for splitting over devices; [] where it names none. (A sharded one
+    is of a class derived from the family's.)"""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    return [module for module in model.modules() if names.intersection(kind.__name__ for kind in type(module).__mro__)]
 
 
 def can_compile() -> bool:

@@ -115,12 +115,14 @@ def continuations(
     else:
         rows = [[separator, *encode_text(tokenizer, prompt)] for prompt in prompts]
     rows = [row[: max(1, length - tokens)] for row in rows]
-    with evaluating(model):
-        made = generate(
-            model, rows, max_new_tokens=min(tokens, length - 1), stop_ids=[separator], pad_id=separator
-        ).responses()
-    whole = ([*row[1:], *answer] for row, answer in zip(rows, made, strict=True))
+    with evaluating(model):  # no early end: ranks that share a model in shards call it equally often
+        made = generate(model, rows, max_new_tokens=min(tokens, length - 1), stop_ids=[], pad_id=separator).responses()
+    whole = ([*row[1:], *_until(answer, separator)] for row, answer in zip(rows, made, strict=True))
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in whole]
+
+
+def _until(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
 
 
 def _keeps_cache(model: PreTrainedModel) -> bool:

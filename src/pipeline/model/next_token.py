@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import ConfigError
@@ -38,10 +38,14 @@ SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_hea
 """Settings of families that scale or cap their logits."""
 
 
-class NextToken:
-    """A model's next-token losses. `is_chunked` says whether whole logits are avoided."""
+class NextToken(nn.Module):
+    """A model's next-token losses. `is_chunked` says whether whole logits are avoided.
+
+    A module, so that the weights of a sharded model are gathered around its forward, the head's with them.
+    """
 
     def __init__(self, model: PreTrainedModel, teacher: Teacher | None = None) -> None:
+        super().__init__()
         self.model = model
         self.teacher = teacher
         self.config = model.config.get_text_config()
@@ -54,6 +58,12 @@ class NextToken:
                 where="pretrain.teacher",
                 mend="another architecture, or no teacher",
             )
+
+    def forward(
+        self, inputs_BT: Tensor, targets_BT: Tensor, positions_BT: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """`loss_sum`, behind the hooks of a module."""
+        return self.loss_sum(inputs_BT, targets_BT, positions_BT)
 
     def loss_sum(
         self, inputs_BT: Tensor, targets_BT: Tensor, positions_BT: Tensor | None = None

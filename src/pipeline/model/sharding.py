@@ -1,0 +1,94 @@
+"""One model over several processes: gradients summed (ddp), or the model itself in shards (FSDP2; Zhao et al. 2023).
+
+In shards every rank keeps its rows of each weight, of its gradient and of its moments; a block is gathered whole for
+its forward and its backward, and let go. `fully_shard` is called here, since accelerate's plugin silently gives DDP on
+a CPU. Losses are divided by the whole batch's tokens before their backward: gradients are summed, never averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard(root: nn.Module, blocks: Sequence[nn.Module], device: torch.device, world_size: int, evaluates: str) -> str:
+    """Cut the parameters of `root` (on any device) into shards on `device`, in place; says what was done.
+
+    Each of `blocks` is gathered by itself; what no block owns (embeddings, last norm, head) as one for the forward of
+    `root`, and for its method `evaluates`. Gradients are reduced at every backward, also of a micro-step: one that
+    waited for the last would be whole on every rank meanwhile.
+    """
+    mesh = init_device_mesh(device.type, (world_size,))
+    for module in [*reversed(blocks), root]:  # those inside another first
+        sharded = fully_shard(module, mesh=mesh)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # a factor of one's own is else a product that gloo lacks
+    register_fsdp_forward_method(root, evaluates)
+    if not blocks:
+        return f"in {world_size} shards, gathered whole at every step: the model names no repeated block"
+    return f"in {world_size} shards, {len(blocks)} blocks gathered one by one"
+
+
+@contextmanager
+def gathered(root: nn.Module) -> Iterator[None]:
+    """What no block owns whole on every rank for a while, so that the model inside `root` can be called by itself.
+
+    Its blocks gather themselves at every call: all ranks call it equally often. Nothing where `root` is not sharded.
+    """
+    if not isinstance(root, FSDPModule):
+        yield
+        return
+    root.unshard()
+    try:
+        yield
+    finally:
+        root.reshard()
+
+
+def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The tensors gathered from their shards, on the CPU; a collective, whose result only ranks that `keep` hold (the
+    others {}). Where nothing is sharded, the tensors as they are."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            found[name] = full.cpu() if isinstance(tensor, DTensor) else tensor
+    return found
+
+
+def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """`model.state_dict()` as by `whole`; tied weights stay one tensor under their names."""
+    state = model.state_dict(keep_vars=True)
+    once = whole({str(id(tensor)): tensor.detach() for tensor in state.values()}, keep)
+    return {name: once[str(id(tensor))] for name, tensor in state.items()} if keep else {}
+
+
+def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's shard of the whole `tensor` (a weight, a moment) where `parameter` is sharded; else the tensor
+    itself, as one of another shape (a count of steps). No collective: every rank has read the tensor."""
+    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return tensor
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients down to the norm `max_norm` over all of them; their norm before, whole on every rank."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum the gradients of unsharded parameters over the ranks."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()

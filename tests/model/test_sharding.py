@@ -1,0 +1,191 @@
+"""A model in shards over two gloo processes: what each keeps, what is summed, what comes back whole.
+
+A stage of the test's own works in both processes, beside the same model whole; each writes what it found.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.model.sharding import clip_gradients, cut_like, gathered, whole, whole_state
+
+STAGE = """
+import json
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from pipeline.checkpoint import load_optimizer, optimizer_tensors
+from pipeline.model import sharding
+from pipeline.model.build import load_parameters, unique_parameters
+from pipeline.model.optim import build_optimizers
+from pipeline.recipe import StageConfig, field
+
+class ShardConfig(StageConfig):
+    kind: str = field("adamw", "x")
+
+INPUTS, KIND, SHARDS = {}, "rows", True
+torch.Tensor.bfloat16 = torch.Tensor.float  # Muon's iteration, whose rounding depends on how its products are cut
+
+class Tied(nn.Module):
+    # 7 rows of embedding, 5 and 6 of the matrices: over two ranks some share evenly and some do not
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(7, 6)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)) for _ in range(2))
+        self.head = nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        hidden = self.embedding(ids)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.head(hidden)
+
+    def total(self, ids):
+        return self(ids).sum()
+
+def sharded(runtime):
+    model = Tied()
+    said = sharding.shard(model, list(model.blocks), runtime.device, runtime.world_size, evaluates="total")
+    return model, said
+
+def optimizers_of(model, kind):
+    return build_optimizers(
+        model, kind=kind, learning_rate=0.1, embedding_rate=0.1, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.1
+    )
+
+def backward(model, ids):
+    logits = model(ids[:, :-1]).flatten(0, 1)
+    (torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum") / 16).backward()
+
+def step(model, optimizers, micro_batches):
+    for ids in micro_batches:
+        backward(model, ids)
+    gradients = sharding.whole({name: p.grad.clone() for name, p in model.named_parameters()}, keep=True)
+    norm = sharding.clip_gradients(list(model.parameters()), 0.5)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return gradients, float(norm)
+
+def apart(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+def run(config, inputs, out, runtime):
+    assert torch.distributed.get_world_size() == runtime.world_size == 2
+    assert runtime.shards
+    micro_batches = torch.randint(0, 7, (2, 2, 5), generator=torch.Generator().manual_seed(1))  # rows of 4 targets
+    own = micro_batches[:, runtime.rank : runtime.rank + 1]
+    plain, (model, said) = Tied(), sharded(runtime)
+    ours, theirs = optimizers_of(model, config.kind), optimizers_of(plain, config.kind)
+    gradients, norm = step(model, ours, own)
+    expected, expected_norm = step(plain, theirs, micro_batches)
+    found = {
+        "said": said,
+        "gradients": apart(gradients, expected),
+        "norms": [norm, expected_norm],
+        "is tied": model.head.weight is model.embedding.weight,
+        "rows": {name: p.to_local().shape[0] for name, p in model.named_parameters()},
+        "update": apart(sharding.whole(unique_parameters(model), True), unique_parameters(plain)),
+    }
+    step(model, ours, own)
+    step(plain, theirs, micro_batches)
+
+    tensors, states, sizes = dict(unique_parameters(model)), [], []
+    for index, optimizer in enumerate(ours):
+        moments, state = optimizer_tensors(optimizer, f"optimizer{index}")
+        states.append(state)
+        tensors |= moments
+        sizes += [[v.to_local().numel(), v.numel()] for v in moments.values() if isinstance(v, DTensor)]
+        assert all(isinstance(v, DTensor) or v.dim() == 0 for v in moments.values())
+    found["moments"] = sizes
+    found["kept"] = len(sharding.whole(tensors, keep=runtime.is_main))
+    tensors = {name: tensor.clone() for name, tensor in sharding.whole(tensors, keep=True).items()}  # as from a file
+    found["whole"] = [isinstance(tensor, DTensor) for tensor in tensors.values()].count(False)
+
+    again, _ = sharded(runtime)
+    with torch.no_grad():
+        again.embedding.weight.zero_()
+    load_parameters(again, {f"model.{name}": tensor for name, tensor in tensors.items()}, "model")
+    fresh = optimizers_of(again, config.kind)
+    for index, optimizer in enumerate(fresh):
+        load_optimizer(optimizer, f"optimizer{index}", tensors, states[index])
+    step(model, ours, own)
+    step(again, fresh, own)
+    pairs = zip(model.parameters(), again.parameters(), strict=True)
+    found["goes on"] = all(torch.equal(one.to_local(), other.to_local()) for one, other in pairs)
+
+    state = sharding.whole_state(again, keep=True)
+    found["state"] = {name: list(tensor.shape) for name, tensor in state.items()}
+    found["state is tied"] = state["head.weight"] is state["embedding.weight"]
+    found["state elsewhere"] = len(sharding.whole_state(again, keep=False))
+    copy = Tied()
+    copy.load_state_dict(state)
+    with torch.no_grad():
+        expected = copy.total(own[0])
+        found["evaluates"] = float(again.total(own[0]) - expected)
+        with sharding.gathered(again):
+            found["inside is whole"] = not isinstance(again.embedding.weight, DTensor)
+            hidden = again.embedding(own[0])
+            for block in again.blocks:
+                hidden = hidden + block(hidden)
+            found["inside"] = float(again.head(hidden).sum() - expected)
+    found["afterwards"] = isinstance(again.embedding.weight, DTensor)
+    (out / f"rank-{runtime.rank}.json").write_text(json.dumps(found))
+    return {}
+"""
+NAMES = ["0.weight", "0.bias", "1.weight", "1.bias"]
+ROWS = [
+    {"embedding.weight": 4, **{f"blocks.{b}.{name}": 3 for b in (0, 1) for name in NAMES}},
+    {"embedding.weight": 3, **{f"blocks.{b}.{name}": rows for b in (0, 1) for name, rows in zip(NAMES, (2, 2, 3, 3))}},
+]
+"""The first dimension, 7, 5 or 6, cut into two: the first rank has the larger part."""
+
+
+@pytest.mark.parametrize(("kind", "moments"), [("adamw", 18), ("muon", 14)])
+def test_two_ranks_in_shards_are_one_model(warm: Any, tmp_path: Path, kind: str, moments: int):
+    """Gradients, norm, update and evaluation are those of the whole model, and every rank keeps its rows alone."""
+    (tmp_path / "shards.py").write_text(STAGE)
+    (tmp_path / "r.yaml").write_text(f"run: two\nstages:\n  it: {{stage: ./shards.py, kind: {kind}}}\n")
+    done = warm("run", "r.yaml", "--num-processes", "2", "--strategy", "fsdp")
+    assert done.code == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"artifacts/two/it/rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [found["rows"] for found in ranks] == ROWS
+    assert [found["kept"] for found in ranks] == [9 + moments + (9 if kind == "adamw" else 5), 0]
+    for found in ranks:
+        assert found["said"] == "in 2 shards, 2 blocks gathered one by one"
+        assert found["gradients"] < 1e-6
+        assert found["norms"][0] == pytest.approx(found["norms"][1], rel=1e-5)
+        assert found["update"] < 1e-6
+        assert len(found["moments"]) == moments
+        assert all(0 < local < full for local, full in found["moments"])
+        assert found["goes on"] is True
+        assert found["is tied"] is found["state is tied"] is True
+        assert found["state"]["head.weight"] == [7, 6]
+        assert len(found["state"]) == 10
+        assert found["state elsewhere"] == 0
+        assert found["evaluates"] == pytest.approx(0, abs=1e-5)
+        assert found["inside"] == pytest.approx(0, abs=1e-5)
+        assert found["inside is whole"] is found["afterwards"] is True
+
+
+def test_where_nothing_is_sharded_all_stays_as_it_is():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    weight = model[0].weight
+    assert whole({"a": weight}, keep=True)["a"] is weight
+    assert whole({"a": weight}, keep=False) == {}
+    assert cut_like(torch.ones(2, 2), weight).tolist() == [[1, 1], [1, 1]]
+    state = whole_state(model, keep=True)
+    assert state["0.weight"].data_ptr() == state["1.weight"].data_ptr() == weight.data_ptr()
+    with gathered(model):
+        assert model[0].weight is weight
+    weight.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    assert clip_gradients([weight], 1.0).item() == pytest.approx(5.0)
+    assert weight.grad.norm().item() == pytest.approx(1.0, rel=1e-5)
