@@ -407,15 +407,16 @@ class _Loop:
             runtime.world_size,
             "pretrain.per_device_train_batch_size",
         )
-        while runtime.device.type == "cpu" and self.rows % 2 == 0 and self.rows * config.context_length > CACHED_TOKENS:
+        self.losses.splits_rows = self.rows < config.per_device_train_batch_size
+        may_halve = runtime.device.type == "cpu" and not self.losses.has_experts  # which are balanced a micro-step
+        while may_halve and self.rows % 2 == 0 and self.rows * config.context_length > CACHED_TOKENS:
             self.rows, self.micro_steps = self.rows // 2, self.micro_steps * 2
         self.feed = Feed(
             samples.take,
             steps=config.max_steps,
             batch=self.batch,
             rows=self.rows,
-            micro_steps=self.micro_steps,
-            first=runtime.rank * self.rows * self.micro_steps,
+            starts=self._starts(),
             pin=runtime.device.type == "cuda",
         )
         self.warmup = warmup_steps(config.warmup_steps, config.max_steps)
@@ -432,6 +433,14 @@ class _Loop:
         self.skipped = 0
         self.grad_norm = torch.zeros((), device=runtime.device)
         self.routing = torch.zeros(2, device=runtime.device)
+
+    def _starts(self) -> range:
+        """Where this rank's micro-steps begin in a step's samples: its part of each, or some of them whole."""
+        rank = self.runtime.rank
+        if self.losses.splits_rows:
+            return range(rank * self.rows, self.batch, self.rows * self.runtime.world_size)
+        share = self.rows * self.micro_steps
+        return range(rank * share, (rank + 1) * share, self.rows)
 
     def resume(self) -> int:
         """Put back the newest checkpoint; the step it was made at, 0 without one."""

@@ -13,8 +13,9 @@ def numbered(positions: range) -> Batch:
 
 
 def feed(rank: int = 0, ranks: int = 1, steps: int = 4) -> Feed:
-    rows, micro_steps = 2, 6 // ranks // 2
-    return Feed(numbered, steps=steps, batch=6, rows=rows, micro_steps=micro_steps, first=rank * 6 // ranks, pin=False)
+    share = 6 // ranks
+    starts = range(rank * share, (rank + 1) * share, 2)
+    return Feed(numbered, steps=steps, batch=6, rows=2, starts=starts, pin=False)
 
 
 def test_a_step_has_its_positions_in_micro_batches() -> None:
@@ -38,7 +39,7 @@ def test_any_step_may_follow_any_other_and_nothing_is_read_beyond_the_end() -> N
         asked.append(positions)
         return numbered(positions)
 
-    made = Feed(take, steps=3, batch=2, rows=2, micro_steps=1, first=0, pin=False)
+    made = Feed(take, steps=3, batch=2, rows=2, starts=[0], pin=False)
     firsts = [int(made.step(step)[0].inputs_BT[0, 0]) for step in (0, 2, 1, 2)]
     made.close()
     assert firsts == [0, 40, 20, 40]
@@ -51,7 +52,7 @@ def test_a_fault_is_raised_by_the_step_that_wanted_the_samples() -> None:
             raise ValueError("unreadable")
         return numbered(positions)
 
-    made = Feed(take, steps=3, batch=2, rows=2, micro_steps=1, first=0, pin=False)
+    made = Feed(take, steps=3, batch=2, rows=2, starts=[0], pin=False)
     made.step(0)
     with pytest.raises(ValueError, match="unreadable"):
         made.step(1)

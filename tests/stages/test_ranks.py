@@ -52,8 +52,8 @@ def check(loop):
 
 def step(loop, number):
     config, runtime = loop.config, loop.runtime
-    def loss_sum(losses, inputs, targets):
-        nats, routing = plain_loss(losses, inputs, targets)
+    def loss_sum(losses, *batch):
+        nats, routing = plain_loss(losses, *batch)
         is_poisoned = number + 1 == config.poisoned and runtime.rank == runtime.world_size - 1
         return (nats * math.nan if is_poisoned else nats), routing
     NextToken.loss_sum = loss_sum
@@ -139,10 +139,13 @@ def ranks(warm: Any, tokenized: Path) -> Ranks:
 
 
 ACCUMULATED = ("per_device_train_batch_size=28", "gradient_accumulation_steps=3")
+EXPERTS = ("model.architecture=qwen3_moe", "model.intermediate_size=32")
 CASES = {
     "tied": (),
     "accumulated, untied": (*ACCUMULATED, "model.tie_word_embeddings=false"),
     "recomputed": ("gradient_checkpointing=true",),
+    "experts": EXPERTS,
+    "experts, accumulated": (*ACCUMULATED, *EXPERTS, "adam_epsilon=1e-3"),  # Adam without it makes steps of noise
 }
 """Fields over the recipe's."""
 

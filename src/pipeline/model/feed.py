@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -47,8 +47,8 @@ def micro_batch(batch: Batch) -> MicroBatch:
 class Feed:
     """The micro-batches of each step, in order. `take`: positions of the run -> their samples.
 
-    A run has `steps` steps of `batch` positions; this rank has `rows` × `micro_steps` of a step's from its `first`. A
-    fault of `take` is raised by the step that wanted the samples.
+    A run has `steps` steps of `batch` positions; this rank has `rows` of a step's positions from each of
+    `starts`. A fault of `take` is raised by the step that wanted the samples.
     """
 
     def __init__(
@@ -58,12 +58,11 @@ class Feed:
         steps: int,
         batch: int,
         rows: int,
-        micro_steps: int,
-        first: int,
+        starts: Sequence[int],
         pin: bool,
     ) -> None:
         self.take, self.steps, self.batch = take, steps, batch
-        self.rows, self.micro_steps, self.first, self.pin = rows, micro_steps, first, pin
+        self.rows, self.starts, self.pin = rows, starts, pin
         self.thread = ThreadPoolExecutor(1, "feed")
         self.ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
@@ -80,7 +79,6 @@ class Feed:
         self.thread.shutdown(cancel_futures=True)
 
     def _make(self, step: int) -> list[MicroBatch]:
-        begin = step * self.batch + self.first
-        starts = range(begin, begin + self.rows * self.micro_steps, self.rows)
-        made = [micro_batch(self.take(range(start, start + self.rows))) for start in starts]
+        begins = [step * self.batch + start for start in self.starts]
+        made = [micro_batch(self.take(range(begin, begin + self.rows))) for begin in begins]
         return [each.pinned() for each in made] if self.pin else made

@@ -39,7 +39,8 @@ SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_hea
 
 
 class NextToken(nn.Module):
-    """A model's next-token losses. `is_chunked` says whether whole logits are avoided.
+    """A model's next-token losses. `is_chunked` says whether whole logits are avoided; `splits_rows`, that every rank
+    has a part of the same rows, over which together experts are balanced.
 
     A module, so that the weights of a sharded model are gathered around its forward, the head's with them.
     """
@@ -52,6 +53,7 @@ class NextToken(nn.Module):
         self.balance_weight = float(getattr(self.config, "router_aux_loss_coef", 0.0) or 0.0)
         self.has_experts = self.balance_weight > 0 and count_experts(self.config) > 1
         self.is_chunked = has_plain_head(model)
+        self.splits_rows = False
         if teacher is not None and not (self.is_chunked and has_plain_head(teacher.model)):
             raise ConfigError(
                 "distillation takes logits that are the head's plain product; one of the models scales or caps them",
@@ -85,7 +87,9 @@ class NextToken(nn.Module):
             found = self.model(inputs_BT, use_cache=False, **asked)
             logits_NV = found.logits.float().flatten(0, 1)
             nats = F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
-        return nats, routing_of(found.router_logits, self.config.num_experts_per_tok) if self.has_experts else None
+        if not self.has_experts:
+            return nats, None
+        return nats, routing_of(found.router_logits, self.config.num_experts_per_tok, over_ranks=self.splits_rows)
 
     def _from_trunk(
         self, hidden_ND: Tensor, inputs_BT: Tensor, target_N: Tensor, positions_BT: Tensor | None
@@ -157,11 +161,15 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     return bool((hidden_28D[0, 4:] - hidden_28D[1, 4:]).abs().max() < 1e-4 * hidden_28D.abs().max())
 
 
-def routing_of(router_logits: tuple[Tensor, ...], top_k: int) -> Routing:
-    """From every layer's router logits [B · T, E]."""
+def routing_of(router_logits: tuple[Tensor, ...], top_k: int, *, over_ranks: bool = False) -> Routing:
+    """From every layer's router logits [B · T, E]; `over_ranks`: with the choices counted over all of them, whose mean
+    balance loss is then that of their rows together (it is linear in the probabilities). A collective."""
     probabilities_LNE = torch.stack([logits.float().softmax(dim=-1) for logits in router_logits])
     experts = probabilities_LNE.shape[-1]
     chosen_LNk = probabilities_LNE.topk(top_k, dim=-1).indices
     share_LE = F.one_hot(chosen_LNk, experts).float().sum(dim=2).mean(dim=1)
+    if over_ranks:
+        torch.distributed.all_reduce(share_LE)
+        share_LE /= torch.distributed.get_world_size()
     balance = experts * (share_LE * probabilities_LNE.mean(dim=1)).sum(dim=-1).mean()
     return Routing(balance, share_LE.max(dim=-1).values.mean() * experts / top_k)
