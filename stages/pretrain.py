@@ -10,12 +10,11 @@ final model is saved before it is evaluated.
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.errors import ConfigError, MismatchError, TrainingError
+from pipeline.errors import ConfigError, MismatchError
 from pipeline.recipe import PeftConfig, Section, StageConfig, field
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from pipeline.data.shown import ShownRow
     from pipeline.model.continued import Start
     from pipeline.model.distillation import Teacher
-    from pipeline.model.loss_watch import StepLoss
     from pipeline.runtime import Runtime
 
 
@@ -83,8 +81,12 @@ class PretrainConfig(StageConfig):
     gradient_accumulation_steps: int = field(1, "micro-steps an optimiser step", gt=0)
     max_steps: int = field(1000, "optimiser steps", unit="steps", gt=0)
     optimizer: Literal["adamw", "muon"] = field("adamw", "muon: Muon on the blocks' matrices, AdamW on the rest")
-    learning_rate: float = field(3e-3, "peak rate of matrices and norms", gt=0)
-    embedding_learning_rate: float | None = field(None, "peak rate of the embedding; learning_rate unless set", gt=0)
+    learning_rate: float | None = field(
+        None, "peak rate of matrices and norms; by width and batch unless set, a tenth of that with `init`", gt=0
+    )
+    embedding_learning_rate: float | None = field(
+        None, "peak rate of the embedding; learning_rate unless set, with muon ten times that", gt=0
+    )
     lr_scheduler_type: Literal["cosine", "linear", "wsd", "constant"] = field("cosine", "shape after the warmup")
     warmup_steps: float = field(0.02, "steps of warmup, or their share when below 1", ge=0)
     decay_share: float = field(0.3, "wsd: share of the steps in which the rate falls", gt=0, le=1)
@@ -99,6 +101,9 @@ class PretrainConfig(StageConfig):
     skip_nonfinite: int = field(
         0, "step over so many steps whose loss or gradient is not finite; the next one ends the run", unit="steps", ge=0
     )
+    auto_find_batch_size: bool = field(
+        False, "out of memory: smaller micro-steps, more of them, the same batch", run_only=True
+    )
     gradient_checkpointing: bool = field(False, "recompute activations in the backward pass: less memory, slower")
     eval_documents: int = field(400, "held-out documents of the bits per byte", unit="documents", gt=0)
     eval_steps: int = field(500, "optimiser steps between evaluations", unit="steps", gt=0, run_only=True)
@@ -109,10 +114,6 @@ class PretrainConfig(StageConfig):
     logging_steps: int = field(20, "optimiser steps between lines of metrics", unit="steps", gt=0, run_only=True)
     save_steps: int = field(200, "optimiser steps between checkpoints", unit="steps", gt=0, run_only=True)
 
-
-CACHED_TOKENS = 2048
-"""Tokens of a forward and backward on a CPU, at most, so that their activations stay in its cache: 4 × 8 rows of 256
-for 32 at once, the same gradient in 4 % less time. (A GPU takes the micro-step whole.)"""
 
 INPUTS = {"tokens": "tokens", "init": "causal-lm", "teacher": "causal-lm"}
 KIND = "causal-lm"
@@ -167,7 +168,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     try:
         _train(config, loop, step, valid, tokenizer, runtime)
     finally:
-        loop.feed.close()
+        loop.micro_steps.close()
         runtime.checkpoints.wait()
 
     # 4. save, then evaluate
@@ -310,6 +311,19 @@ def _teacher(config: PretrainConfig, inputs: dict[str, Any], runtime: Runtime) -
     return load_teacher(given.model, dtype, runtime.device, config.context_length, alpha, temperature)
 
 
+def _rates(config: PretrainConfig, model: PreTrainedModel) -> tuple[float, float]:
+    """Peak rates of matrices and of embeddings. What goes on from a base takes a tenth of a new model's, but adapters
+    take it whole, as they bear some ten times the rate of the weights they stand for."""
+    from pipeline.model.optim import default_rates
+
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    width = model.config.get_text_config().hidden_size
+    rate, embedding_rate = default_rates(config.optimizer, width, batch * config.context_length)
+    share = 0.1 if config.init is not None and config.peft is None else 1.0
+    given = config.learning_rate or share * rate
+    return given, config.embedding_learning_rate or given * embedding_rate / rate
+
+
 def _is_bf16(config: PretrainConfig, runtime: Runtime) -> bool:
     return runtime.bf16 if config.bf16 is None else config.bf16
 
@@ -348,7 +362,7 @@ def _train(
             loop.step(step)
             step += 1
             if step % config.logging_steps == 0 or step == config.max_steps:
-                figures = loop.figures(step)
+                figures = loop.figures()
                 speed = (step - first) * tokens_a_step / (time.monotonic() - began)
                 shown = {"loss": figures["loss"], "lr": figures["learning_rate"], "tok/s": speed}
                 runtime.metrics.log(
@@ -357,7 +371,7 @@ def _train(
                 bar.advance(step - bar.done, **shown)
             stopping = runtime.stop_requested()
             if step % config.save_steps == 0 or stopping or step == config.max_steps:
-                loop.check()
+                loop.verdicts.check()
                 loop.save(step)
             if stopping and step < config.max_steps:
                 runtime.checkpoints.wait()
@@ -375,12 +389,10 @@ class _Loop:
         teacher: Teacher | None,
         runtime: Runtime,
     ) -> None:
-        import torch
-
         from pipeline.model.build import choose_attention, recompute_activations
         from pipeline.model.compiling import blocks_of
-        from pipeline.model.feed import Feed
-        from pipeline.model.loss_watch import LossWatch
+        from pipeline.model.loss_watch import Verdicts
+        from pipeline.model.micro_steps import MicroSteps
         from pipeline.model.next_token import NextToken, keeps_documents_apart
         from pipeline.model.optim import build_optimizers, warmup_steps
         from pipeline.model.sharding import shard
@@ -395,52 +407,51 @@ class _Loop:
                 where="pretrain.document_mask",
                 mend="packing: document, or leave it out",
             )
+        if runtime.shards and config.auto_find_batch_size:
+            problem = "ranks that share a model in shards run out of memory together or wait for one another"
+            raise ConfigError(problem, where="pretrain.auto_find_batch_size", mend="leave it out, or --strategy ddp")
         if runtime.shards:
             runtime.say(shard(self.losses, blocks_of(model), runtime.device, runtime.world_size, evaluates="nats"))
         choose_attention(model, self.bf16, config.context_length)
         if config.gradient_checkpointing:
             recompute_activations(model)
         self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        self.rows, self.micro_steps = share_batch(
+        rows, count = share_batch(
             config.per_device_train_batch_size,
             config.gradient_accumulation_steps,
             runtime.world_size,
             "pretrain.per_device_train_batch_size",
         )
-        self.losses.splits_rows = self.rows < config.per_device_train_batch_size
-        may_halve = runtime.device.type == "cpu" and not self.losses.has_experts  # which are balanced a micro-step
-        while may_halve and self.rows % 2 == 0 and self.rows * config.context_length > CACHED_TOKENS:
-            self.rows, self.micro_steps = self.rows // 2, self.micro_steps * 2
-        self.feed = Feed(
-            samples.take,
+        self.micro_steps = MicroSteps(
+            self.losses,
+            samples,
             steps=config.max_steps,
             batch=self.batch,
-            rows=self.rows,
-            starts=self._starts(),
-            pin=runtime.device.type == "cuda",
+            length=config.context_length,
+            rows=rows,
+            count=count,
+            is_split=rows < config.per_device_train_batch_size,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            device=runtime.device,
+            autocast=lambda: _autocast(config, runtime),
+            halves_on_out_of_memory=config.auto_find_batch_size,
+            say=runtime.say,
         )
         self.warmup = warmup_steps(config.warmup_steps, config.max_steps)
+        rate, embedding_rate = _rates(config, model)
+        if config.learning_rate is None:
+            runtime.say(f"learning rate {rate:.1e}, embedding {embedding_rate:.1e}, by the model's width and the batch")
         self.optimizers = build_optimizers(
             model,
             kind=config.optimizer,
-            learning_rate=config.learning_rate,
-            embedding_rate=config.embedding_learning_rate or config.learning_rate,
+            learning_rate=rate,
+            embedding_rate=embedding_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
-        self.watch = LossWatch()
-        self.skipped = 0
-        self.grad_norm = torch.zeros((), device=runtime.device)
-        self.routing = torch.zeros(2, device=runtime.device)
-
-    def _starts(self) -> range:
-        """Where this rank's micro-steps begin in a step's samples: its part of each, or some of them whole."""
-        rank = self.runtime.rank
-        if self.losses.splits_rows:
-            return range(rank * self.rows, self.batch, self.rows * self.runtime.world_size)
-        share = self.rows * self.micro_steps
-        return range(rank * share, (rank + 1) * share, self.rows)
+        self.verdicts = Verdicts(self._documents, runtime.world_size, config.skip_nonfinite, runtime.say)
 
     def resume(self) -> int:
         """Put back the newest checkpoint; the step it was made at, 0 without one."""
@@ -454,7 +465,7 @@ class _Loop:
         load_parameters(self.model, tensors, "model")
         for index, optimizer in enumerate(self.optimizers):
             load_optimizer(optimizer, f"optimizer{index}", tensors, checkpoint.state["optimizers"][index])
-        self.skipped = checkpoint.state.get("skipped", 0)
+        self.verdicts.skipped = checkpoint.state["skipped"]
         self.runtime.say(f"resumed at step {checkpoint.step:,}")
         return checkpoint.step
 
@@ -471,12 +482,10 @@ class _Loop:
             tensors |= moments
             states.append(state)
         tensors = whole(tensors, keep=self.runtime.is_main)
-        self.runtime.checkpoints.save(step, tensors, {"optimizers": states, "skipped": self.skipped})
+        self.runtime.checkpoints.save(step, tensors, {"optimizers": states, "skipped": self.verdicts.skipped})
 
     def step(self, step: int) -> None:
         """One optimiser step on this rank's share of the global batch."""
-        import torch
-
         from pipeline.model.optim import learning_rate_share, set_learning_rate
         from pipeline.model.sharding import clip_gradients, sum_gradients
 
@@ -487,86 +496,27 @@ class _Loop:
                 step, config.max_steps, self.warmup, config.lr_scheduler_type, config.decay_share, config.min_lr_share
             ),
         )
-        total = torch.zeros((), device=self.runtime.device)
-        targets = self.samples.targets(range(step * self.batch, (step + 1) * self.batch))
-        for ready in self.feed.step(step):
-            batch = ready.to(self.runtime.device)
-            with _autocast(config, self.runtime):
-                nats, routing = self.losses(batch.inputs_BT, batch.targets_BT, batch.positions_BT)
-            loss = nats / targets
-            total += loss.detach()
-            if routing is not None:
-                share = self.rows / self.batch
-                loss = loss + self.losses.balance_weight * share * routing.balance_loss
-                self.routing += share * torch.stack([routing.balance_loss.detach(), routing.busiest])
-            loss.backward()
+        loss = self.micro_steps.gradients(step)
         parameters = list(self.model.parameters())
         if self.runtime.world_size > 1 and not self.runtime.shards:
             sum_gradients(parameters)
-        self.watch.add(step, total)
-        self.grad_norm = clip_gradients(parameters, config.max_grad_norm)
-        steps_over = config.skip_nonfinite > 0 and not bool(self.grad_norm.isfinite())
-        self.skipped += steps_over
-        if self.skipped > config.skip_nonfinite:
-            self.check()
+        norm = clip_gradients(parameters, config.max_grad_norm)
+        steps_over = self.verdicts.steps_over(step, loss, norm)
         for optimizer in self.optimizers:
             if not steps_over:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def figures(self, step: int) -> dict[str, float]:
-        """Mean loss since the last call, in nats a token, and what goes with it. Says which steps had a spike or were
-        stepped over; TrainingError for a loss that is not finite, with its step and documents."""
-        import torch
-
-        from pipeline.model.loss_watch import spikes
-
-        losses = self.watch.look(self.runtime.world_size)
-        finite = [each.loss for each in losses if each.is_finite]
-        bad = [each for each in losses if not each.is_finite]
-        if bad and self.config.skip_nonfinite == 0:
-            self._refuse(bad[0])
-        for each in bad:
-            where = f"step {each.step + 1:,} ({self._documents(each.step)})"
-            self.runtime.say(f"{where}: the loss is {each.loss}, stepped over")
-        for each in spikes(losses):
-            where = f"step {each.step + 1:,} ({self._documents(each.step)})"
-            self.runtime.say(f"{where}: the loss leapt to {each.loss:.3f}")
-        if self.runtime.world_size > 1:
-            torch.distributed.all_reduce(self.routing)
-        balance, busiest = (self.routing / max(1, len(losses))).tolist()
-        self.routing.zero_()
+    def figures(self) -> dict[str, float]:
+        """Of the steps since the last call: mean loss in nats a token, rate, gradient's norm, and what goes with them.
+        TrainingError for a loss that is not finite, with its step and documents."""
+        figures, steps = self.verdicts.figures()
         rate = self.optimizers[0].param_groups[-1]["lr"]
-        mean = sum(finite) / len(finite) if finite else math.nan
-        figures = {"loss": mean, "learning_rate": rate, "grad_norm": float(self.grad_norm)}
-        experts = {"balance_loss": balance, "busiest_expert": busiest} if self.losses.has_experts else {}
-        skipped = {"skipped_steps": float(self.skipped)} if self.skipped else {}
         parts = self.losses.teacher.look(self.runtime.world_size) if self.losses.teacher else {}
-        return {**figures, **parts, **experts, **skipped}
+        return {**figures, "learning_rate": rate, **parts, **self.micro_steps.look(steps)}
 
-    def check(self) -> None:
-        """TrainingError where a step since the last look was not finite, as before a checkpoint is written."""
-        from pipeline.model.loss_watch import StepLoss
-
-        losses = self.watch.look(self.runtime.world_size, keep=True)
-        bad = [each for each in losses if not each.is_finite]
-        if bad and not 0 < self.skipped <= self.config.skip_nonfinite:
-            self._refuse(bad[-1] if self.skipped else bad[0])
-        if losses and self.skipped == 0 and not math.isfinite(float(self.grad_norm)):
-            self._refuse(StepLoss(losses[-1].step, float(self.grad_norm)), "gradient's norm")
-
-    def _refuse(self, bad: StepLoss, what: str = "loss") -> NoReturn:
-        raise TrainingError(
-            f"the {what} is {bad.loss}",
-            where=f"step {bad.step + 1:,} ({self._documents(bad.step)})",
-            mend="a lower learning_rate, a longer warmup, or skip_nonfinite; the last checkpoint is kept",
-        )
-
-    def _documents(self, step: int) -> str:
-        """The training documents that the step's batch reads from."""
-        found = self.samples.documents(range(step * self.batch, (step + 1) * self.batch))
-        shown = ", ".join(map(str, found[:8])) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
-        return f"documents {shown} of train.ds"
+    def _documents(self, step: int) -> list[int]:
+        return self.samples.documents(range(step * self.batch, (step + 1) * self.batch))
 
     def evaluate(self, valid: TokenFile, tokenizer: PreTrainedTokenizerFast) -> tuple[float, dict[str, str]]:
         """Held-out bits per UTF-8 byte, and what the model makes of the sample prompts (greedy)."""

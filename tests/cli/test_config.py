@@ -70,7 +70,7 @@ def test_the_table_holds_the_same(warm: Any, shown: dict[str, dict[str, Any]]):
     assert lines[1].split() == ["field", "value", "unit", "from"]
     rows = [re.split(r"\s{2,}", line.strip()) for line in lines]
     assert ["pretrain.max_steps", "10", "steps", "r.yaml:5"] in rows
-    assert ["pretrain.learning_rate", "0.003", "default"] in rows
+    assert ["pretrain.adam_beta2", "0.95", "default"] in rows
     assert len({row[0] for row in rows if "." in row[0]} & shown.keys()) > 50
 
 

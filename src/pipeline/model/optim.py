@@ -31,6 +31,18 @@ def learning_rate_share(step: int, total: int, warmup: int, schedule: str, decay
     return floor + (1 - floor) * shape
 
 
+def default_rates(kind: str, width: int, batch_tokens: int) -> tuple[float, float]:
+    """Peak rates (matrices and norms, embeddings) of a new model of this width at so many tokens a step.
+
+    rate = base · √(256 / width) · √(tokens / 2048): narrower blocks and larger batches bear more (the width's part as
+    in nanochat, the batch's as for Adam in general: Malladi et al. 2022). Bases and the width's exponent are measured
+    on three depths (benchmarks/learning_rates.py, docs/pretrain.md).
+    """
+    base, embedding = {"adamw": (3e-3, 1.0), "muon": (6e-3, 10.0)}[kind]
+    rate = base * math.sqrt(256 / width) * math.sqrt(batch_tokens / 2048)
+    return rate, embedding * rate
+
+
 def warmup_steps(value: float, total: int) -> int:
     """Steps of warmup: a number of steps, or a share of all steps when below 1 (transformers' convention)."""
     return round(value * total) if value < 1 else int(value)
