@@ -200,7 +200,8 @@ class _Loop:
         runtime: Runtime,
     ) -> None:
         from pipeline.data.chat import stop_token_id
-        from pipeline.model.build import check_vocabulary, choose_attention, load_causal_lm
+        from pipeline.model.attention import use_plain_products
+        from pipeline.model.build import check_vocabulary, load_causal_lm
         from pipeline.rl.learners import Learner
         from pipeline.rl.masking import alone, sum_over_ranks
         from pipeline.rl.scoring import load_scorer
@@ -231,7 +232,7 @@ class _Loop:
         critic = self.scorer.critic(init, config.seed).to(self.device).eval()
         models = [policy, critic, self.reference, *([self.scorer.model.model] if self.scorer.model else [])]
         for model in models:
-            choose_attention(model, self.bf16, prompts.longest + config.response_length)
+            use_plain_products(model, self.bf16, prompts.longest + config.response_length)
         self.policy, self.critic = (
             Learner(model, config.adam_epsilon, config.weight_decay, config.max_grad_norm) for model in (policy, critic)
         )

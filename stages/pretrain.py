@@ -97,6 +97,9 @@ class PretrainConfig(StageConfig):
     weight_decay: float = field(0.1, "on matrices only, never on embeddings and norms", ge=0)
     max_grad_norm: float = field(1.0, "clip the gradient's norm to this", gt=0)
     bf16: bool | None = field(None, "autocast to bf16; where the hardware gains by it unless set")
+    attn_implementation: str = field(
+        "auto", "sdpa, eager, flash_attention_2, flex_attention, …; auto: what runs here and pays"
+    )
     torch_compile: bool | None = field(None, "compile the repeated blocks; where that pays unless set")
     skip_nonfinite: int = field(
         0, "step over so many steps whose loss or gradient is not finite; the next one ends the run", unit="steps", ge=0
@@ -389,11 +392,12 @@ class _Loop:
         teacher: Teacher | None,
         runtime: Runtime,
     ) -> None:
-        from pipeline.model.build import choose_attention, recompute_activations
+        from pipeline.model.attention import choose_attention, keeps_documents_apart, use_plain_products
+        from pipeline.model.build import recompute_activations
         from pipeline.model.compiling import blocks_of
         from pipeline.model.loss_watch import Verdicts
         from pipeline.model.micro_steps import MicroSteps
-        from pipeline.model.next_token import NextToken, keeps_documents_apart
+        from pipeline.model.next_token import NextToken
         from pipeline.model.optim import build_optimizers, warmup_steps
         from pipeline.model.sharding import shard
         from pipeline.runtime import share_batch
@@ -410,9 +414,17 @@ class _Loop:
         if runtime.shards and config.auto_find_batch_size:
             problem = "ranks that share a model in shards run out of memory together or wait for one another"
             raise ConfigError(problem, where="pretrain.auto_find_batch_size", mend="leave it out, or --strategy ddp")
-        if runtime.shards:
+        if runtime.shards and config.attn_implementation != "auto":
+            problem = "attention is not tried for a model in shards"
+            raise ConfigError(problem, where="pretrain.attn_implementation", mend="leave it out, or --strategy ddp")
+        if runtime.shards:  # of which nothing can be tried alone
             runtime.say(shard(self.losses, blocks_of(model), runtime.device, runtime.world_size, evaluates="nats"))
-        choose_attention(model, self.bf16, config.context_length)
+            use_plain_products(model, self.bf16, config.context_length)
+        else:
+            asked, apart = config.attn_implementation, config.document_mask
+            chosen = choose_attention(model, self.bf16, config.context_length, asked=asked, apart=apart)
+            if chosen:
+                runtime.say(chosen)
         if config.gradient_checkpointing:
             recompute_activations(model)
         self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps

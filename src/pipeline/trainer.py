@@ -43,7 +43,8 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.model.adapters import lora
-from pipeline.model.build import choose_attention, flops_per_token, load_causal_lm, reach, restore_attention
+from pipeline.model.attention import restore_attention, use_plain_products
+from pipeline.model.build import flops_per_token, load_causal_lm, reach
 from pipeline.model.optim import muon
 from pipeline.progress import Bar
 from pipeline.reading import meant
@@ -206,7 +207,7 @@ def fit_attention(trainer: Any, longest: int) -> None:
     back; call before any forward of it. Rows that are laid end to end count as one."""
     model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
     end_to_end = trainer.args.per_device_train_batch_size if getattr(trainer, "padding_free", False) else 1
-    choose_attention(model, trainer.args.bf16, longest * end_to_end)
+    use_plain_products(model, trainer.args.bf16, longest * end_to_end)
 
 
 def autocast(config: TrainerConfig, runtime: Runtime) -> torch.autocast:

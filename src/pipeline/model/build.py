@@ -92,17 +92,6 @@ def check_reach(model: PreTrainedModel, length: int, whose: str, where: str) -> 
         raise ConfigError(f"{length} is more than {whose} context of {reach}", where=where, mend=mend)
 
 
-def choose_attention(model: PreTrainedModel, bf16: bool, longest: int) -> None:
-    """Attention as plain products where that is the faster: on a CPU in bf16, for rows of up to 256 tokens.
-
-    Forward and backward of torch's fused kernel take 3.5 times as long there at 64 tokens and 1.7 times at 256; in
-    fp32 it is the faster one. Memory grows with the square of a row, hence the bound.
-    """
-    is_fused = model.config._attn_implementation == "sdpa"
-    if is_fused and model.device.type == "cpu" and bf16 and longest <= 256:
-        model.set_attn_implementation("eager")
-
-
 def recompute_activations(model: PreTrainedModel) -> None:
     """Keep only what goes into each block, and run it again in the backward pass. Dropout stays as it is."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -124,12 +113,6 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, (mode, compiled) in modes.items():
             module.training, module._compiled_call_impl = mode, compiled
-
-
-def restore_attention(model: PreTrainedModel) -> None:
-    """Undo `choose_attention`."""
-    if model.config._attn_implementation == "eager" and model._supports_sdpa:
-        model.set_attn_implementation("sdpa")
 
 
 def save_model(

@@ -136,31 +136,6 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     return ours_14V.shape == logits_14V.shape and torch.allclose(ours_14V, logits_14V, rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
-def keeps_documents_apart(model: PreTrainedModel) -> bool:
-    """Whether positions that begin again keep what stands before them out of sight: tried on two rows of eight tokens.
-
-    transformers reads document borders off the positions where it makes the attention mask; families that make none
-    (state spaces, ALiBi) see on. Projections that begin at zero would hide it, and are drawn for the trial.
-    """
-    ids_28 = torch.arange(16, device=model.device).reshape(2, 8) % model.get_input_embeddings().weight.shape[0]
-    ids_28[1, 4:] = ids_28[0, 4:]
-    positions_28 = torch.arange(4, device=model.device).repeat(2, 2)
-    zeros = [weight for weight in model.parameters() if weight.dim() > 1 and not weight.any()]
-    try:
-        for weight in zeros:
-            weight.fill_(0.02)
-        with evaluating(model), torch.autocast(model.device.type, enabled=False):
-            found = model.base_model(ids_28, position_ids=positions_28, use_cache=False)
-    except TypeError:  # a model of one's own that takes no positions
-        return False
-    finally:
-        for weight in zeros:
-            weight.zero_()
-    hidden_28D = found.last_hidden_state
-    return bool((hidden_28D[0, 4:] - hidden_28D[1, 4:]).abs().max() < 1e-4 * hidden_28D.abs().max())
-
-
 def routing_of(router_logits: tuple[Tensor, ...], top_k: int, *, over_ranks: bool = False) -> Routing:
     """From every layer's router logits [B · T, E]; `over_ranks`: with the choices counted over all of them, whose mean
     balance loss is then that of their rows together (it is linear in the probabilities). A collective."""
