@@ -36,7 +36,9 @@ class TokenizeConfig(StageConfig):
     """What `tokenize` can be told."""
 
     data: Data = field(..., "the text: files, folders, globs, `pydocs`, or `hub:org/name`")
-    tokenizer: Ref | None = field(None, "a model whose tokenizer is taken instead of training one")
+    tokenizer: Ref | None = field(
+        None, "taken instead of training one: a folder or hub name that holds a tokenizer, a tokenize stage, a model"
+    )
     added_merges: int = field(
         0, "tokenizer: merges learnt on the text and put after the given tokenizer's own", unit="new tokens", ge=0
     )
@@ -65,7 +67,7 @@ class TokenizeConfig(StageConfig):
         return count
 
 
-INPUTS = {"tokenizer": "causal-lm"}
+INPUTS = {"tokenizer": "tokenizer"}
 KIND = "tokens"
 RESULT_VERSION = 1
 
@@ -140,7 +142,7 @@ def harvest_pydocs(config: TokenizeConfig, runtime: Runtime) -> None:
         harvest(advance)
 
 
-# 2. The tokenizer: trained on the sample, or taken from a model.
+# 2. The tokenizer: trained on the sample, or one that is there.
 
 
 def make_tokenizer(

@@ -198,7 +198,8 @@ def test_what_is_not_there_is_named_with_its_line(folder: Path, old: str, new: s
 def test_a_folder_that_is_no_model_is_refused(folder: Path):
     (folder / "empty").mkdir()
     error = refused(folder, ROAD.replace("init: pretrain", "init: ./empty"), kind=MissingInputError)
-    assert "neither manifest.json nor config.json" in error.what
+    assert error.what == f"`init`: {folder}/empty is no model folder: it has neither manifest.json nor config.json"
+    assert line(error) == 7
 
 
 def test_a_name_that_may_be_a_hub_name_gets_both_mends(folder: Path):
@@ -222,6 +223,45 @@ def test_models_from_outside_are_checked_for_their_kind(folder: Path):
         assert "`init` takes a causal-lm, and " in error.what
         assert error.what.endswith("is a reward-model")
         assert line(error) == 7
+
+
+def test_a_tokenizer_is_taken_from_whatever_holds_one(folder: Path):
+    hugging_face_folder(folder / "base", "LlamaForCausalLM")
+    (folder / "alone").mkdir()
+    (folder / "alone" / "tokenizer.json").write_text("{}")
+    for run, kind in (("t", "tokens"), ("p", "causal-lm"), ("r", "reward-model")):
+        artifact(folder, run, "made", kind)
+    paths = ("./base", "./alone", str(folder / "alone"), "./artifacts/t/made")
+    for reference in (*paths, "t/made", "p/made", "r/made", "other", "hub:org/name@v1"):
+        text = ROAD.replace("data: text.txt", f"data: text.txt, tokenizer: {reference}")
+        nodes = recipe(folder, text + "  other: {stage: tokenize, data: text.txt}\n").nodes
+        expected = str((folder / reference).resolve()) if reference in paths else reference
+        assert nodes["tokenize"].inputs["tokenizer"] == (expected,)
+
+
+def test_what_holds_no_tokenizer_is_refused(folder: Path):
+    (folder / "empty").mkdir()
+    (folder / "file.json").write_text("{}")
+    artifact(folder, "e", "made", "evaluation")
+    artifact(folder, "p", "made", "causal-lm")
+    (folder / "artifacts/p/made/model/tokenizer.json").unlink()
+    for reference, kind, what in (
+        ("./empty", MissingInputError, f"{folder}/empty is no tokenizer: it has no tokenizer.json"),
+        ("./file.json", MissingInputError, f"{folder}/file.json is no folder that holds a tokenizer"),
+        ("./nothing", MissingInputError, f"nothing at {folder}/nothing"),
+        ("p/made", MissingInputError, "p/made is no tokenizer: it has no tokenizer.json"),
+    ):
+        text = ROAD.replace("data: text.txt", f"data: text.txt, tokenizer: {reference}")
+        error = refused(folder, text, kind=kind)
+        assert (error.what, line(error)) == (f"`tokenizer`: {what}", 9)
+    for reference, what in (("e/made", "e/made is a evaluation"), ("eval", "`eval` makes a evaluation")):
+        error = refused(folder, ROAD.replace("data: text.txt", f"data: text.txt, tokenizer: {reference}"))
+        assert (error.what, line(error)) == (f"`tokenizer` takes a tokenizer, and {what}", 9)
+        assert error.mend.startswith("name what holds one: a folder with tokenizer.json")
+    error = refused(folder, ROAD.replace("init: pretrain", "init: ./empty/"), kind=MissingInputError)
+    assert "is no model folder" in error.what, "only a tokenizer's role takes a folder without a model"
+    error = refused(folder, ROAD.replace("data: text.txt", "data: text.txt, tokenizer: sft"))
+    assert "the stages go round in a circle" in error.what
 
 
 TWO_TOKENIZERS = (

@@ -17,8 +17,8 @@ SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")
 
 LAYERS = [
     {"errors"},
-    {"recipe"},
-    {"artifacts", "reading", "usercode", "progress", "trainer_config"},
+    {"recipe", "hub"},
+    {"artifacts", "roles", "reading", "usercode", "progress", "trainer_config"},
     {"data", "model", "rl", "evals", "checkpoint", "runtime", "trainer", "schedule", "hardware"},
     {"stages"},
     {"graph", "fingerprint", "lineage", "launch", "plan", "report"},

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.artifacts import Store
 from pipeline.cli.session import open_session
+from pipeline.data.tokenizers import train_bytes
 from pipeline.errors import ConfigError
 from pipeline.hardware import Device, known_device, measure_device
 from pipeline.lineage import survey
@@ -221,3 +222,21 @@ def test_an_empty_store_has_nothing_to_say(tmp_path: Path) -> None:
     from pipeline.plan import artifacts_of
 
     assert list(artifacts_of(Store(tmp_path / "none"))) == []
+
+
+ADDED = ("tokenize.added_merges=40", 'tokenize.added_tokens=["<|tool|>", "<|pad|>"]')  # the second is there already
+
+
+def test_the_vocabulary_of_a_given_tokenizer(road: Path) -> None:
+    """From a folder that holds nothing but a tokenizer, and through another tokenize stage."""
+    train_bytes().save_pretrained(road.parent / "bytes")  # 256 bytes and 4 specials
+    base = planned(road)["pretrain"].parameters
+    assert base is not None
+    given = planned(road, CPU, f"tokenize.tokenizer={road.parent}/bytes", *ADDED)
+    assert given["pretrain"].parameters == base - 1000 * 64 + (260 + 1 + 40) * 64
+    road.write_text(ROAD.replace("vocab_size: 1000", "tokenizer: other, added_merges: 7"))
+    with road.open("a") as file:
+        file.write("  other: {stage: tokenize, data: text.txt, tokenizer: ./bytes, added_tokens: [<a>]}\n")
+    assert planned(road)["pretrain"].parameters == base - 1000 * 64 + (260 + 1 + 7) * 64
+    (road.parent / "bytes" / "tokenizer.json").write_text("{}")
+    assert "not estimated: " in planned(road)["pretrain"].notes[0]

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ArtifactError, ConfigError, MachineError, MismatchError, MissingInputError
+from pipeline.hub import hub_folder
 from pipeline.recipe import NAME
 
 SCHEMA_VERSION = 1
@@ -252,20 +253,9 @@ def runs_code_of(model: Path) -> bool:
 
 def hub_model(reference: str) -> Artifact:
     """A model of the hub, from the local cache if it is there; MissingInputError where it cannot be had."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    name, _, revision = reference.removeprefix("hub:").partition("@")
-    try:
-        folder = Path(snapshot_download(name, revision=revision or None, local_files_only=True))
-    except LocalEntryNotFoundError:
-        try:
-            folder = Path(snapshot_download(name, revision=revision or None))
-        except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-            what = f"the hub's {name} is neither in the local cache nor to be had: {error}".splitlines()[0]
-            raise MissingInputError(what, where=reference, mend="a local folder works too: ./folder") from error
-    kind = outside_model(folder).kind
-    return Artifact(reference, folder, kind, _digest(["hub", name, folder.name]), {})
+    folder = hub_folder(reference, ("*.safetensors", "*.bin"))
+    name = reference.removeprefix("hub:").partition("@")[0]
+    return Artifact(reference, folder, outside_model(folder).kind, _digest(["hub", name, folder.name]), {})
 
 
 def tokenizer_hash(folder: Path) -> str:

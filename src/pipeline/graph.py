@@ -15,10 +15,11 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from pipeline.artifacts import Store, outside_model, tokenizer_hash
+from pipeline.artifacts import Store, tokenizer_hash
 from pipeline.errors import ArtifactError, MissingInputError, RecipeError
 from pipeline.reading import Document, Key, meant, validate
 from pipeline.recipe import NAME, USER_CODE, DataEntry, Section, Stage, StageConfig, field, is_data
+from pipeline.roles import NO_TOKENIZER, TOKENIZER, fits, input_of
 
 LoadStage = Callable[[str, Path], Stage]
 """(type as the recipe wrote it, folder its path starts at) -> the stage; raises RecipeError's parents."""
@@ -157,8 +158,7 @@ def _reference(document: Document, key: Key, ref: str, kind: str, stages: Mappin
     base = Path.cwd() if document.is_set(*key) else document.base
     role = f"`{key[2]}`"
     if ref in stages:
-        if stages[ref].kind != kind:
-            raise RecipeError(f"{role} takes a {kind}, and `{ref}` makes a {stages[ref].kind}", where=where)
+        _check_kind(f"{role} takes a {kind}, and `{ref}` makes a", stages[ref].kind, kind, where)
         return ref
     if USER_CODE.fullmatch(ref) or ref.startswith(("./", "../", "/")):
         file, _, member = ref.rpartition(":") if USER_CODE.fullmatch(ref) else (ref, "", "")
@@ -167,26 +167,35 @@ def _reference(document: Document, key: Key, ref: str, kind: str, stages: Mappin
             raise MissingInputError(f"{role}: nothing at {path}", where=where)
         if member:
             return f"{path}:{member}"
-        found = outside_model(path)
-        if found.kind != kind:
-            raise RecipeError(f"{role} takes a {kind}, and {path} is a {found.kind}", where=where)
+        _check_outside(role, str(path), kind, store, where)
         return str(path)
     if ref.startswith("hub:"):
         return ref
     run, slash, stage_name = ref.partition("/")
     if slash and NAME.fullmatch(run) and NAME.fullmatch(stage_name):
         try:
-            found = store.artifact(run, stage_name)
+            _check_outside(role, ref, kind, store, where)
         except ArtifactError as error:
             raise MissingInputError(
                 f"{role}: no artifact {ref} under {store.root}",
                 where=where,
                 mend=f"hub:{ref} for a model of the hub, ./{ref} for a folder",
             ) from error
-        if found.kind != kind:
-            raise RecipeError(f"{role} takes a {kind}, and {ref} is a {found.kind}", where=where)
         return ref
     raise RecipeError(f"{role}: no stage `{ref}`{meant(ref, stages)}", where=where)
+
+
+def _check_outside(role: str, ref: str, kind: str, store: Store, where: str) -> None:
+    try:
+        found = input_of(store, ref, kind).kind
+    except MissingInputError as error:
+        raise MissingInputError(f"{role}: {ref} is {error.what}", where=where, mend=error.mend) from error
+    _check_kind(f"{role} takes a {kind}, and {ref} is a", found, kind, where)
+
+
+def _check_kind(what: str, found: str, kind: str, where: str) -> None:
+    if not fits(kind, found):
+        raise RecipeError(f"{what} {found}", where=where, mend=NO_TOKENIZER if kind == TOKENIZER else "")
 
 
 def _paths(document: Document, key: Key, config: BaseModel, roles: Collection[str] = ()) -> dict[str, Any]:

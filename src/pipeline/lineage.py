@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import defaults, differences, fingerprint, stage_parts
 from pipeline.graph import Node, Recipe
 from pipeline.recipe import DataEntry, is_data
+from pipeline.roles import input_of
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def _standing(
     recipe: Recipe, node: Node, store: Store, found: dict[str, Standing], keep: bool, bless: bool
 ) -> Standing:
     inputs = {
-        role: [found[ref].fingerprint if ref in found else store.resolve(ref).fingerprint for ref in refs]
+        role: [found[ref].fingerprint if ref in found else input_of(store, ref, kind).fingerprint for ref in refs]
         for role, refs in node.inputs.items()
+        for kind in [node.stage.inputs[role]]
     }
     parts = stage_parts(node.stage, node.config, _data(node), inputs)
     planned = fingerprint(parts)

@@ -17,9 +17,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.artifacts import Artifact, Store, runs_code_of
+from pipeline.data.extend import add_specials
 from pipeline.data.formats import read_rows
 from pipeline.data.sources import local_files
-from pipeline.errors import PipelineError
+from pipeline.data.tokenizers import SPECIALS, complete, load_tokenizer
+from pipeline.errors import MissingInputError, PipelineError
 from pipeline.graph import Node, Recipe
 from pipeline.hardware import Device
 from pipeline.lineage import Standing
@@ -28,6 +30,7 @@ from pipeline.model.losses import CHUNK, CPU_CHUNK
 from pipeline.model.memory import Load, adapter_parameters, memory_of
 from pipeline.model.presets import build_model, shape_of
 from pipeline.model.scaling import CHINCHILLA
+from pipeline.roles import TOKENIZER, input_of
 
 GIB = 2**30
 BYTES_A_TOKEN = 3.5
@@ -87,14 +90,27 @@ def _vocabulary(recipe: Recipe, store: Store, node: Node) -> int:
     ref = node.inputs["tokens"][0]
     if ref not in recipe.nodes:
         return int(store.resolve(ref).manifest["metrics"]["vocab_size"])
-    tokenize = recipe.nodes[ref]
-    taken = tokenize.inputs.get("tokenizer")
-    if taken:
-        model = model_of(recipe, store, taken[0])
-        size = int(model.config.get_text_config().vocab_size) if model is not None else 32_000
-    else:
-        size = int(tokenize.config.vocab_size)  # type: ignore[attr-defined]
-    return size + int(tokenize.config.added_merges) + len(tokenize.config.added_tokens)  # type: ignore[attr-defined]
+    return _tokenizer_size(recipe, store, ref, ())
+
+
+def _tokenizer_size(recipe: Recipe, store: Store, ref: str, added: tuple[str, ...]) -> int:
+    """Tokens of the tokenizer that `ref` is or will hold, once the special tokens `added` are added to it."""
+    if ref not in recipe.nodes:
+        tokenizer = load_tokenizer(input_of(store, ref, TOKENIZER).model)
+        complete(tokenizer)
+        add_specials(tokenizer, added)
+        return len(tokenizer)
+    node = recipe.nodes[ref]
+    config: Any = node.config
+    if {"vocab_size", "added_merges", "added_tokens"} <= set(type(config).model_fields):  # `tokenize` or a copy of it
+        given = node.inputs["tokenizer"]
+        added = (*config.added_tokens, *added)
+        size = int(config.vocab_size) + len({*added} - {*SPECIALS})
+        return int(config.added_merges) + (_tokenizer_size(recipe, store, given[0], added) if given else size)
+    above = node.inputs.get("tokens") or node.inputs.get("init")
+    if not above:
+        raise MissingInputError(f"the tokenizer of `{ref}` cannot be told before it is made")
+    return _tokenizer_size(recipe, store, above[0], added)
 
 
 def _context(node: Node) -> int:

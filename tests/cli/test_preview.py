@@ -97,3 +97,14 @@ def test_without_a_tokenizer_it_says_what_to_run(recipe: Path, warm: Any) -> Non
     assert refused.code == 2
     assert "no tokenizer" in refused.stderr
     assert "--until tokenize" in refused.stderr
+
+
+def test_a_given_tokenizer_is_there_before_anything_has_run(recipe: Path, warm: Any) -> None:
+    alone = recipe.parent / "alone"
+    alone.mkdir()
+    made = recipe.parent / "artifacts" / "tiny" / "tokenize" / "model"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (made / name).rename(alone / name)
+    shown = warm("preview", recipe, "sft", "-n", "1", "--run", "other", "--set", f"tokenize.tokenizer={alone}")
+    assert shown.code == 0, shown.stderr
+    assert "«lo mi<|im_end|>»" in shown.stdout

@@ -171,3 +171,37 @@ def test_help_lists_the_commands(cli: Any, argument: str):
 def test_no_command_shows_the_help(cli: Any):
     done = cli()
     assert "Usage" in done.stdout + done.stderr
+
+
+GIVEN = """\
+run: given
+stages:
+  tokenize: {data: corpus.jsonl, tokenizer: tiny/tokenize}
+  again: {stage: tokenize, data: corpus.jsonl, tokenizer: tokenize, added_tokens: ["<|x|>"]}
+  alone: {stage: tokenize, data: corpus.jsonl, tokenizer: ./alone}
+"""
+
+
+def test_a_tokenizer_of_an_artifact_and_of_a_folder_with_nothing_else(warm: Any, tokenized: Path):
+    made = tokenized.parent / "artifacts" / "tiny" / "tokenize"
+    alone = tokenized.parent / "alone"
+    alone.mkdir()
+    shutil.copy2(made / "model" / "tokenizer.json", alone)
+    tokenized.with_name("given.yaml").write_text(GIVEN)
+    ran = warm("run", "given.yaml", "--json")
+    assert ran.code == 0, ran.stderr
+    found = {row["stage"]: row["metrics"]["vocab_size"] for row in json.loads(ran.stdout)["stages"]}
+    assert found == {"tokenize": 512.0, "again": 513.0, "alone": 512.0}
+    for name in found:
+        tokens = tokenized.parent / "artifacts" / "given" / name / "train.ds"
+        assert tokens.read_bytes() == (made / "train.ds").read_bytes(), name
+
+    def stale() -> list[tuple[str, list[str]]]:
+        rows = json.loads(warm("status", "given.yaml", "--json").stdout)["stages"]
+        return [(row["stage"], row["reasons"]) for row in rows if row["state"] != "stands"]
+
+    (alone / "model.safetensors").write_text("weights")
+    assert stale() == []
+    with (alone / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    assert stale() == [("alone", [f"input: tokenizer ({alone})"])]

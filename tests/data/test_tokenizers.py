@@ -112,6 +112,13 @@ def test_a_folder_without_a_tokenizer_is_missing_input(tmp_path) -> None:
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["{", "{}", '{"added_tokens": [], "model": {"type": "no such"}}'])
+def test_a_file_that_is_no_tokenizer_is_said_to_be_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(MissingInputError, match="no tokenizer could be read: "):
+        load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_from_outside_gets_chatml_where_it_has_no_template(fresh: PreTrainedTokenizerFast) -> None:
     outside = PreTrainedTokenizerFast(tokenizer_object=fresh.backend_tokenizer, eos_token="<|endoftext|>")
     outside.chat_template = "{{ messages[0]['content'] }}<|endoftext|>"

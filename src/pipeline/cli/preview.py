@@ -10,6 +10,7 @@ from pipeline.cli.session import Session
 from pipeline.errors import ConfigError, MissingInputError
 from pipeline.graph import Node
 from pipeline.reading import meant
+from pipeline.roles import input_of
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -45,7 +46,7 @@ def _inputs(session: Session, node: Node) -> dict[str, Artifact | None]:
         if kind == "reward-model" or not refs:
             found[role] = None
             continue
-        found[role] = _standing(session, refs[0])
+        found[role] = _standing(session, refs[0], kind)
     if not any(found.values()):
         raise MissingInputError(
             f"nothing of what `{node.name}` takes stands yet, so there is no tokenizer",
@@ -55,17 +56,18 @@ def _inputs(session: Session, node: Node) -> dict[str, Artifact | None]:
     return found
 
 
-def _standing(session: Session, ref: str) -> Artifact | None:
+def _standing(session: Session, ref: str, kind: str) -> Artifact | None:
     nodes = session.recipe.nodes
     while ref in nodes:
         artifact = session.store.find(session.recipe.run, ref)
         if artifact is not None:
             return artifact
-        above = nodes[ref].inputs.get("init") or nodes[ref].inputs.get("tokens") or nodes[ref].inputs.get("tokenizer")
-        if not above:
+        node = nodes[ref]
+        role = next((role for role in ("init", "tokens", "tokenizer") if node.inputs.get(role)), None)
+        if role is None:
             return None
-        ref = above[0]
-    return session.store.resolve(ref)
+        ref, kind = node.inputs[role][0], node.stage.inputs[role]
+    return input_of(session.store, ref, kind)
 
 
 def _first(session: Session, node: Node) -> str:

@@ -17,6 +17,7 @@ from pipeline.launch import rank_from_outside, run_stage, wait_line, world_size_
 from pipeline.lineage import Standing, survey
 from pipeline.progress import clock
 from pipeline.reading import meant
+from pipeline.roles import input_of
 
 
 def run_graph(
@@ -144,8 +145,8 @@ def inputs_of(session: Session, standing: Standing) -> dict[str, Artifact | list
     found: dict[str, Artifact | list[Artifact] | None] = {}
     node = standing.node
     for role, refs in node.inputs.items():
-        own = session.recipe.nodes
-        artifacts = [session.store.resolve(f"{session.recipe.run}/{ref}" if ref in own else ref) for ref in refs]
+        named = [f"{session.recipe.run}/{ref}" if ref in session.recipe.nodes else ref for ref in refs]
+        artifacts = [input_of(session.store, ref, node.stage.inputs[role]) for ref in named]
         found[role] = artifacts if node.is_list[role] else (artifacts[0] if artifacts else None)
     return found
 

@@ -169,9 +169,10 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
 
     Raises MissingInputError where there is none, MismatchError where it has no fast form (`tokenizer.json`).
     """
+    runs_code = runs_code_of(Path(folder))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=runs_code_of(Path(folder)))
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=runs_code)
+    except Exception as error:  # of a file that is no tokenizer: `tokenizers` raises plain Exceptions
         raise MissingInputError(
             f"no tokenizer could be read: {first_line(error)}",
             where=str(folder),
