@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+import tiktoken
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -72,6 +73,20 @@ def save(folder: Path, state: dict[str, object]) -> Path:
     return folder
 
 
+def trained(folder: Path, pre_tokenizer: object, alphabet: list[str], texts: list[str]) -> Path:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    return save(folder, json.loads(bpe.to_str()))
+
+
+def digit_texts(count: int) -> list[str]:
+    draw = random.Random(2)
+    alphabet = "  \n\t 012½٣xy-.'s\U00011de0\U00016ff4\u00a0é"
+    return ["".join(draw.choices(alphabet, k=draw.randrange(30))) for _ in range(count)]
+
+
 def test_a_tokenizer_on_which_tiktoken_would_differ_is_not_given_to_it(folder: Path, tmp_path: Path) -> None:
     state = json.loads((folder / "tokenizer.json").read_text())
     first, second = state["model"]["merges"][:2]
@@ -110,13 +125,63 @@ def test_a_difference_on_the_sample_is_said_and_obeyed(folder: Path, monkeypatch
 
 
 def test_gpt2s_own_pre_tokenisation_is_known(tmp_path: Path) -> None:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(random_texts(200), trainer)
-    encoder, choice = encoding.choose(save(tmp_path / "a", json.loads(bpe.to_str())), random_texts(300))
+    folder = trained(tmp_path / "a", pre_tokenizers.ByteLevel(add_prefix_space=False), alphabet, random_texts(200))
+    encoder, choice = encoding.choose(folder, random_texts(300))
     assert encoder.fast is not None, choice
+
+
+def test_a_digit_a_token_before_gpt2s_pre_tokenisation_is_one_regex(tmp_path: Path) -> None:
+    """SmolLM2's and StarCoder's. Every other mixture of digits, spaces and letters is a way for it to go wrong."""
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = digit_texts(5000)
+    encoder, choice = encoding.choose(
+        trained(tmp_path / "a", pre_tokenizers.Sequence(steps), alphabet, texts), [*texts, *random_texts(500)]
+    )
+    assert encoder.fast is not None, choice
+    assert "the same ids as tokenizer.json on 5,506 texts" in choice
+    steps[0] = pre_tokenizers.Digits(individual_digits=False)
+    encoder, choice = encoding.choose(trained(tmp_path / "b", pre_tokenizers.Sequence(steps), alphabet, texts), [])
+    assert encoder.fast is None
+
+
+def test_what_is_a_digit_is_the_same_in_both_engines() -> None:
+    """Over all of Unicode: a `tokenizers` that knows a newer one needs its new digits in NUMERIC."""
+    every = "".join(f"a{chr(code)}" for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    pieces = pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str(every)
+    digits = "".join(piece for piece, _ in pieces if len(piece) == 1 and piece != "a")
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    found = tiktoken.Encoding("digits", pat_str=f"[{encoding.NUMERIC}]", mergeable_ranks=ranks, special_tokens={})
+    assert found.decode(found.encode_ordinary(every)) == digits
+    assert len(digits) == 1924
+
+
+def test_a_text_with_a_byte_that_is_no_token_goes_the_slow_way(tmp_path: Path) -> None:
+    """As with SmolLM2, which lacks 21 of the 256: its tokenizer.json leaves such bytes out."""
+    texts = random_texts(200)
+    folder = trained(tmp_path / "a", pre_tokenizers.ByteLevel(add_prefix_space=False), [], texts)
+    odd = ["\x04", "the\x04 king", "ж", "the ж\n", "\U0010ffff", "k" + "\x06" * 9 + "ing", ""]
+    encoder, choice = encoding.choose(folder, [*texts, *odd])
+    assert encoder.fast is not None, choice
+    state = json.loads((folder / "tokenizer.json").read_text())
+    missing = 256 - sum(len(token) == 1 for token in state["model"]["vocab"])
+    assert missing > 200
+    assert encoder.fast.max_token_value == 299 + missing
+    assert [encoder.fast.encode_ordinary(text) for text in texts] == [ids.tolist() for ids in encoder.encode(texts)]
+    together = encoder.encode(["the\x04 king", "the king"])
+    assert together[0].tolist() == encoder.slow.encode("the\x04 king").ids
+    assert max(ids.max() for ids in together) < 300
+    lacking = next(letter for letter in encoding.byte_of_letter() if letter not in state["model"]["vocab"])
+    state["model"]["vocab"][f"k{lacking}"] = 300  # tiktoken would make it, and HF has no merge that could
+    assert encoding.as_tiktoken(state) is None
+
+
+def test_a_tokenizer_that_is_no_bpe_goes_the_slow_way(tmp_path: Path) -> None:
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("the", -1.0), (" king", -2.0)], unk_id=0))
+    encoder, _ = encoding.choose(save(tmp_path / "a", json.loads(unigram.to_str())), ["the king"])
+    assert encoder.fast is None
+    assert encoder.encode(["the king"])[0].tolist() == [1, 2]
 
 
 def test_a_megabyte_of_white_space_goes_the_slow_way(folder: Path) -> None:

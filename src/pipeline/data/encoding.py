@@ -2,8 +2,9 @@
 
 tiktoken encodes a byte-level BPE five times as fast as `tokenizers`. It is used where the tokenizer has
 nothing that tiktoken lacks (no normaliser, a known pre-tokenisation, merges in the order of their ids) and,
-on a sample of the user's own text, every document comes out the same. Imports neither torch nor transformers,
-so that a worker process starts in a third of a second.
+on a sample of the user's own text, every document comes out the same; a text with a byte that is no token goes
+the slow way by itself. Imports neither torch nor transformers, so that a worker process starts in a third of a
+second.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ Tag = TypeVar("Tag")
 # The pre-tokenisation of `ByteLevel(use_regex=True)`, as published with GPT-2.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+# The same after `Digits(individual_digits=True)`, which cuts out every numeric character and leaves the text between
+# two of them to itself: spaces before a number are as at a text's end. `tokenizers` asks Rust what is numeric, which
+# knows 13 characters more than the `\p{N}` of either regex engine (a test walks through all characters).
+NUMERIC = r"\p{N}\x{11de0}-\x{11de9}\x{16ff4}-\x{16ff6}"
+DIGITS_PATTERN = rf"[{NUMERIC}]|'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}{NUMERIC}]+|\s+(?![^\s{NUMERIC}])|\s+"
+
 # tiktoken's regex engine runs out of stack somewhere above 700,000 characters of white space in a row.
 MANY_SPACES = re.compile(r"\s{50000}")
 
@@ -40,10 +47,10 @@ BYTES_WORTH_A_PROCESS = 32_000_000
 ODD_TEXTS = (
     "<|endoftext|><|im_start|>user\n<|im_end|><|pad|>",
     "  two  spaces\tand\ttabs \r\n\r\n \n  x",
-    "0 12 345 6789 1e-5 ½ ٣٤ x1y22z",
+    "0 12  345\n\n6789 1e-5 ½ ٣٤ x1y22z \U00011de0\U00011de1\U00016ff4 5",
     "I'll WE'RE don't it’s naïve Ünïcödé 中文字 日本語 кириллица 🙂👩‍👩‍👧 \u200b\ufeff\u00a0.",
     "if (a[0]->b != NULL) { return *c++; } // ~~~ ### ===\n\n\n",
-    "\x00\x07\x7f\u0378\U0010ffff" + "a" * 3000 + " " * 3000,
+    "\x00\x04\x07\x7f\u0378\U00040000\U0010ffff" + "a" * 3000 + " " * 3000,
 )
 
 
@@ -64,6 +71,8 @@ def pattern_of(pre_tokenizer: dict[str, Any] | None) -> str | None:
     if len(steps) == 1:
         return GPT2_PATTERN if steps[0]["use_regex"] else None
     first = steps[0]
+    if len(steps) == 2 and first["type"] == "Digits" and first["individual_digits"] and steps[1]["use_regex"]:
+        return DIGITS_PATTERN
     if len(steps) > 2 or steps[1]["use_regex"] or first["type"] != "Split" or first["invert"]:
         return None
     return first["pattern"].get("Regex") if first["behavior"] == "Isolated" else None
@@ -73,7 +82,8 @@ def as_tiktoken(state: dict[str, Any]) -> tiktoken.Encoding | None:
     """The parsed `tokenizer.json` as a tiktoken encoding of plain text, None where tiktoken lacks something.
 
     tiktoken merges by the rank of the token a pair makes, HF by the order of its list: the same thing where
-    that list makes tokens of rising ids.
+    that list makes tokens of rising ids. tiktoken needs all 256 bytes: one that the vocabulary lacks (HF leaves
+    it out of the ids) gets an id from `first_free_id` on, so that a text with such an id is known.
     """
     model, pattern = state["model"], pattern_of(state["pre_tokenizer"])
     if model["type"] != "BPE" or pattern is None or state["normalizer"] is not None:
@@ -89,12 +99,19 @@ def as_tiktoken(state: dict[str, Any]) -> tiktoken.Encoding | None:
     made = [model["vocab"].get("".join(pair)) for pair in merges]
     if None in made or any(a >= b for a, b in itertools.pairwise(made)):
         return None
-    if any(letter not in letters for token in vocab for letter in token):
+    used = {letter for token in vocab for letter in token}
+    if not used <= letters.keys() & vocab.keys():
         return None
     ranks = {bytes(letters[letter] for letter in token): index for token, index in vocab.items()}
-    if not all(bytes([byte]) in ranks for byte in range(256)):
-        return None
+    missing = [byte for letter, byte in letters.items() if letter not in vocab]
+    ranks |= {bytes([byte]): index for index, byte in enumerate(missing, first_free_id(state))}
     return tiktoken.Encoding("llmpipe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def first_free_id(state: dict[str, Any]) -> int:
+    """The id after the last one of a parsed `tokenizer.json`."""
+    taken: list[int] = [*state["model"]["vocab"].values(), *(token["id"] for token in state["added_tokens"])]
+    return 1 + max(taken)
 
 
 class BulkEncoder:
@@ -110,6 +127,7 @@ class BulkEncoder:
         self.slow = Tokenizer.from_str(json.dumps(state))
         self.slow.encode_special_tokens = True
         self.fast = as_tiktoken(state) if use_tiktoken else None
+        self.first_free_id = first_free_id(state) if self.fast is not None else 0
 
     def encode(self, texts: list[str]) -> list[Ids]:
         """The ids of each text."""
@@ -119,10 +137,12 @@ class BulkEncoder:
         return [self.encode_one(self.fast, text) for text in texts]
 
     def encode_one(self, fast: tiktoken.Encoding, text: str) -> Ids:
-        """The ids of one text, by the slow way where the fast one would break."""
-        if len(text) > 50_000 and MANY_SPACES.search(text):
-            return np.array(self.slow.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
-        return np.array(fast.encode_ordinary(text), dtype=np.uint32)
+        """The ids of one text, by the slow way where the fast one would break or has a byte that is no token."""
+        if not (len(text) > 50_000 and MANY_SPACES.search(text)):
+            ids = np.array(fast.encode_ordinary(text), dtype=np.uint32)
+            if ids.max(initial=0) < self.first_free_id:
+                return ids
+        return np.array(self.slow.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
 
 def choose(folder: Path, sample: Iterable[str]) -> tuple[BulkEncoder, str]:
