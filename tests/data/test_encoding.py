@@ -2,6 +2,10 @@
 
 import json
 import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.data import encoding
 from pipeline.data.tokenizers import encode_text
+from pipeline.errors import MachineError
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,99 @@ def test_only_a_bounded_part_of_the_corpus_is_under_way(folder: Path, monkeypatc
         assert len(taken) <= number + 6
         if number == 50:
             break
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> list[encoding.Worker]:
+    """Those that were started, in order; a text a batch."""
+    started: list[encoding.Worker] = []
+
+    class Watched(encoding.Worker):
+        def __init__(self, encoder: encoding.BulkEncoder) -> None:
+            super().__init__(encoder)
+            started.append(self)
+
+    monkeypatch.setattr(encoding, "Worker", Watched)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1)
+    return started
+
+
+@pytest.mark.parametrize("when", [0, 20])
+def test_a_worker_that_is_killed_ends_the_work_with_an_error(
+    folder: Path, workers: list[encoding.Worker], when: int
+) -> None:
+    """At its start (0), before it has read anything, and in the midst of its work."""
+
+    def texts() -> Iterator[tuple[int, str]]:
+        for number in range(100):
+            if number == when:
+                workers[1].process.kill()
+            yield number, "the king"
+
+    done: list[tuple[int, object]] = []
+    with pytest.raises(MachineError, match="was ended by SIGKILL before its work was done") as caught:
+        done.extend(encoding.encode_all(texts(), encoding.BulkEncoder(folder, True), 2))
+    assert [number for number, _ in done] == list(range(len(done)))
+    assert max(0, when - 5) <= len(done) < 100
+    assert "num_proc: 1" in caught.value.mend
+    assert [worker.process.poll() for worker in workers] == [0, -signal.SIGKILL], "the other one was told to end"
+
+
+def test_a_worker_that_cannot_start_ends_the_work_with_an_error(folder: Path, tmp_path: Path) -> None:
+    encoder = encoding.BulkEncoder(folder, True)
+    encoder.folder = tmp_path
+    with pytest.raises(MachineError, match="ended with code 1 before its work was done"):
+        list(encoding.encode_all([(0, "the king")], encoder, 2))
+
+
+def test_workers_end_with_their_work(folder: Path, workers: list[encoding.Worker]) -> None:
+    work = encoding.encode_all(((i, "the king") for i in range(100)), encoding.BulkEncoder(folder, True), 2)
+    next(work)
+    assert [worker.process.poll() for worker in workers] == [None, None]
+    work.close()
+    assert [worker.process.poll() for worker in workers] == [0, 0]
+
+
+SCRIPT = """
+import itertools, os, signal, sys
+from pathlib import Path
+from pipeline.data import encoding
+signal.signal(signal.SIGINT, lambda *_: print("heard", flush=True))
+encoding.BATCH_CHARACTERS = 1
+count = itertools.count() if sys.argv[2] == "endless" else range(20)
+work = encoding.encode_all(((i, "the king") for i in count), encoding.BulkEncoder(Path(sys.argv[1]), True), 2)
+for number, ids in work:
+    if number in (0, 9):
+        os.killpg(0, signal.SIGINT)
+    print(number, ids.tolist(), flush=True)
+"""
+
+
+def script(folder: Path, tmp_path: Path, which: str) -> "subprocess.Popen[str]":
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), str(folder), which]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_a_script_without_a_main_guard_and_an_interrupt_of_the_whole_group(folder: Path, tmp_path: Path) -> None:
+    """What is the parent's to handle does not reach the workers, and they do not import the parent's script."""
+    running = script(folder, tmp_path, "twenty")
+    out, errors = running.communicate(timeout=120)
+    assert (running.returncode, errors) == (0, "")
+    ids = encoding.BulkEncoder(folder, True).encode(["the king"])[0].tolist()
+    lines = out.splitlines()
+    assert lines.count("heard") == 2
+    assert [line for line in lines if line != "heard"] == [f"{number} {ids}" for number in range(20)]
+
+
+def test_workers_end_with_a_parent_that_is_killed(folder: Path, tmp_path: Path) -> None:
+    """Their stderr is the parent's: the pipe is at its end when the last of them is gone."""
+    running = script(folder, tmp_path, "endless")
+    assert running.stdout is not None
+    while "20 " not in running.stdout.readline():
+        pass
+    running.kill()
+    assert running.communicate(timeout=120)[1] == ""
 
 
 def save(folder: Path, state: dict[str, object]) -> Path:

@@ -11,19 +11,26 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
+import pickle
 import re
 import signal
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import tiktoken
 from tokenizers import Tokenizer
+
+from pipeline.errors import MachineError
 
 Ids = npt.NDArray[np.uint32]
 Tag = TypeVar("Tag")
@@ -161,23 +168,91 @@ def choose(folder: Path, sample: Iterable[str]) -> tuple[BulkEncoder, str]:
 def encode_all(tagged: Iterable[tuple[Tag, str]], encoder: BulkEncoder, processes: int) -> Iterator[tuple[Tag, Ids]]:
     """The ids of each text beside its tag, in order; the result does not depend on `processes`.
 
-    A bounded number of batches is under way, so that memory does not grow with the corpus.
+    A bounded number of batches is under way, so that memory does not grow with the corpus. MachineError where a
+    process ends before its work does.
     """
     if processes == 1:
         for tags, texts in batched(tagged):
             yield from zip(tags, encoder.encode(texts), strict=True)
         return
-    context = multiprocessing.get_context("spawn")
-    start = (str(encoder.folder), encoder.fast is not None)
-    with context.Pool(processes, initializer=start_worker, initargs=start) as pool:
-        waiting: deque[tuple[list[Tag], Any]] = deque()
+    with ExitStack() as stack:
+        idle: SimpleQueue[Worker] = SimpleQueue()
+        for _ in range(processes):
+            idle.put(stack.enter_context(Worker(encoder)))
+        threads = ThreadPoolExecutor(processes)  # one waits for each worker
+        stack.callback(threads.shutdown, cancel_futures=True)
+        waiting: deque[tuple[list[Tag], Future[list[Ids]]]] = deque()
         for tags, texts in batched(tagged):
-            waiting.append((tags, pool.apply_async(encode_in_worker, (texts,))))
+            waiting.append((tags, threads.submit(_by_the_next, idle, texts)))
             if len(waiting) > 2 * processes:
                 done, result = waiting.popleft()
-                yield from zip(done, result.get(), strict=True)
+                yield from zip(done, result.result(), strict=True)
         for done, result in waiting:
-            yield from zip(done, result.get(), strict=True)
+            yield from zip(done, result.result(), strict=True)
+
+
+def _by_the_next(idle: SimpleQueue[Worker], texts: list[str]) -> list[Ids]:
+    worker = idle.get()
+    try:
+        return worker.encode(texts)
+    finally:
+        idle.put(worker)
+
+
+class Worker:
+    """A process that encodes a batch at a time, and ends when its stdin does: closed, or the parent killed.
+
+    A plain interpreter with pipes, not one of `multiprocessing`'s: those import the parent's script, wait for ever
+    where one dies, and a signal to the whole group (Ctrl-C) reaches them before the parent can end its work.
+    """
+
+    def __init__(self, encoder: BulkEncoder) -> None:
+        what = f"{str(encoder.folder)!r}, {encoder.fast is not None}"
+        code = f"import sys; sys.path[:] = {sys.path!r}; from pipeline.data.encoding import serve; serve({what})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+
+    def encode(self, texts: list[str]) -> list[Ids]:
+        """The ids of each text; MachineError if the process has ended."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            pickle.dump(texts, self.process.stdin, protocol=5)
+            self.process.stdin.flush()
+            ids: list[Ids] = pickle.load(self.process.stdout)
+            return ids
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
+            code = self.process.wait()
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            raise MachineError(
+                f"a process that encodes text {how} before its work was done",
+                where="tokenize.num_proc",
+                mend="look for what ended it (too little memory?), or num_proc: 1",
+            ) from error
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # of what a dead one has not read
+            self.process.stdin.close()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+def serve(folder: str, use_tiktoken: bool) -> None:
+    """A worker's life: batches on stdin, their ids on stdout, until there are no more."""
+    encoder = BulkEncoder(Path(folder), use_tiktoken)
+    try:
+        while True:
+            texts = pickle.load(sys.stdin.buffer)
+            pickle.dump(encoder.encode(texts), sys.stdout.buffer, protocol=5)
+            sys.stdout.buffer.flush()
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # the parent is done or dead; an ordinary exit would complain of what it has not read
 
 
 def batched(tagged: Iterable[tuple[Tag, str]]) -> Iterator[tuple[list[Tag], list[str]]]:
@@ -206,17 +281,3 @@ def processes_for(text_bytes: int) -> int:
     """How many processes pay: one for each 32 MB, up to the cores this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, text_bytes // BYTES_WORTH_A_PROCESS))
-
-
-_worker: list[BulkEncoder] = []
-
-
-def start_worker(folder: str, use_tiktoken: bool) -> None:
-    """Makes a worker's encoder; an interrupt is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker[:] = [BulkEncoder(Path(folder), use_tiktoken)]
-
-
-def encode_in_worker(texts: list[str]) -> list[Ids]:
-    """One batch, in a worker."""
-    return _worker[0].encode(texts)
