@@ -190,3 +190,22 @@ def test_both_are_encoded_by_tiktoken_alike(split: str, tmp_path: Path) -> None:
     texts = ["it'll (word) 12 345\n\n x", TEXT] * 9
     train_bpe(iter(texts), 300, pattern=split_pattern(2, split)).save_pretrained(tmp_path)
     assert choose(tmp_path, texts)[1].startswith("encoding with tiktoken: the same ids")
+
+
+def test_text_is_cut_as_the_file_says_whatever_class_its_settings_name(tmp_path: Path) -> None:
+    """SmolLM2's settings name GPT2Tokenizer, which makes a pre-tokenisation of its own, without the digits' step."""
+    made = train_bpe(iter(["12 apples and 34 pears, 2024"] * 50), 300, pattern=split_pattern(3, "gpt2"))
+    made.save_pretrained(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, words]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
+    expected = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("12 apples").tokens
+    assert expected[:2] == ["1", "2"]
+    assert AutoTokenizer.from_pretrained(tmp_path).tokenize("12 apples")[:1] == ["12"]
+    found = load_tokenizer(tmp_path)
+    assert found.tokenize("12 apples") == expected
+    assert (found.eos_token, found.chat_template) == (made.eos_token, made.chat_template)

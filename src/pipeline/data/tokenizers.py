@@ -184,7 +184,19 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
             where=str(folder),
             mend="convert it to a tokenizer.json once, with transformers' convert_slow_tokenizer",
         )
+    if not is_as_written(tokenizer, Path(folder) / "tokenizer.json"):
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))  # of no family: the file as it is
     return tokenizer
+
+
+def is_as_written(tokenizer: PreTrainedTokenizerFast, file: Path) -> bool:
+    """Whether text is normalised and cut as `tokenizer.json` says. Some classes of transformers build both anew, as
+    GPT2Tokenizer, which drops the step that cuts digits out: other ids than a model was trained on."""
+    if not file.exists():
+        return True
+    written = json.loads(file.read_text(encoding="utf-8"))
+    loaded = json.loads(tokenizer.backend_tokenizer.to_str())
+    return all(written.get(part) == loaded.get(part) for part in ("normalizer", "pre_tokenizer"))
 
 
 def first_line(error: BaseException) -> str:
