@@ -21,9 +21,11 @@ CPU = Device("2 CPU cores", "cpu", 1, 24 * 2**30, 4e11, bf16=True)
 H100 = Device("an H100", "cuda", 1, 80 * 2**30, 8e14, bf16=True)
 
 
-def planned(recipe: Path, device: Device = CPU, *overrides: str, processes: int = 1) -> dict[str, Estimate]:
+def planned(
+    recipe: Path, device: Device = CPU, *overrides: str, processes: int = 1, shards: bool = False
+) -> dict[str, Estimate]:
     session = open_session(str(recipe), artifacts=recipe.parent / "artifacts", overrides=overrides)
-    planner = Planner(session.recipe, session.store, device, processes)
+    planner = Planner(session.recipe, session.store, device, processes, shards)
     return {name: planner.estimate(each) for name, each in survey(session.recipe, session.store).items()}
 
 
@@ -94,6 +96,13 @@ def test_memory_by_part_by_hand() -> None:
     assert recomputed == 34 * 8 * 128 * 64 + 2 * 8 * 128 * 64 * 2
     assert memory_of(model, replace(load, bf16=False))["bf16 copies"] == 0
 
+    block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    at_once = total - 2 * block + block  # what no block owns, and one block
+    cut = memory_of(model, replace(load, shards=4, others=100))
+    assert (cut["weights"], cut["gradients"], cut["optimizer"]) == (total + 400, total, 2 * total)
+    assert (cut["gathered"], cut["bf16 copies"]) == (8 * at_once, 2 * total)
+    assert memory_of(model, replace(load, shards=4, checkpointing=True))["bf16 copies"] == 2 * at_once
+
 
 BIG = """\
 run: big
@@ -128,6 +137,35 @@ def test_what_would_fit_fits_with_the_same_global_batch(road: Path) -> None:
     small = replace(H100, memory=20 * 2**30)
     assert "gradient_checkpointing=true" in planned(recipe, small)["pretrain"].notes[-1]
     assert "a smaller model" in planned(recipe, replace(H100, memory=8 * 2**30))["pretrain"].notes[-1]
+
+
+def test_shards_over_the_processes_are_advised_where_they_fit(road: Path) -> None:
+    """8 B over eight processes of 80 GiB: 16 bytes a parameter are too much for one, an eighth of them is not."""
+    recipe = road.with_name("huge.yaml")
+    recipe.write_text(BIG.replace("size: 1b", "size: 8b").replace("batch_size: 64", "batch_size: 8"))
+    alone = planned(recipe, H100)["pretrain"]
+    assert "a smaller model" in alone.notes[-1]
+    found = planned(recipe, H100, processes=8)["pretrain"]
+    assert found.notes[-1] == "would fit with --strategy fsdp"
+    cut = planned(recipe, H100, processes=8, shards=True)["pretrain"]
+    assert cut.peak <= H100.memory < found.peak
+    assert "does not fit" not in " ".join(cut.notes)
+
+
+def test_adapters_and_a_teacher_are_in_the_plan(road: Path) -> None:
+    """Going on from a base with LoRA: two thirds of the FLOPs and the adapters' moments; a teacher's forward beside."""
+    plain = planned(road)["pretrain"]
+    base = road.with_name("base.yaml")
+    text = road.read_text()
+    base.write_text(text.replace("  pretrain:", "  base: {stage: pretrain, model: {depth: 2}}\n  pretrain:", 1))
+    adapted = planned(base, CPU, "pretrain.init=base", "pretrain.peft={r: 4}")["pretrain"]
+    whole = planned(base, CPU, "pretrain.init=base")["pretrain"]
+    assert adapted.flops == pytest.approx(2 / 3 * whole.flops)
+    assert adapted.memory["optimizer"] < 0.2 * whole.memory["optimizer"]
+    taught = planned(base, CPU, "pretrain.teacher=base")["pretrain"]
+    teacher = planned(base)["base"].parameters
+    assert taught.flops == pytest.approx(plain.flops + 2 * teacher * taught.tokens)
+    assert taught.memory["weights"] == plain.memory["weights"] + 2 * teacher  # in bf16
 
 
 def test_what_ran_here_sets_the_speed(trained: Path) -> None:

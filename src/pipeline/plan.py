@@ -8,7 +8,7 @@ else over a share of a measured product of matrices. What a user's own stage tak
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -118,10 +118,11 @@ def _context(node: Node) -> int:
 
 
 class Planner:
-    """Estimates for the stages of one recipe."""
+    """Estimates for the stages of one recipe; `shards`: pretrain keeps its model in shards over the processes."""
 
-    def __init__(self, recipe: Recipe, store: Store, device: Device, processes: int) -> None:
+    def __init__(self, recipe: Recipe, store: Store, device: Device, processes: int, shards: bool = False) -> None:
         self.recipe, self.store, self.device, self.processes = recipe, store, device, processes
+        self.shards = processes if shards else 1
 
     def estimate(self, standing: Standing) -> Estimate:
         """What the stage takes, whether it stands or not."""
@@ -191,7 +192,20 @@ class Planner:
         bf16 = self.device.bf16 if config.bf16 is None else config.bf16
         chunk = CPU_CHUNK if self.device.kind == "cpu" else CHUNK
         logits = min(chunk, rows * config.context_length)
-        load = Load(rows, config.context_length, total, moments, bf16, config.gradient_checkpointing, logits)
+        trained = adapter_parameters(model, config.peft.r) if config.peft else total
+        trained_share = 2 / 3 if config.peft else 1.0  # no products for the gradients of frozen weights
+        teacher = self._size_of(node.inputs.get("teacher"))
+        load = Load(
+            rows,
+            config.context_length,
+            trained,
+            moments,
+            bf16,
+            config.gradient_checkpointing,
+            logits,
+            others=teacher / 2 if bf16 else teacher,  # held in two bytes each then
+            shards=self.shards,
+        )
         notes = []
         best = CHINCHILLA.best_split(6 * counted * tokens)
         notes.append(
@@ -206,12 +220,17 @@ class Planner:
             found,
             parameters=total,
             tokens=tokens,
-            flops=tokens * flops_per_token(model, config.context_length),
+            flops=tokens * (flops_per_token(model, config.context_length) * trained_share + 2 * teacher),
             memory=memory_of(model, load),
-            disk=4 * total + 3 * (4 + moments) * total,
+            disk=4 * total + 3 * (4 + moments) * trained,
             loss=CHINCHILLA.loss(counted, tokens) if in_range else None,
             notes=tuple(notes),
         )
+
+    def _size_of(self, refs: Sequence[str] | None) -> float:
+        """Parameters of a model that is taken beside the one that is trained; 0 without one."""
+        model = model_of(self.recipe, self.store, refs[0]) if refs else None
+        return float(count_parameters(model)[0]) if model is not None else 0.0
 
     def _tokens_there(self, node: Node) -> float | None:
         ref = node.inputs["tokens"][0]
@@ -302,11 +321,16 @@ class Planner:
                 tried = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
                 if self._fits(node, tried):
                     return [_settings(node, tried)]
+        may_shard = node.stage.shards and self.processes > self.shards
+        if may_shard and self._fits(node, {}, shards=True):
+            return ["would fit with --strategy fsdp"]
         if "gradient_checkpointing" in type(config).model_fields and not config.gradient_checkpointing:
             tried = {**tried, "gradient_checkpointing": True}
             if self._fits(node, tried):
                 return [_settings(node, tried)]
-        if "peft" in type(config).model_fields and config.peft is None:
+        if may_shard and self._fits(node, tried, shards=True):
+            return [f"{_settings(node, tried)} --strategy fsdp"]
+        if "peft" in type(config).model_fields and config.peft is None and node.inputs.get("init"):
             from pipeline.recipe import PeftConfig
 
             tried = {**tried, "peft": PeftConfig()}
@@ -314,10 +338,10 @@ class Planner:
                 return [_settings(node, tried)]
         return ["no setting of this stage makes it fit: a smaller model, or a device with more memory"]
 
-    def _fits(self, node: Node, changed: Mapping[str, Any]) -> bool:
+    def _fits(self, node: Node, changed: Mapping[str, Any], shards: bool = False) -> bool:
         other = replace(node, config=node.config.model_copy(update=dict(changed)))
         recipe = replace(self.recipe, nodes={**self.recipe.nodes, node.name: other})
-        planner = Planner(recipe, self.store, self.device, self.processes)
+        planner = Planner(recipe, self.store, self.device, self.processes, shards or self.shards > 1)
         make = planner._pretrain if node.stage.type == "pretrain" else planner._rows
         return make(other, Estimate(node.name, "")).peak <= self.device.memory
 

@@ -135,6 +135,7 @@ def plan(
     artifacts: ArtifactsOption = None,
     set_: SetOption = None,
     num_processes: ProcessesOption = None,
+    strategy: StrategyOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """What the recipe will take: parameters, tokens, FLOPs, memory, disk, time, and what would fit."""
@@ -143,7 +144,7 @@ def plan(
     from pipeline.launch import Launch
 
     session = open_session(
-        recipe, run=run, artifacts=artifacts, overrides=set_ or [], launch=Launch(num_processes, quiet=True)
+        recipe, run=run, artifacts=artifacts, overrides=set_ or [], launch=Launch(num_processes, strategy, quiet=True)
     )
     show_plan(session, budget=budget, price=price, on=on, fit=fit or [], as_json=json)
 

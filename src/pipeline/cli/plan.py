@@ -32,7 +32,7 @@ def show_plan(
     asked = _budget(budget) if budget is not None else None
     device = known_device(on) if on else measure_device()
     processes = device.count if on else session.launch.processes()
-    planner = Planner(session.recipe, session.store, device, processes)
+    planner = Planner(session.recipe, session.store, device, processes, session.launch.strategy == "fsdp")
     standings = survey(session.recipe, session.store)
     found = [planner.estimate(standing) for standing in standings.values()]
     extra: list[str] = []
@@ -83,7 +83,7 @@ def _print_table(found: Sequence[Estimate]) -> None:
             parts = "  ".join(f"{name} {size / GIB:.2f}" for name, size in each.memory.items() if size)
             console.print(f"{each.stage}: GiB a process: {parts}", highlight=False, soft_wrap=True, style="dim")
     if unknown:
-        console.print(f"{unknown} stages are not in the time", highlight=False)
+        console.print(f"{unknown} of them not in the time", highlight=False)
 
 
 def _budget(text: str) -> tuple[float, str]:

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.model.build import count_parameters
+from pipeline.model.compiling import blocks_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Load:
     logits: float
     """Positions whose logits exist at one time."""
     others: float = 0.0
-    """Parameters held beside the model (reference, reward model)."""
+    """Parameters held beside the model (reference, reward model, teacher)."""
+    shards: int = 1
+    """Processes that share the model's weights, gradients and moments."""
 
 
 def memory_of(model: PreTrainedModel, load: Load) -> dict[str, float]:
@@ -40,14 +43,25 @@ def memory_of(model: PreTrainedModel, load: Load) -> dict[str, float]:
     positions, width, layers = load.rows * load.length, config.hidden_size, config.num_hidden_layers
     a_layer = 34.0 * positions * width * (1 if load.bf16 else 2)
     kept = a_layer + 2.0 * positions * width * layers if load.checkpointing else a_layer * layers
+    gathered = _gathered_at_once(model, total) if load.shards > 1 else 0.0
+    copied = gathered if load.shards > 1 and load.checkpointing else total  # else kept until a block's backward
     return {
-        "weights": 4 * (total + load.others),
-        "gradients": 4 * load.trained,
-        "optimizer": load.moments * load.trained,
-        "bf16 copies": 2 * total if load.bf16 else 0.0,
+        "weights": 4 * (total / load.shards + load.others),
+        "gradients": 4 * load.trained / load.shards,
+        "optimizer": load.moments * load.trained / load.shards,
+        **({"gathered": 8 * gathered} if gathered else {}),
+        "bf16 copies": 2 * copied if load.bf16 else 0.0,
         "activations": kept,
         "logits": load.logits * config.vocab_size * (10.0 if load.bf16 else 12.0),
     }
+
+
+def _gathered_at_once(model: PreTrainedModel, total: float) -> float:
+    """Parameters of a model in shards that stand whole on every process at once, with their gradients: what no block
+    owns (embedding, head, last norm), and one block."""
+    blocks = blocks_of(model)
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    return total - sum(sizes) + max(sizes, default=0)
 
 
 def adapter_parameters(model: PreTrainedModel, rank: int) -> float:
