@@ -77,6 +77,7 @@ def test_every_stage_by_hand(road: Path) -> None:
     assert found["pretrain"].loss is None, "the law says nothing of so small a model"
     more = planned(road, CPU, 'tokenize.added_tokens=["<|a|>", "<|b|>"]')
     assert more["pretrain"].parameters == total + 2 * 64
+    assert planned(road, CPU, "tokenize.algorithm=bytes")["pretrain"].parameters == total - (1000 - 260) * 64
 
 
 def test_memory_by_part_by_hand() -> None:

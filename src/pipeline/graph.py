@@ -165,6 +165,8 @@ def _reference(document: Document, key: Key, ref: str, kind: str, stages: Mappin
         path = Path(file) if file.startswith("/") else (base / file).resolve()
         if not path.exists():
             raise MissingInputError(f"{role}: nothing at {path}", where=where)
+        if member and kind != "reward-model":
+            raise RecipeError(f"{role} takes a {kind}; code of yours stands for a reward alone", where=where)
         if member:
             return f"{path}:{member}"
         _check_outside(role, str(path), kind, store, where)

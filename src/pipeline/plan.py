@@ -20,7 +20,7 @@ from pipeline.artifacts import Artifact, Store, runs_code_of
 from pipeline.data.extend import add_specials
 from pipeline.data.formats import read_rows
 from pipeline.data.sources import local_files
-from pipeline.data.tokenizers import SPECIALS, complete, load_tokenizer
+from pipeline.data.tokenizers import SMALLEST_VOCAB, SPECIALS, complete, load_tokenizer
 from pipeline.errors import MissingInputError, PipelineError
 from pipeline.graph import Node, Recipe
 from pipeline.hardware import Device
@@ -105,7 +105,8 @@ def _tokenizer_size(recipe: Recipe, store: Store, ref: str, added: tuple[str, ..
     if {"vocab_size", "added_merges", "added_tokens"} <= set(type(config).model_fields):  # `tokenize` or a copy of it
         given = node.inputs["tokenizer"]
         added = (*config.added_tokens, *added)
-        size = int(config.vocab_size) + len({*added} - {*SPECIALS})
+        trained = SMALLEST_VOCAB if config.algorithm == "bytes" else int(config.vocab_size)
+        size = trained + len({*added} - {*SPECIALS})
         return int(config.added_merges) + (_tokenizer_size(recipe, store, given[0], added) if given else size)
     above = node.inputs.get("tokens") or node.inputs.get("init")
     if not above:

@@ -26,6 +26,7 @@ stages:
 def recipe(tmp_path: Path) -> Path:
     (tmp_path / "text.txt").write_text("a\n")
     (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "gpt.py").write_text("class GPT: ...\n")
     (tmp_path / "r.yaml").write_text(RECIPE)
     return tmp_path / "r.yaml"
 
@@ -44,6 +45,7 @@ def test_a_good_recipe_is_planned(warm: Any, recipe: Path):
         ("learning_rate", "learning_rat", 8, "unknown key `learning_rat`; did you mean `learning_rate`?"),
         ("max_steps: 10", "max_steps: ten", 7, "`max_steps`: input should be a valid integer"),
         ("text.txt", "text.txt\n    added_merges: 9", 6, "`added_merges`: there is no `tokenizer` to add merges to"),
+        ("init: pretrain", "init: './gpt.py:GPT'", 9, "`init` takes a causal-lm; code of yours stands for a reward"),
         ("init: pretrain", "init: pretrian", 9, "no stage `pretrian`; did you mean `pretrain`?"),
         ("init: pretrain", "init: sft", 9, "the stages go round in a circle: sft → sft"),
         ("seed: 0", "run: twice", 2, 'duplicate key "run"'),
