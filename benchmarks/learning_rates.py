@@ -3,7 +3,7 @@
     python benchmarks/learning_rates.py artifacts/demo/tokenize --optimizer adamw
     python benchmarks/learning_rates.py artifacts/demo/tokenize --optimizer muon
 
-The rule that `pretrain` takes where `learning_rate` is unset (pipeline.model.optim.default_rates) is marked.
+The rule that `pretrain` takes where `learning_rate` is unset (pipeline.model.optim.default_rate) is marked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from pipeline.artifacts import Artifact
-from pipeline.model.optim import default_rates
+from pipeline.model.optim import default_rate
 from pipeline.runtime import Runtime
 from stages import pretrain
 from stages.pretrain import ModelConfig, PretrainConfig
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     for depth in given.depths:
-        rule, _ = default_rates(given.optimizer, 64 * depth, BATCH * LENGTH)
+        rule = default_rate(given.optimizer, 64 * depth, BATCH * LENGTH)
         for factor in given.factors:
             bits = bits_per_byte(given.tokens, depth, given.optimizer, factor * rule, given.steps, given.threads)
             mark = "  the rule's" if factor == 1 else ""

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pipeline.errors import ConfigError, MismatchError
+from pydantic import Field
+
+from pipeline.errors import ConfigError, MismatchError, TrainingError
 from pipeline.recipe import PeftConfig, Section, StageConfig, field
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from pipeline.model.continued import Start
     from pipeline.model.distillation import Teacher
     from pipeline.runtime import Runtime
+
+
+ShareOfTokens = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Times = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ModelConfig(Section):
@@ -50,7 +56,7 @@ class Anneal(Section):
     """The end of a run, on other text: the best there is, or what the model is for."""
 
     share: float = field(0.1, "last share of the steps", gt=0, lt=1)
-    mixture: dict[str, float] = field(..., "source of the shards -> its share of the tokens there")
+    mixture: dict[str, ShareOfTokens] = field(..., "source of the shards -> its share of the tokens there")
 
 
 class PretrainConfig(StageConfig):
@@ -64,10 +70,10 @@ class PretrainConfig(StageConfig):
         "chunk", "documents end to end and cut; whole ones beside each other; or one a sample"
     )
     document_mask: bool = field(False, "documents of a sample do not see each other")
-    mixture: dict[str, float] | None = field(
+    mixture: dict[str, ShareOfTokens] | None = field(
         None, "source of the shards -> its share of the tokens; by size times the data's weights unless set"
     )
-    max_epochs: float | dict[str, float] | None = field(
+    max_epochs: Times | dict[str, Times] | None = field(
         None, "times a source is read at most, or source -> that; the others make up for it"
     )
     anneal: Anneal | None = field(None, "another mixture for the last share of the steps")
@@ -85,7 +91,7 @@ class PretrainConfig(StageConfig):
         None, "peak rate of matrices and norms; by width and batch unless set, a tenth of that with `init`", gt=0
     )
     embedding_learning_rate: float | None = field(
-        None, "peak rate of the embedding; learning_rate unless set, with muon ten times that", gt=0
+        None, "peak rate of the embedding; learning_rate unless set, muon: ten times, peft: a tenth", gt=0
     )
     lr_scheduler_type: Literal["cosine", "linear", "wsd", "constant"] = field("cosine", "shape after the warmup")
     warmup_steps: float = field(0.02, "steps of warmup, or their share when below 1", ge=0)
@@ -134,6 +140,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     from pipeline.model.sharding import whole_state
 
     # 1. data
+    _check(config, runtime)
     tokens = inputs["tokens"]
     train, valid = TokenFile(tokens.path / "train.ds"), TokenFile(tokens.path / "valid.ds")
     run_samples = _samples(config, train)
@@ -170,6 +177,10 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     runtime.checkpoints.behind = True
     try:
         _train(config, loop, step, valid, tokenizer, runtime)
+    except TrainingError:  # of all ranks: the first to leave ends the others
+        runtime.checkpoints.wait()
+        runtime.barrier()
+        raise
     finally:
         loop.micro_steps.close()
         runtime.checkpoints.wait()
@@ -200,6 +211,36 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     }
 
 
+def _check(config: PretrainConfig, runtime: Runtime) -> None:
+    """ConfigError for fields that do not go together, before anything is loaded."""
+    refused = {
+        "peft": (config.peft and not config.init, "adapters need a base model", "set pretrain.init, or leave it out"),
+        "fim_rate": (
+            config.fim_rate > 0 and config.packing != "chunk",
+            "fill-in-the-middle lengthens documents, which then fit no row",
+            "packing: chunk",
+        ),
+    }
+    if runtime.shards:
+        mend = "leave it out, or --strategy ddp"
+        refused |= {
+            "peft": (config.peft is not None, "adapters are not trained in shards", mend),
+            "auto_find_batch_size": (
+                config.auto_find_batch_size,
+                "ranks that share a model in shards run out of memory together or wait for one another",
+                mend,
+            ),
+            "attn_implementation": (
+                config.attn_implementation != "auto",
+                "attention is not tried for a model in shards",
+                mend,
+            ),
+        }
+    for name, (is_so, problem, mend) in refused.items():
+        if is_so:
+            raise ConfigError(problem, where=f"pretrain.{name}", mend=mend)
+
+
 def _samples(config: PretrainConfig, train: TokenFile) -> RunSamples:
     """The samples of the whole run, a pure function of the shards and the config."""
     from pipeline.data.samples import Packed, Shares, run_samples
@@ -207,8 +248,7 @@ def _samples(config: PretrainConfig, train: TokenFile) -> RunSamples:
     late = config.anneal
     shares = Shares(config.mixture, config.max_epochs, late.share if late else 0.0, late.mixture if late else None)
     packed = Packed(config.context_length, config.packing, config.document_mask)
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return run_samples(train, packed, shares, config.max_steps, batch, config.seed)
+    return run_samples(train, packed, shares, config.max_steps, _batch(config), config.seed)
 
 
 def _order(config: PretrainConfig, samples: RunSamples, folder: Path, separator: int) -> Order:
@@ -219,9 +259,6 @@ def _order(config: PretrainConfig, samples: RunSamples, folder: Path, separator:
 
     if config.fim_rate == 0:
         return samples.order
-    if config.packing != "chunk":
-        problem = "fill-in-the-middle lengthens documents, which then fit no row"
-        raise ConfigError(problem, where="pretrain.fim_rate", mend="packing: chunk")
     seed, apart = hash_of(config.seed, 2), config.document_mask
     return infill(samples.order, config.fim_rate, config.fim_spm_rate, folder, separator, seed, apart)
 
@@ -236,7 +273,7 @@ def preview(config: PretrainConfig, inputs: dict[str, Any], count: int) -> list[
     tokens = inputs["tokens"]
     train = TokenFile(tokens.path / "train.ds")
     order = _order(config, _samples(config, train), tokens.model, train.metadata.separator_id)
-    batch = order.take(range(count))
+    batch = order.take(range(min(count, config.max_steps * _batch(config))))
     is_target_BT = np.ones_like(batch.rows_BT[:, 1:], dtype=bool) if batch.is_target_BT is None else batch.is_target_BT
     rows = zip(batch.rows_BT.tolist(), is_target_BT.tolist(), strict=True)
     return [ShownRow(f"sample {place}", ids, [False, *is_target]) for place, (ids, is_target) in enumerate(rows, 1)]
@@ -274,9 +311,6 @@ def _start(
 
     adapters = lora(config.peft, "CAUSAL_LM")
     if inputs.get("init") is None:
-        if adapters is not None:
-            mend = "set pretrain.init, or leave it out"
-            raise ConfigError("adapters need a base model", where="pretrain.peft", mend=mend)
         return Start(_new_model(config, len(tokenizer), runtime))
     model, own = load_base(inputs["init"].model, tokenizer, config.context_length)
     known = {}
@@ -289,8 +323,6 @@ def _start(
         runtime.say(f"{new:,} new tokens: rows for them from those of their parts")
     if adapters is None:
         return Start(model, None, known)
-    if runtime.shards:
-        raise ConfigError("adapters are not trained in shards", where="pretrain.peft", mend="--strategy ddp")
     return Start(model, adapt(model, adapters, derive_seed(config.seed, "adapters"), train_rows=new > 0), known)
 
 
@@ -317,14 +349,18 @@ def _teacher(config: PretrainConfig, inputs: dict[str, Any], runtime: Runtime) -
 def _rates(config: PretrainConfig, model: PreTrainedModel) -> tuple[float, float]:
     """Peak rates of matrices and of embeddings. What goes on from a base takes a tenth of a new model's, but adapters
     take it whole, as they bear some ten times the rate of the weights they stand for."""
-    from pipeline.model.optim import default_rates
+    from pipeline.model.optim import EMBEDDING_RATE, default_rate
 
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    width = model.config.get_text_config().hidden_size
-    rate, embedding_rate = default_rates(config.optimizer, width, batch * config.context_length)
+    width = model.get_input_embeddings().weight.shape[1]
     share = 0.1 if config.init is not None and config.peft is None else 1.0
-    given = config.learning_rate or share * rate
-    return given, config.embedding_learning_rate or given * embedding_rate / rate
+    rate = config.learning_rate or share * default_rate(config.optimizer, width, _batch(config) * config.context_length)
+    whole = 0.1 * rate if config.peft is not None else rate  # beside adapters the embedding is trained as it is
+    return rate, config.embedding_learning_rate or EMBEDDING_RATE[config.optimizer] * whole
+
+
+def _batch(config: PretrainConfig) -> int:
+    """Samples of an optimiser step, over all processes."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps
 
 
 def _is_bf16(config: PretrainConfig, runtime: Runtime) -> bool:
@@ -378,6 +414,7 @@ def _train(
                 loop.save(step)
             if stopping and step < config.max_steps:
                 runtime.checkpoints.wait()
+                runtime.barrier()  # rank 0 has written it: the others' leaving may end it
                 runtime.stop(step)
 
 
@@ -405,18 +442,17 @@ class _Loop:
         self.config, self.model, self.samples, self.runtime = config, model, samples, runtime
         self.bf16 = _is_bf16(config, runtime)
         self.losses = NextToken(model, teacher)
-        if config.document_mask and not keeps_documents_apart(model):
+        for each in [model, *([teacher.model] if teacher else [])]:
+            if not config.document_mask or keeps_documents_apart(each):
+                continue
             raise ConfigError(
-                f"{type(model).__name__} does not keep the documents of a sample apart",
+                f"{type(each).__name__} does not keep the documents of a sample apart",
                 where="pretrain.document_mask",
                 mend="packing: document, or leave it out",
             )
-        if runtime.shards and config.auto_find_batch_size:
-            problem = "ranks that share a model in shards run out of memory together or wait for one another"
-            raise ConfigError(problem, where="pretrain.auto_find_batch_size", mend="leave it out, or --strategy ddp")
-        if runtime.shards and config.attn_implementation != "auto":
-            problem = "attention is not tried for a model in shards"
-            raise ConfigError(problem, where="pretrain.attn_implementation", mend="leave it out, or --strategy ddp")
+        if config.auto_find_batch_size and self.losses.has_experts:
+            problem = "experts are balanced over a micro-step's rows, which smaller ones would change"
+            raise ConfigError(problem, where="pretrain.auto_find_batch_size", mend="leave it out")
         if runtime.shards:  # of which nothing can be tried alone
             runtime.say(shard(self.losses, blocks_of(model), runtime.device, runtime.world_size, evaluates="nats"))
             use_plain_products(model, self.bf16, config.context_length)
@@ -427,7 +463,7 @@ class _Loop:
                 runtime.say(chosen)
         if config.gradient_checkpointing:
             recompute_activations(model)
-        self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.batch = _batch(config)
         rows, count = share_batch(
             config.per_device_train_batch_size,
             config.gradient_accumulation_steps,
@@ -498,10 +534,14 @@ class _Loop:
 
     def step(self, step: int) -> None:
         """One optimiser step on this rank's share of the global batch."""
+        import torch
+
         from pipeline.model.optim import learning_rate_share, set_learning_rate
         from pipeline.model.sharding import clip_gradients, sum_gradients
+        from pipeline.runtime import derive_seed
 
         config = self.config
+        torch.manual_seed(derive_seed(config.seed, "step", step, self.runtime.rank))  # of dropout, where there is any
         set_learning_rate(
             self.optimizers,
             learning_rate_share(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import write_json
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, MachineError
 
 if TYPE_CHECKING:
     import torch
@@ -101,16 +101,21 @@ class Checkpoints:
             writing.result()
 
     def _write(self, step: int, tensors: Mapping[str, torch.Tensor], marker: Mapping[str, Any]) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".step-{step:08d}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(dict(tensors), temporary / "state.safetensors")
-        temporary.rename(path)  # never onto a whole one: a run goes on from the newest
-        _sync_file(self.folder)
-        self._mark(path, marker)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            save_file(dict(tensors), temporary / "state.safetensors")
+            temporary.rename(path)  # never onto a whole one: a run goes on from the newest
+            _sync_file(self.folder)
+            self._mark(path, marker)
+        except (OSError, SafetensorError) as error:
+            mend = "free some space, and run the same command again: the checkpoint before it is whole"
+            raise MachineError(f"the checkpoint could not be written: {error}", where=str(path), mend=mend) from error
 
     def adopt(self, path: Path, step: int, state: Mapping[str, Any]) -> None:
         """Declare the folder that somebody else wrote at `path` to be the whole checkpoint of `step`."""

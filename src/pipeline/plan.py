@@ -322,7 +322,7 @@ class Planner:
                 tried = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
                 if self._fits(node, tried):
                     return [_settings(node, tried)]
-        may_shard = node.stage.shards and self.processes > self.shards
+        may_shard = node.stage.shards and self.processes > self.shards and _goes_in_shards(config)
         if may_shard and self._fits(node, {}, shards=True):
             return ["would fit with --strategy fsdp"]
         if "gradient_checkpointing" in type(config).model_fields and not config.gradient_checkpointing:
@@ -331,7 +331,7 @@ class Planner:
                 return [_settings(node, tried)]
         if may_shard and self._fits(node, tried, shards=True):
             return [f"{_settings(node, tried)} --strategy fsdp"]
-        if "peft" in type(config).model_fields and config.peft is None and node.inputs.get("init"):
+        if "peft" in type(config).model_fields and config.peft is None and node.inputs.get("init") and self.shards == 1:
             from pipeline.recipe import PeftConfig
 
             tried = {**tried, "peft": PeftConfig()}
@@ -345,6 +345,11 @@ class Planner:
         planner = Planner(recipe, self.store, self.device, self.processes, shards or self.shards > 1)
         make = planner._pretrain if node.stage.type == "pretrain" else planner._rows
         return make(other, Estimate(node.name, "")).peak <= self.device.memory
+
+
+def _goes_in_shards(config: Any) -> bool:
+    """Whether pretrain takes these fields together with shards."""
+    return config.peft is None and not config.auto_find_batch_size and config.attn_implementation == "auto"
 
 
 def artifacts_of(store: Store) -> Iterable[Artifact]:

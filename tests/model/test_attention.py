@@ -111,8 +111,16 @@ def test_what_does_not_run_says_why(name: str, reason: str):
 def test_where_nothing_faster_runs_the_attention_stays_and_is_told():
     model = llama()
     told = first_that_runs(model, APART, False, apart=True)
-    assert told.startswith("attention: sdpa (flash_attention_2: ")
-    assert "flex_attention: " in told
+    assert told.startswith("attention: sdpa (flex_attention: ")
+
+
+def test_dropout_does_not_pass_for_another_attention():
+    fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64, "dropout": 0.3,
+              "max_position_embeddings": 64}  # fmt: skip
+    model = build_model("opt", shape_of({"depth": 2, "hidden_size": 32, "num_attention_heads": 2}, 64, VOCAB), fields)
+    model.train()
+    assert try_attention(model, "eager", bf16=False, apart=False) == ""
+    assert model.training
 
 
 ANY = {

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from pipeline.data.extend import add_specials, extend, pieces
 from pipeline.data.tokenizers import load_tokenizer, train_bpe
-from pipeline.errors import MismatchError
+from pipeline.errors import ConfigError, MismatchError
 from pipeline.model.adapters import adapt
 from pipeline.model.build import save_model
 from pipeline.model.continued import fit_vocabulary
@@ -129,3 +129,10 @@ def test_adapters_begin_as_the_seed_says(make: Make):
         states.append(model.state_dict()["model.layers.0.mlp.up_proj.lora_A.default.weight"])
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["q_proj", "lm_head"], ["nonsense"]])
+def test_adapters_where_they_would_not_be_trained_as_meant_are_refused(make: Make, modules: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        adapt(make(), LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM"), 0, train_rows=False)
+    assert caught.value.where == "pretrain.peft.target_modules"

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.data.packing import Batch
 from pipeline.model.feed import Feed, micro_batch
 from pipeline.model.losses import IGNORED
+
+CPU = torch.device("cpu")
 
 
 def numbered(positions: range) -> Batch:
@@ -15,7 +18,7 @@ def numbered(positions: range) -> Batch:
 def feed(rank: int = 0, ranks: int = 1, steps: int = 4) -> Feed:
     share = 6 // ranks
     starts = range(rank * share, (rank + 1) * share, 2)
-    return Feed(numbered, steps=steps, batch=6, rows=2, starts=starts, pin=False)
+    return Feed(numbered, steps=steps, batch=6, rows=2, starts=starts, device=CPU)
 
 
 def test_a_step_has_its_positions_in_micro_batches() -> None:
@@ -39,7 +42,7 @@ def test_any_step_may_follow_any_other_and_nothing_is_read_beyond_the_end() -> N
         asked.append(positions)
         return numbered(positions)
 
-    made = Feed(take, steps=3, batch=2, rows=2, starts=[0], pin=False)
+    made = Feed(take, steps=3, batch=2, rows=2, starts=[0], device=CPU)
     firsts = [int(made.step(step)[0].inputs_BT[0, 0]) for step in (0, 2, 1, 2)]
     made.close()
     assert firsts == [0, 40, 20, 40]
@@ -52,7 +55,7 @@ def test_a_fault_is_raised_by_the_step_that_wanted_the_samples() -> None:
             raise ValueError("unreadable")
         return numbered(positions)
 
-    made = Feed(take, steps=3, batch=2, rows=2, starts=[0], pin=False)
+    made = Feed(take, steps=3, batch=2, rows=2, starts=[0], device=CPU)
     made.step(0)
     with pytest.raises(ValueError, match="unreadable"):
         made.step(1)

@@ -117,6 +117,23 @@ def test_out_of_memory_makes_micro_steps_smaller_and_the_gradient_stays(
     steps.close()
 
 
+@pytest.mark.parametrize(("rows", "is_split"), [(12, False), (6, True)])
+def test_a_rank_whose_memory_ends_keeps_its_own_samples(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, rows: int, is_split: bool
+) -> None:
+    """The other rank's micro-steps stay whole: no sample twice, none left out."""
+    loss, whole = gradients(split(model, 24))
+    given = {"count": 12 // rows, "is_split": is_split, "world_size": 2}
+    one, found = gradients(split(model, rows, rank=0, **given))
+    out_of_memory_above(monkeypatch, 3, MESSAGES[0])
+    steps = split(model, rows, rank=1, halves_on_out_of_memory=True, **given)
+    model.zero_grad()
+    other = float(steps.gradients(1))
+    steps.close()
+    assert one + other == pytest.approx(loss, rel=1e-5)
+    assert_same({n: found[n] + p.grad for n, p in model.named_parameters() if p.grad is not None}, whole)
+
+
 def test_odd_rows_are_divided_too(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = out_of_memory_above(monkeypatch, 1, MESSAGES[0])
     steps = split(model, 3, halves_on_out_of_memory=True)

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.model.optim import SCHEDULES, build_optimizers, learning_rate_share, set_learning_rate, warmup_steps
+from pipeline.model.optim import (
+    SCHEDULES,
+    build_optimizers,
+    default_rate,
+    learning_rate_share,
+    set_learning_rate,
+    warmup_steps,
+)
 
 
 @pytest.mark.parametrize(
@@ -100,3 +107,19 @@ def test_rates_follow_the_share_and_every_parameter_moves(kind: str):
         if kind == "adamw":  # the first step of Adam is the rate, whatever the gradient
             rate = 0.0075 if name in ("embed_tokens.weight", "lm_head.weight") else 0.0025
             torch.testing.assert_close(moved, torch.full_like(moved, rate), rtol=1e-3, atol=1e-6)
+
+
+def test_the_rule_of_rates_by_hand():
+    """256 wide and 2,048 tokens a step is the base; half the width twice the rate; eight times the batch twice it."""
+    assert default_rate("adamw", 256, 2048) == pytest.approx(1.6e-3)
+    assert default_rate("muon", 256, 2048) == pytest.approx(5.4e-3)
+    assert default_rate("adamw", 128, 2048) == pytest.approx(3.2e-3)
+    assert default_rate("adamw", 256, 8 * 2048) == pytest.approx(3.2e-3)
+
+
+@pytest.mark.parametrize(("parameters", "width", "tokens"), [(85e6, 768, 10e9), (1e9, 2048, 26e9)])
+def test_the_rule_stays_near_the_step_law(parameters: float, width: int, tokens: float):
+    """Li et al. 2025: rate 1.79 N^-0.713 D^0.307 at a batch of 0.58 D^0.571 tokens."""
+    law = 1.79 * parameters**-0.713 * tokens**0.307
+    ours = default_rate("adamw", width, int(0.58 * tokens**0.571))
+    assert 1 / 2 < ours / law < 2

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.artifacts import Artifact, Store
+from pipeline.artifacts import Artifact, Store, outside_model
 from pipeline.data.infilling import NAMES
 from pipeline.data.shards import TokenFile
 from pipeline.data.tokenizers import load_tokenizer
@@ -71,7 +72,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory, base: Artifact, corpus: P
 
 
 def train(tokens: Artifact, out: Path, *, init: Any = None, teacher: Any = None, **fields: Any) -> dict[str, float]:
-    config = PretrainConfig(**{**SMALL, **fields})
+    config = PretrainConfig(**{**SMALL, "init": "its name" if init else None, **fields})
     out.mkdir(exist_ok=True)
     runtime = Runtime.start(out, seed=config.seed, threads=1, quiet=False)
     return pretrain.run(config, {"tokens": tokens, "init": init, "teacher": teacher}, out, runtime)
@@ -109,6 +110,7 @@ def test_a_base_learns_new_text_in_an_extended_vocabulary(
     """Mostly new words, some of the old text replayed: the new are learnt, the old are known as before, and a killed
     run ends with the same bits and the same table."""
     fields = {"max_steps": 60, "save_steps": 25, "mixture": {"words": 0.7, "corpus": 0.3}, "peft": peft}
+    fields |= {"learning_rate": 0.02} if peft else {}
     found = train(extended, tmp_path / "out", init=base, **fields)
     before = {label: found[f"before/bits_per_byte/{label}"] for label in ("corpus", "words")}
     assert found["bits_per_byte/words"] < 0.7 * before["words"]
@@ -167,6 +169,40 @@ def nats_of(model: Any, own: Any, tokenizer: Any, valid: TokenFile, documents: r
     return nats / size / 0.6931471805599453
 
 
+def test_dropout_is_resumed_to_the_same_bits(
+    tokens: Artifact, base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fields = {"max_steps": 6, "save_steps": 2, "peft": PeftConfig(r=4, lora_dropout=0.3)}
+    train(tokens, tmp_path / "whole", init=base, **fields)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            stop_after_a_save(patch)
+            with pytest.raises(KeyboardInterrupt):
+                train(tokens, tmp_path / "cut", init=base, **fields)
+    train(tokens, tmp_path / "cut", init=base, **fields)
+    assert sha(tmp_path / "cut") == sha(tmp_path / "whole")
+    train(tokens, tmp_path / "dry", init=base, **{**fields, "peft": PeftConfig(r=4)})
+    assert sha(tmp_path / "dry") != sha(tmp_path / "whole")
+
+
+def test_a_base_is_measured_behind_its_own_separator(tmp_path: Path, base: Artifact, corpus: Path):
+    """The base ends documents with a token of another name than the one that is added to it."""
+    folder = tmp_path / "base"
+    shutil.copytree(base.model, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("<|endoftext|>", "</s>").replace("<|im_end|>", "<|over|>"))
+    other = outside_model(folder)
+    config = TokenizeConfig(data=[str(corpus)], tokenizer=str(folder), added_tokens=("<|endoftext|>",))
+    out = tmp_path / "tokenize"
+    out.mkdir()
+    tokenize.run(config, {"tokenizer": other}, out, Runtime.start(out, seed=0, threads=1, quiet=True))
+    tokens = Artifact("other/tokenize", out, "tokens", "other", {"stage": "tokenize"})
+    assert TokenFile(out / "valid.ds").metadata.separator_id == 512 > len(load_tokenizer(folder)) - 1
+    found = train(tokens, tmp_path / "out", init=other, max_steps=2)
+    assert 0.5 < found["before/bits_per_byte/corpus"] < 2
+
+
 def test_adapters_need_a_base(tokens: Artifact, tmp_path: Path):
     with pytest.raises(ConfigError, match="adapters need a base model"):
         train(tokens, tmp_path / "out", peft=PeftConfig())
@@ -203,6 +239,29 @@ def test_the_first_loss_of_a_student_is_the_mix_that_was_asked_for(tokens: Artif
     (row,) = [line for line in lines(tmp_path / "out") if "loss" in line]
     assert row["teacher_kl"] == pytest.approx(0, abs=1e-4)
     assert row["loss"] == pytest.approx(0.7 * row["cross_entropy"], rel=1e-4)
+
+
+@pytest.mark.parametrize("padded", ["student", "teacher"])
+def test_a_padded_vocabulary_on_either_side_is_no_matter(tokens: Artifact, base: Artifact, tmp_path: Path, padded: str):
+    """Rows beyond the tokenizer's: the divergence from itself is still nothing."""
+    model = AutoModelForCausalLM.from_pretrained(base.model)
+    model.resize_token_embeddings(544)
+    shutil.copytree(base.model, tmp_path / "padded", ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(tmp_path / "padded")
+    wide = outside_model(tmp_path / "padded")
+    given = {"init": wide, "teacher": base} if padded == "student" else {"init": base, "teacher": wide}
+    train(tokens, tmp_path / "out", max_steps=1, **given)
+    (row,) = [line for line in lines(tmp_path / "out") if "loss" in line]
+    assert row["teacher_kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_teacher_that_looks_across_documents_is_refused(tokens: Artifact, tmp_path: Path):
+    bloom = ModelConfig(architecture="bloom", config={"hidden_size": 32, "n_layer": 1, "n_head": 2})
+    train(tokens, tmp_path / "bloom", model=bloom, max_steps=1)
+    shutil.copy(tokens.model / "tokenizer.json", tmp_path / "bloom" / "model")
+    teacher = outside_model(tmp_path / "bloom" / "model")
+    with pytest.raises(ConfigError, match="BloomForCausalLM does not keep the documents of a sample apart"):
+        train(tokens, tmp_path / "out", teacher=teacher, document_mask=True)
 
 
 def test_a_teacher_of_other_tokens_is_refused(extended: Artifact, base: Artifact, tmp_path: Path):

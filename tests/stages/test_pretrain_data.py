@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,45 @@ def test_documents_of_a_window_do_not_see_each_other(made: Path, base: Artifact,
     train(tokens, tmp_path / "together", base, **fields)
     assert losses(tmp_path / "apart")[0] == pytest.approx(total / (64 * 32), rel=1e-5)
     assert losses(tmp_path / "together")[0] != pytest.approx(total / (64 * 32), rel=1e-4)
+
+
+def test_shares_are_of_tokens_however_full_a_source_s_samples_are(mixed: Artifact):
+    """One document a sample: those of sums are shorter, and come the oftener for it."""
+    file = TokenFile(mixed.path / "train.ds")
+    config = PretrainConfig(context_length=128, packing="document", max_steps=50, mixture={"corpus": 0.5, "sums": 0.5})
+    samples = pretrain._samples(config, file)
+    drawn = {each.label: each.tokens for each in samples.drawn(400)}
+    assert drawn["sums"] / sum(drawn.values()) == pytest.approx(0.5, abs=0.03)
+    by_size = pretrain._samples(config.model_copy(update={"mixture": None, "max_epochs": 1000.0}), file)
+    sizes = [source.tokens for source in file.metadata.sources]
+    drawn = {each.label: each.tokens for each in by_size.drawn(400)}
+    assert drawn["corpus"] / sum(drawn.values()) == pytest.approx(sizes[0] / sum(sizes), abs=0.03)
+
+
+@pytest.mark.parametrize(("steps", "share", "what"), [(4, 0.1, "none"), (2, 0.9, "all")])
+def test_a_second_phase_of_no_step_or_all_is_refused(mixed: Artifact, steps: int, share: float, what: str):
+    anneal = Anneal(share=share, mixture={"sums": 1.0})
+    config = PretrainConfig(context_length=32, max_steps=steps, anneal=anneal)
+    with pytest.raises(ConfigError, match=f"the last {share:.0%} of {steps} steps is {what} of them"):
+        pretrain._samples(config, TokenFile(mixed.path / "train.ds"))
+
+
+def test_a_cap_on_a_source_that_is_not_drawn_is_no_fault(mixed: Artifact):
+    file = TokenFile(mixed.path / "train.ds")
+    config = PretrainConfig(context_length=32, max_steps=3, mixture={"sums": 1.0}, max_epochs={"corpus": 2.0})
+    assert [each.label for each in pretrain._samples(config, file).drawn(24)] == ["sums"]
+
+
+@pytest.mark.parametrize("fields", [{"mixture": {"sums": -1}}, {"mixture": {"sums": math.inf}}, {"max_epochs": -2}])
+def test_shares_and_caps_are_sensible_numbers(fields: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"greater than|finite"):
+        PretrainConfig(**fields)
+
+
+def test_experts_do_not_go_with_smaller_micro_steps(mixed: Artifact, tmp_path: Path):
+    experts = ModelConfig(architecture="qwen3_moe", depth=1, hidden_size=32, num_attention_heads=2)
+    with pytest.raises(ConfigError, match="experts are balanced over a micro-step's rows"):
+        train(mixed, tmp_path / "out", model=experts, auto_find_batch_size=True, max_steps=1)
 
 
 def test_a_family_that_looks_across_documents_is_refused(mixed: Artifact, tmp_path: Path):

@@ -83,6 +83,7 @@ class Mixture:
     def places(self, positions: Positions) -> tuple[Array, Array]:
         """(source, which of its samples) at each position, both int64 [B]."""
         wanted = np.asarray(positions, dtype=np.int64)
+        assert not len(wanted) or 0 <= wanted.min() <= wanted.max() < self.count, "the run ends before"
         sources, indices = np.empty_like(wanted), np.empty_like(wanted)
         begins, past = 0, np.zeros(len(self.sources), dtype=np.int64)
         for number, phase in enumerate(self.phases):
@@ -155,17 +156,15 @@ def rounded(given: Sequence[float], most: Sequence[float], total: int) -> tuple[
 
 
 def shares_by_label(mixture: Mapping[str, float], labels: Sequence[str], where: str) -> list[float]:
-    """[S] shares in the sources' order; what the mixture does not name has none. ConfigError for an unknown label, a
-    negative share, and where no share is above 0."""
-    for label, share in mixture.items():
+    """[S] shares in the sources' order; what the mixture does not name has none. ConfigError for an unknown label, and
+    where no share is above 0."""
+    for label in mixture:
         if label not in labels:
             raise ConfigError(
                 f"the shards have no source `{label}`{meant(label, labels)}",
                 where=where,
                 mend=f"one of {', '.join(labels)}",
             )
-        if share < 0:
-            raise ConfigError(f"the share of `{label}` is {share:g}", where=where, mend="0 leaves a source out")
     shares = [float(mixture.get(label, 0.0)) for label in labels]
     if sum(shares) <= 0:
         raise ConfigError("no source has a share above 0", where=where, mend=f"{labels[0]}: 1")

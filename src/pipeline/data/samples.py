@@ -111,40 +111,65 @@ def run_samples(file: TokenFile, packed: Packed, shares: Shares, steps: int, bat
     is_plain = shares.mixture is None and shares.anneal_mixture is None and has_one_weight
     if is_plain and (len(sources) == 1 or shares.max_epochs is None):
         whole = stream(file, None, packed, seed)
-        allot([1.0], most_samples([whole], labels, shares.max_epochs), steps * batch, labels)
+        allot([1.0], most_samples([whole], [0], labels, shares.max_epochs), steps * batch, labels)
         return RunSamples(whole, [whole], labels)
 
-    by_size = [source.tokens * source.weight for source in sources]
-    late = round(shares.anneal_share * steps) if shares.anneal_mixture is not None else 0
-    phases = [(steps - late, shares.mixture, "pretrain.mixture")]
-    phases += [(late, shares.anneal_mixture, "pretrain.anneal.mixture")] if late else []
-    wanted = [by_size if m is None else shares_by_label(m, labels, where) for _, m, where in phases]
+    phases = phases_of(shares, steps, labels)
+    by_size = [
+        source.tokens * source.weight if has_a_sample(file, s, packed) else 0.0 for s, source in enumerate(sources)
+    ]
+    wanted = [by_size if given is None else given for _, given in phases]
     used = [s for s in range(len(sources)) if any(phase[s] > 0 for phase in wanted)]
-    labels = [labels[s] for s in used]
+    for s in used:
+        if not has_a_sample(file, s, packed):
+            mend = "leave it out of the mixture, take more text, or a shorter context"
+            raise ConfigError(f"`{labels[s]}` has not one sample", where="pretrain.mixture", mend=mend)
     streams = [stream(file, s, packed, seed) for s in used]
-    most = most_samples(streams, labels, shares.max_epochs)
+    most = most_samples(streams, used, labels, shares.max_epochs)
+    tokens_a_sample = [predicted(each, each.count) / each.count for each in streams]
     made = []
-    for (phase_steps, _, _), phase in zip(phases, wanted, strict=True):
-        draws = allot([phase[s] for s in used], most, phase_steps * batch, labels)
+    for (phase_steps, _), phase in zip(phases, wanted, strict=True):
+        in_samples = [phase[s] / tokens for s, tokens in zip(used, tokens_a_sample, strict=True)]
+        draws = allot(in_samples, most, phase_steps * batch, [labels[s] for s in used])
         most = [limit - drawn for limit, drawn in zip(most, draws, strict=True)]
         made.append(Phase(draws))
-    return RunSamples(Mixture(streams, made, seed), streams, labels)
+    return RunSamples(Mixture(streams, made, seed), streams, [labels[s] for s in used])
+
+
+def phases_of(shares: Shares, steps: int, labels: Sequence[str]) -> list[tuple[int, list[float] | None]]:
+    """(steps, each source's share of the tokens; None: by size) of the run's phases. ConfigError for an unknown label,
+    and where the last phase would be no step or all."""
+    first = None if shares.mixture is None else shares_by_label(shares.mixture, labels, "pretrain.mixture")
+    if shares.anneal_mixture is None:
+        return [(steps, first)]
+    late = round(shares.anneal_share * steps)
+    if not 0 < late < steps:
+        problem = f"the last {shares.anneal_share:.0%} of {steps:,} steps is {'none' if late == 0 else 'all'} of them"
+        raise ConfigError(problem, where="pretrain.anneal.share", mend="another share, or more steps")
+    return [(steps - late, first), (late, shares_by_label(shares.anneal_mixture, labels, "pretrain.anneal.mixture"))]
+
+
+def has_a_sample(file: TokenFile, source: int, packed: Packed) -> bool:
+    """Whether a source fills one sample."""
+    return file.metadata.sources[source].tokens > (packed.length if packed.packing == "chunk" else 0)
 
 
 def most_samples(
-    streams: Sequence[Samples], labels: Sequence[str], max_epochs: float | Mapping[str, float] | None
+    streams: Sequence[Samples],
+    used: Sequence[int],
+    labels: Sequence[str],
+    max_epochs: float | Mapping[str, float] | None,
 ) -> list[float]:
-    """[S] samples that may be drawn of each stream. ConfigError for a label that there is not."""
+    """Samples that may be drawn of each stream, the sources `used`. ConfigError for a label that there is not."""
     if isinstance(max_epochs, Mapping):
         for label in max_epochs:
             if label not in labels:
-                raise ConfigError(
-                    f"the shards have no source `{label}`{meant(label, labels)}", where="pretrain.max_epochs"
-                )
-        limits = [max_epochs.get(label, float("inf")) for label in labels]
+                problem = f"the shards have no source `{label}`{meant(label, labels)}"
+                raise ConfigError(problem, where="pretrain.max_epochs")
+        limits = [max_epochs.get(labels[s], float("inf")) for s in used]
     else:
         limits = [float("inf") if max_epochs is None else max_epochs] * len(streams)
-    return [limit * each.count for limit, each in zip(limits, streams, strict=False)]
+    return [limit * each.count for limit, each in zip(limits, streams, strict=True)]
 
 
 def stream(file: TokenFile, source: int | None, packed: Packed, seed: int) -> Samples:

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from pipeline.errors import ConfigError
 from pipeline.model.build import evaluating
 
-APART = ("flash_attention_2", "flex_attention")
-"""What skips the products between documents of a row that do not see each other; torch's own kernel takes a mask."""
+APART = ("flex_attention",)
+"""What skips the products between documents of a row that do not see each other; torch's own kernel takes a mask.
+(FlashAttention 2 does too, but transformers hands it documents' borders in batches of one row only.)"""
 
 
 def choose_attention(model: PreTrainedModel, bf16: bool, longest: int, *, asked: str, apart: bool) -> str:
@@ -88,7 +89,7 @@ def _tried(model: PreTrainedModel, bf16: bool, apart: bool) -> Tensor:
     ids_BT = torch.arange(128, device=model.device).reshape(2, 64) % rows
     positions_BT = torch.arange(32, device=model.device).repeat(2, 2) if apart else None
     given = {} if positions_BT is None else {"position_ids": positions_BT}
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+    with evaluating(model), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
         hidden_BTD: Tensor = model.base_model(ids_BT, use_cache=False, **given).last_hidden_state
     hidden_BTD.float().square().mean().backward()  # type: ignore[no-untyped-call]
     return hidden_BTD.detach().float()

@@ -6,6 +6,7 @@ Letters of shapes: V rows of an embedding, D width.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.data.extend import is_extension, pieces
 from pipeline.data.shards import TokenFile
-from pipeline.data.tokenizers import encode_text, load_tokenizer
+from pipeline.data.tokenizers import encode_text, load_tokenizer, separator_id
 from pipeline.errors import MismatchError
 from pipeline.model.build import check_reach, check_vocabulary, evaluating, head_weight, load_causal_lm
 from pipeline.model.held_out import bits_by_source
@@ -91,11 +92,13 @@ def measure_base(
 
     def own_ids(index: int) -> np.ndarray[Any, Any]:
         text = tokenizer.decode(valid.document(index)[:-1])
-        return np.array([*encode_text(own, text), valid.metadata.separator_id])
+        return np.array([*encode_text(own, text), separator])
 
-    has_merges = any(pieces(own, tokenizer).values())
+    separator = separator_id(own)
+    is_other = separator != valid.metadata.separator_id or any(pieces(own, tokenizer).values())
     with evaluating(model):
-        return bits_by_source(NextToken(model), valid, length, documents, own_ids if has_merges else None)
+        losses = NextToken(model)
+        return bits_by_source(losses, valid, length, documents, own_ids if is_other else None, separator)
 
 
 @torch.no_grad()
@@ -110,7 +113,8 @@ def read_known(metrics: Path) -> dict[str, float]:
     """What the base knew, `bits_per_byte/<label>`: the first line of the run's metrics."""
     with metrics.open(encoding="utf-8") as file:
         line = json.loads(file.readline())
-    return {name: value for name, value in line.items() if name.startswith("bits_per_byte/")}
+    found = {name: value for name, value in line.items() if name.startswith("bits_per_byte/")}
+    return {name: math.nan if value is None else value for name, value in found.items()}
 
 
 def forgetting(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:

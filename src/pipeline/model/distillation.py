@@ -34,10 +34,10 @@ class Teacher:
         found: Tensor = self.model.base_model(inputs_BT, use_cache=False, **given).last_hidden_state
         return found.flatten(0, 1)
 
-    def head(self, rows: int) -> Tensor:
-        """The first `rows` rows of the head: a padded vocabulary has more."""
+    def head(self) -> Tensor:
+        """The head's matrix."""
         weight: Tensor = self.model.get_output_embeddings().weight
-        return weight[:rows]
+        return weight
 
     def add(self, cross_entropy: Tensor, divergence: Tensor, targets: Tensor) -> None:
         """Count a micro-batch; no wait for the device."""

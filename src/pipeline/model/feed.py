@@ -59,11 +59,12 @@ class Feed:
         batch: int,
         rows: int,
         starts: Sequence[int],
-        pin: bool,
+        device: torch.device,
     ) -> None:
         self.take, self.steps, self.batch = take, steps, batch
-        self.rows, self.starts, self.pin = rows, starts, pin
-        self.thread = ThreadPoolExecutor(1, "feed")
+        self.rows, self.starts, self.pins = rows, starts, device.type == "cuda"
+        own_device = (torch.cuda.set_device, (device,)) if self.pins else (None, ())  # a thread begins on the first
+        self.thread = ThreadPoolExecutor(1, "feed", *own_device)
         self.ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def step(self, step: int) -> list[MicroBatch]:
@@ -81,4 +82,4 @@ class Feed:
     def _make(self, step: int) -> list[MicroBatch]:
         begins = [step * self.batch + start for start in self.starts]
         made = [micro_batch(self.take(range(begin, begin + self.rows))) for begin in begins]
-        return [each.pinned() for each in made] if self.pin else made
+        return [each.pinned() for each in made] if self.pins else made

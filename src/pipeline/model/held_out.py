@@ -53,11 +53,18 @@ def padded(rows: list[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def bits_by_source(
-    losses: NextToken, valid: TokenFile, length: int, documents: int, ids_of: Ids | None = None
+    losses: NextToken,
+    valid: TokenFile,
+    length: int,
+    documents: int,
+    ids_of: Ids | None = None,
+    separator: int | None = None,
 ) -> dict[str, float]:
     """`bits_per_byte/<label>` of each source, over `documents` of its own."""
     return {
-        f"bits_per_byte/{source.label}": bits_per_byte(losses, valid, length, documents, source=place, ids_of=ids_of)
+        f"bits_per_byte/{source.label}": bits_per_byte(
+            losses, valid, length, documents, source=place, ids_of=ids_of, separator=separator
+        )
         for place, source in enumerate(valid.metadata.sources)
         if source.documents
     }
@@ -72,14 +79,17 @@ def bits_per_byte(
     *,
     source: int | None = None,
     ids_of: Ids | None = None,
+    separator: int | None = None,
 ) -> float:
     """Bits a UTF-8 byte over `documents` held-out documents, of one source or of all: Σ nats / (ln 2 · Σ bytes).
 
-    `ids_of` gives a document's tokens, its separator last, where they are another tokenizer's than the file's.
+    `ids_of` gives a document's tokens, its separator last, where they are another tokenizer's than the file's;
+    `separator` is that one's then.
     """
     chosen = choose_documents(valid, documents, source)
     read = ids_of or valid.document
-    rows = [row for index in chosen for row in windows(read(index), valid.metadata.separator_id, length)]
+    before = valid.metadata.separator_id if separator is None else separator
+    rows = [row for index in chosen for row in windows(read(index), before, length)]
     rows.sort(key=len)
     nats, start = 0.0, 0
     while start < len(rows):

@@ -28,7 +28,7 @@ class MicroSteps:
     """Forward and backward of a run's batches on this rank.
 
     `rows` and `count` are this rank's micro-step and how many of them a step has; `is_split`, that all ranks have a
-    part of each micro-step instead of some of them whole.
+    part of each micro-step instead of some of them whole. `starts` is where they begin in a step's samples.
     """
 
     def __init__(
@@ -50,8 +50,11 @@ class MicroSteps:
         say: Callable[[str], None],
     ) -> None:
         self.losses, self.samples, self.steps, self.batch = losses, samples, steps, batch
-        self.rows, self.count, self.is_split = rows, count, is_split
-        self.rank, self.world_size, self.device = rank, world_size, device
+        self.rows, self.world_size, self.device = rows, world_size, device
+        share = rows * count
+        self.starts = list(
+            range(rank * rows, batch, rows * world_size) if is_split else range(rank * share, (rank + 1) * share, rows)
+        )
         self.autocast, self.halves, self.say = autocast, halves_on_out_of_memory, say
         losses.splits_rows = is_split
         while (
@@ -85,7 +88,7 @@ class MicroSteps:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self._divide(next(n for n in range(2, self.rows + 1) if self.rows % n == 0))
-            self.say(f"out of memory: {self.count} micro-steps of {self.rows} rows from here, the same batch")
+            self.say(f"out of memory: {len(self.starts)} micro-steps of {self.rows} rows from here, the same batch")
             self.routing = routing
             if self.losses.teacher is not None and tally is not None:
                 self.losses.teacher.tally = tally
@@ -124,17 +127,16 @@ class MicroSteps:
         return total
 
     def _divide(self, parts: int) -> None:
-        self.rows, self.count = self.rows // parts, self.count * parts
+        """Every micro-step into so many, each inside its own rows: another rank's stay what they are."""
+        self.rows //= parts
+        self.starts = [start + part * self.rows for start in self.starts for part in range(parts)]
 
     def _feed(self) -> Feed:
-        pin = self.device.type == "cuda"
         return Feed(
-            self.samples.take, steps=self.steps, batch=self.batch, rows=self.rows, starts=self._starts(), pin=pin
+            self.samples.take,
+            steps=self.steps,
+            batch=self.batch,
+            rows=self.rows,
+            starts=self.starts,
+            device=self.device,
         )
-
-    def _starts(self) -> range:
-        """Where this rank's micro-steps begin in a step's samples: its part of each, or some of them whole."""
-        if self.is_split:
-            return range(self.rank * self.rows, self.batch, self.rows * self.world_size)
-        share = self.rows * self.count
-        return range(self.rank * share, (self.rank + 1) * share, self.rows)

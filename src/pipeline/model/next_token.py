@@ -97,8 +97,9 @@ class NextToken(nn.Module):
         if self.teacher is None:
             return cross_entropy_sum(hidden_ND, self._head(), target_N)
         teacher, head_VD = self.teacher, self._head()
-        teacher_NE = teacher.hidden(inputs_BT, positions_BT)
-        teacher_VE = teacher.head(len(head_VD)).to(teacher_NE.dtype)
+        teacher_NE, teacher_VE = teacher.hidden(inputs_BT, positions_BT), teacher.head()
+        shared = min(len(head_VD), len(teacher_VE))  # a padded vocabulary has more rows than there are tokens
+        head_VD, teacher_VE = head_VD[:shared], teacher_VE[:shared].to(teacher_NE.dtype)
         loss, hard, soft = distillation_sum(
             hidden_ND, head_VD, target_N, teacher_NE, teacher_VE, teacher.alpha, teacher.temperature
         )
