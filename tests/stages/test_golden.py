@@ -17,6 +17,8 @@ from pipeline.runtime import Runtime
 from stages import pretrain
 from stages.pretrain import ModelConfig, PretrainConfig
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "pretrain.json"
 TINY = {"depth": 2, "hidden_size": 32, "num_attention_heads": 2}
 RUNS: dict[str, dict[str, Any]] = {

@@ -21,6 +21,8 @@ from stages import pretrain, tokenize
 from stages.pretrain import Anneal, ModelConfig, PretrainConfig
 from stages.tokenize import TokenizeConfig
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "model": ModelConfig(depth=2, hidden_size=32, num_attention_heads=2),
     "context_length": 32,

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from pipeline.model.compiling import can_compile
 
+pytestmark = pytest.mark.slow
+
 SPY = '''
 import math
 import torch
