@@ -1,9 +1,11 @@
-"""ppo: the policy optimised against a reward model, or a reward function, by proximal policy optimisation.
+"""ppo: the policy optimised against a reward by proximal policy optimisation, or by one of its family.
 
 Schulman et al. 2017 for the algorithm, Ouyang et al. 2022 (InstructGPT) for its use on language models, Huang et al.
 2024 ("The N+ implementation details of RLHF with PPO") for what they leave out. A step: the policy answers a batch of
-prompts; the reward model scores the answers; log-probs of policy and reference and the critic's values are taken;
-rewards become advantages; policy and critic are updated. docs/ppo.md explains every field.
+prompts; the answers are scored; log-probs of policy and reference and the critic's values are taken; rewards become
+advantages; policy and critic are updated. `algorithm` names the methods that are small changes of the same loop and do
+without a critic (pipeline/rl/family.py): GRPO, Dr. GRPO, DAPO, RLOO, REINFORCE++, ReMax, GSPO. docs/ppo.md explains
+every field.
 
 Departures: one batch, one epoch, one minibatch unless told otherwise, so that the update is on-policy; the critic is a
 model of its own, started from the reward model with its head, and reads its values in the reward's normalised units;
@@ -12,28 +14,34 @@ a response without a stop token has its score replaced by -1; the score lies on 
 
 from __future__ import annotations
 
-import copy
 import math
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import model_validator
+
 from pipeline.errors import ConfigError
-from pipeline.recipe import Data, Ref, StageConfig, field
+from pipeline.recipe import Data, PeftConfig, Ref, StageConfig, field
+from pipeline.rl.family import PRESETS, Algorithm, Estimator, needs_a_group
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
     from pipeline.data.shown import ShownRow
+    from pipeline.rl.answers import Answers
+    from pipeline.rl.phases import Clock
     from pipeline.rl.prompts import Prompts
     from pipeline.rl.rollouts import Experience, Rollout
     from pipeline.runtime import Runtime
 
 
 class PPOConfig(StageConfig):
-    """What ppo can be told. Names are those of TRL's PPOConfig where it had them."""
+    """What ppo can be told. Names are those of TRL's PPOConfig and GRPOConfig where they have them."""
 
+    algorithm: Algorithm = field(
+        "ppo", "sets the fields below as that method has them, where the recipe doesn't", preset=True
+    )
     init: Ref = field("sft", "the policy's start, and the reference that KL is measured to")
     reward: Ref = field("reward", "a reward model, or a function of your own: ./rewards.py:exact")
     data: Data | None = field(None, "rows whose prompts are answered; those sft was trained on unless set")
@@ -43,9 +51,15 @@ class PPOConfig(StageConfig):
     total_episodes: int | None = field(None, "responses to learn from; by `num_train_epochs` unless set", gt=0)
     num_train_epochs: float = field(1.0, "passes over the prompts", gt=0)
     batch_size: int = field(64, "responses a step, over all processes", unit="episodes", gt=0)
+    num_generations: int = field(1, "responses to each prompt of a step", unit="responses", gt=0)
+    dynamic_sampling: bool = field(False, "prompts whose answers all got the same are left out, others asked instead")
+    max_sampling_rounds: int = field(4, "dynamic_sampling: batches generated for one step at most", gt=0)
     num_ppo_epochs: int = field(1, "passes over the responses of a step", gt=0)
     num_mini_batches: int = field(1, "optimiser steps a pass", gt=0)
     per_device_train_batch_size: int = field(16, "responses a forward and backward; no result depends on it", gt=0)
+    token_budget: int | None = field(
+        None, "forwards hold this many tokens instead, padding included", unit="tokens", gt=0
+    )
     local_rollout_forward_batch_size: int = field(64, "responses a forward without gradients, and of a decode", gt=0)
     response_length: int = field(128, "tokens of a response at most", unit="tokens", gt=0)
     temperature: float = field(1.0, "of sampling, and of every log-prob", gt=0)
@@ -57,7 +71,12 @@ class PPOConfig(StageConfig):
     weight_decay: float = field(0.0, "AdamW's decay of the weights", ge=0)
     max_grad_norm: float = field(1.0, "clip each model's gradient norm to this", gt=0)
     bf16: bool | None = field(None, "autocast to bf16; where the hardware gains by it unless set")
+    peft: PeftConfig | None = field(None, "train LoRA adapters: the reference is the policy without them")
+    ema_decay: float | None = field(
+        None, "what is written is the policy's moving average (InstructGPT: 0.992)", gt=0, lt=1
+    )
 
+    advantage_estimator: Estimator = field("gae", "how rewards become advantages; all but gae do without a critic")
     gamma: float = field(1.0, "discount a token", ge=0, le=1)
     lam: float = field(0.95, "lambda of GAE: 0 trusts the critic, 1 the rewards", ge=0, le=1)
     whiten_advantages: bool = field(True, "advantages of a step to mean 0 and variance 1")
@@ -67,9 +86,18 @@ class PPOConfig(StageConfig):
     dual_clip: float | None = field(None, "loss of a bad token at most this times its advantage (verl: 3)", gt=1)
     cliprange_value: float | None = field(0.2, "values stay this near to the rollout's; null for no clip", gt=0)
     vf_coef: float = field(0.1, "weight of the value loss, which has a factor 1/2", gt=0)
+    loss_aggregation: Literal["token", "sequence", "constant"] = field(
+        "token", "mean over tokens, over responses of their means, or tokens over batch × response_length"
+    )
+    importance_sampling_level: Literal["token", "sequence"] = field("token", "the ratio: of a token, or of a response")
+    entropy_coef: float = field(0.0, "weight of the entropy bonus", ge=0)
+    mask_truncated_completions: bool = field(False, "responses without a stop token are not trained on")
     target_kl: float | None = field(None, "skip the rest of a step's updates above this KL", unit="nats a token", gt=0)
 
     kl_coef: float = field(0.05, "price of KL to the reference", unit="reward a nat", ge=0)
+    kl_loss: Literal["k2", "k3"] | None = field(
+        None, "KL as a part of the loss, by this estimator; of the reward unless set"
+    )
     adaptive_kl: bool = field(False, "steer the price to a target; `kl_coef` is then unused")
     init_kl_coef: float = field(0.15, "adaptive_kl: the first price", unit="reward a nat", gt=0)
     adaptive_kl_target: float = field(6.0, "adaptive_kl: KL to hold", unit="nats a response", gt=0)
@@ -79,8 +107,19 @@ class PPOConfig(StageConfig):
         "replace", "a response without a stop token scores -penalty, its score - penalty, or its score"
     )
     missing_eos_penalty: float = field(1.0, "the penalty of that rule", ge=0)
+    overlong_buffer: float | None = field(
+        None, "share of response_length at its end in which up to 1 is taken off", gt=0, le=1
+    )
 
     save_steps: int = field(50, "steps between checkpoints", unit="steps", gt=0, run_only=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        """The fields that the algorithm sets and the recipe doesn't."""
+        if not isinstance(values, dict):
+            return values
+        return PRESETS.get(str(values.get("algorithm", "ppo")), {}) | values
 
 
 INPUTS = {"init": "causal-lm", "reward": "reward-model"}
@@ -90,6 +129,7 @@ DEFAULTS = {"data": "demonstrations"}
 
 HEALTHY_GAP = 0.01  # mean |p(rollout) - p(training)| a token above which the two forwards don't agree
 SHOWN = ("reward", "kl", "length", "ended", "samples_per_second")
+SUMMARY = ("reward", "kl", "ended", "length", "entropy", "samples_per_second")
 RECENT = 10  # steps that the closing figures are the mean of
 
 
@@ -105,10 +145,9 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     # 1. prompts, in the order of the whole run
     _check(config, runtime)
     tokenizer = load_tokenizer(inputs["init"].model)
-    prompts = _prompts(config, inputs, tokenizer, runtime)
-    steps = len(prompts.order) // config.batch_size
+    prompts, steps = _prompts(config, inputs, tokenizer, runtime)
 
-    # 2. policy, reference, reward model and critic, from the checkpoint if there is one
+    # 2. policy, reference, what scores and critic, from the checkpoint if there is one
     loop = _Loop(config, inputs, tokenizer, prompts, runtime)
     step = loop.resume()
     if runtime.is_main:
@@ -130,10 +169,12 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
                 runtime.stop(step)
 
     # 4. the policy, as its start was
+    summary = loop.summary()
+    loop.finish()
     if runtime.is_main:
         write_policy(loop.policy.model, out / "model", inputs["init"].model, loop.stop_id)
     runtime.barrier()
-    return loop.summary()
+    return summary
 
 
 def preview(config: PPOConfig, inputs: dict[str, Any], count: int) -> list[ShownRow]:
@@ -151,20 +192,31 @@ def preview(config: PPOConfig, inputs: dict[str, Any], count: int) -> list[Shown
 
 
 def _check(config: PPOConfig, runtime: Runtime) -> None:
-    """ConfigError for a batch that its minibatches or processes don't divide."""
-    for name, parts in (("num_mini_batches", config.num_mini_batches), ("processes", runtime.world_size)):
+    """ConfigError for a batch that cannot be cut as it is told, and for settings that don't go together."""
+    group = config.num_generations
+    for name, parts in (
+        ("num_mini_batches", config.num_mini_batches),
+        (f"processes with {group} answers a prompt" if group > 1 else "processes", runtime.world_size * group),
+    ):
         if config.batch_size % parts:
             raise ConfigError(
                 f"a batch of {config.batch_size} is not divisible by {parts} {name}",
                 where="ppo.batch_size",
                 mend=f"--set ppo.batch_size={math.ceil(config.batch_size / parts) * parts}",
             )
+    if group == 1 and (needs_a_group(config.advantage_estimator) or config.dynamic_sampling):
+        what = "dynamic_sampling" if config.dynamic_sampling else f"advantage_estimator {config.advantage_estimator}"
+        raise ConfigError(
+            f"{what} compares the answers to one prompt, and there is one",
+            where="ppo.num_generations",
+            mend="--set ppo.num_generations=8",
+        )
 
 
 def _prompts(
     config: PPOConfig, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerFast, runtime: Runtime
-) -> Prompts:
-    """The prompts the run comes to, episode by episode."""
+) -> tuple[Prompts, int]:
+    """The prompts the run comes to, one after the other, and the number of its steps."""
     from pipeline.data.chat import encode_prompt
     from pipeline.data.formats import read_rows
     from pipeline.model.build import reach
@@ -172,11 +224,14 @@ def _prompts(
 
     assert config.data is not None
     rows = read_rows(config.data, "prompt", split="train", held_out=config.held_out, say=runtime.say)
-    episodes = config.total_episodes or max(1, round(config.num_train_epochs * len(rows)))
+    group = config.num_generations
+    episodes = config.total_episodes or max(1, round(config.num_train_epochs * len(rows) * group))
+    steps = math.ceil(episodes / config.batch_size)
+    rounds = config.max_sampling_rounds if config.dynamic_sampling else 1
     context = reach(inputs["init"].model)
     prompts = order_prompts(
         rows,
-        math.ceil(episodes / config.batch_size) * config.batch_size,
+        steps * rounds * config.batch_size // group,
         encode=lambda row: encode_prompt(tokenizer, row["prompt"]),
         generator=lambda epoch: runtime.generator("prompts", epoch),
         longest=config.max_prompt_length,
@@ -185,7 +240,7 @@ def _prompts(
     runtime.check_stop()
     if prompts.left_out:
         runtime.say(f"{prompts.left_out:,} prompts of more than {config.max_prompt_length} tokens are left out")
-    return prompts
+    return prompts, steps
 
 
 class _Loop:
@@ -200,25 +255,26 @@ class _Loop:
         runtime: Runtime,
     ) -> None:
         from pipeline.data.chat import stop_token_id
-        from pipeline.model.attention import use_plain_products
+        from pipeline.model.adapters import lora
         from pipeline.model.build import check_vocabulary, load_causal_lm
-        from pipeline.rl.learners import Learner
+        from pipeline.rl.forwards import Cut
+        from pipeline.rl.learners import Average
         from pipeline.rl.masking import alone, sum_over_ranks
+        from pipeline.rl.models import Optimisation, prepare
         from pipeline.rl.scoring import load_scorer
-        from pipeline.rl.updates import Objective
 
         self.config, self.prompts, self.runtime, self.device = config, prompts, runtime, runtime.device
         self.bf16 = runtime.bf16 if config.bf16 is None else config.bf16
         self.stop_id = stop_token_id(tokenizer)
         self.pad_id = self.stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.own = config.batch_size // runtime.world_size
         self.reduce = alone if runtime.world_size == 1 else sum_over_ranks
+        self.sweep_cut = Cut(config.local_rollout_forward_batch_size, config.token_budget)
+        self.train_cut = Cut(config.per_device_train_batch_size, config.token_budget)
 
         init = inputs["init"]
-        policy = load_causal_lm(init.model).to(self.device).eval()  # eval: no dropout, in training either
+        policy = load_causal_lm(init.model).to(self.device)
         check_vocabulary(policy, len(tokenizer), "ppo.init")
-        self.reference = copy.deepcopy(policy).requires_grad_(False)
-        self.scorer = load_scorer(
+        scorer = load_scorer(
             config.reward,
             inputs.get("reward"),
             init,
@@ -229,45 +285,39 @@ class _Loop:
             bf16=self.bf16,
             runtime=runtime,
         )
-        critic = self.scorer.critic(init, config.seed).to(self.device).eval()
-        models = [policy, critic, self.reference, *([self.scorer.model.model] if self.scorer.model else [])]
-        for model in models:
-            use_plain_products(model, self.bf16, prompts.longest + config.response_length)
-        self.policy, self.critic = (
-            Learner(model, config.adam_epsilon, config.weight_decay, config.max_grad_norm) for model in (policy, critic)
-        )
-        self.objective = Objective(
+        self.models = prepare(
+            policy,
+            scorer,
+            init,
+            Optimisation(config.adam_epsilon, config.weight_decay, config.max_grad_norm),
             temperature=config.temperature,
-            cliprange=config.cliprange,
-            clip_higher=config.clip_higher,
-            dual_clip=config.dual_clip,
-            cliprange_value=config.cliprange_value,
-            vf_coef=config.vf_coef,
-            value_mean=self.scorer.scale[0],
-            value_std=self.scorer.scale[1],
-            target_kl=config.target_kl,
+            has_critic=config.advantage_estimator == "gae",
+            adapters=lora(config.peft, "CAUSAL_LM"),
+            of_critic=lora(config.peft, "SEQ_CLS", ["score"]),
+            seed=config.seed,
+            bf16=self.bf16,
+            longest=prompts.longest + config.response_length,
         )
-        self.kl_coef, self.tokens = config.init_kl_coef if config.adaptive_kl else config.kl_coef, 0
+        self.policy = self.models.policy
+        self.average = None if config.ema_decay is None else Average(self.policy, config.ema_decay)
+        self.kl_coef = config.init_kl_coef if config.adaptive_kl else config.kl_coef
+        self.tokens, self.read, self.asked = 0, 0, 0  # written by the policy; with their prompts; prompts taken
         self.history: list[dict[str, float]] = []  # the first step and the last few: what the summary is made of
 
     def step(self, step: int, done: float) -> dict[str, float]:
         """One step, `done` being the share of the run before it. Returns its figures."""
         from pipeline.rl.kl import adaptive_kl_coef
+        from pipeline.rl.phases import Clock
         from pipeline.rl.updates import check_finite
 
-        config = self.config
-        first = step * config.batch_size + self.runtime.rank * self.own
-        rows = self.prompts.order[first : first + self.own]
-        times = [self._clock()]
-        rollout, sampled_BT = self.roll_out(step, rows)
-        times.append(self._clock())
-        scores_B = self.scorer.score(rollout, [self.prompts.rows[row] for row in rows])
-        times.append(self._clock())
-        experience, figures = self.appraise(rollout, sampled_BT, scores_B)
+        config, clock = self.config, Clock(self.device)
+        answers, figures = self.gather(step, clock)
+        experience, of_experience = self.appraise(answers)
+        figures |= of_experience
         check_finite(figures)
-        times.append(self._clock())
-        figures |= self.update(step, experience, done)
-        times.append(self._clock())
+        clock.lap("reference")
+        figures |= self.update(step, experience, answers.places_B, done)
+        clock.lap("train")
 
         if config.adaptive_kl:
             steering = {"target": config.adaptive_kl_target, "horizon": config.adaptive_kl_horizon}
@@ -276,17 +326,52 @@ class _Loop:
             self.runtime.say(
                 f"rollout and training differ by {figures['rollout_gap']:.3f} a token: one of them is wrong"
             )
-        tokens = round(figures["length"] * config.batch_size)
+        tokens = round(figures["length"] * figures["episodes"])
         self.tokens += tokens
-        phases = ("generate", "score", "reference", "train")
-        figures |= {f"seconds_{phase}": end - start for phase, start, end in zip(phases, times, times[1:])}
-        figures["samples_per_second"] = config.batch_size / (times[-1] - times[0])
-        figures["tokens_per_second"] = tokens / (times[-1] - times[0])
+        self.read += round(figures["row_length"] * figures["episodes"])
+        figures |= clock.seconds | {
+            "samples_per_second": figures["episodes"] / clock.total,
+            "tokens_per_second": tokens / clock.total,
+        }
         self.history = [*self.history[:1], *self.history[1:][1 - RECENT :], figures]
         return figures
 
-    def roll_out(self, step: int, rows: list[int]) -> tuple[Rollout, Tensor]:
-        """The policy's responses to the prompts of `rows`, and their log-probs as they were sampled.
+    def gather(self, step: int, clock: Clock) -> tuple[Answers, dict[str, float]]:
+        """The batch of this step: answers and what they are worth."""
+        from pipeline.rl.answers import Asked, gather
+
+        config, runtime = self.config, self.runtime
+        groups = config.batch_size // config.num_generations
+        own = groups // runtime.world_size
+
+        def ask(number: int) -> Asked:
+            first = self.asked + runtime.rank * own
+            prompts = self.prompts.order[first : first + own]
+            self.asked += groups
+            rollout = self.roll_out((step, number) if number else (step,), prompts)
+            clock.lap("generate")
+            scores_B, rewards_B = self.score(rollout, [row for row in prompts for _ in range(config.num_generations)])
+            baselines_B = rewards_B.new_zeros(len(rewards_B))
+            if config.advantage_estimator == "remax":
+                greedy = self.roll_out(None, prompts)
+                baselines_B = self.score(greedy, prompts)[1].repeat_interleave(config.num_generations)
+            clock.lap("score")
+            return Asked(rollout, scores_B, rewards_B, baselines_B)
+
+        return gather(
+            ask,
+            group_size=config.num_generations,
+            groups=groups,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            rounds=config.max_sampling_rounds if config.dynamic_sampling else None,
+            pad_id=self.pad_id,
+            reduce=self.reduce,
+        )
+
+    def roll_out(self, number: tuple[int, ...] | None, prompts: list[int]) -> Rollout:
+        """The policy's answers to these rows' prompts, `num_generations` each; one and the likeliest where `number` is
+        None.
 
         Random numbers are drawn for the whole batch, so that a row's do not depend on how many ranks share it.
         """
@@ -294,92 +379,140 @@ class _Loop:
         from pipeline.rl.forwards import precision
         from pipeline.rl.rollouts import roll_out
 
-        config, first = self.config, self.runtime.rank * self.own
-        uniforms_BT = draw_uniforms(config.batch_size, config.response_length, self.runtime.generator("sampling", step))
+        config, samples, uniforms_BT = self.config, 1, None
+        if number is not None:
+            samples = config.num_generations
+            generator = self.runtime.generator("sampling", *number)
+            first = self.runtime.rank * len(prompts) * samples
+            drawn_BT = draw_uniforms(config.batch_size, config.response_length, generator)
+            uniforms_BT = drawn_BT[first : first + len(prompts) * samples]
         with precision(self.device, self.bf16):
             return roll_out(
                 self.policy.model,
-                [self.prompts.ids[row] for row in rows],
-                uniforms_BT[first : first + self.own],
+                [self.prompts.ids[row] for row in prompts for _ in range(samples)],
+                uniforms_BT,
+                longest=config.response_length,
                 stop_id=self.stop_id,
                 pad_id=self.pad_id,
                 temperature=config.temperature,
                 batch_size=config.local_rollout_forward_batch_size,
             )
 
-    def appraise(self, rollout: Rollout, sampled_BT: Tensor, scores_B: Tensor) -> tuple[Experience, dict[str, float]]:
-        """Log-probs of policy and reference, values; from them rewards, advantages and returns."""
-        from pipeline.rl import kl
-        from pipeline.rl.advantages import explained_variance, gae
-        from pipeline.rl.forwards import precision, response_logprobs, response_values, sweep, sweep_policy
-        from pipeline.rl.masking import means, whiten
-        from pipeline.rl.rewards import clip_scores, missing_eos, token_rewards
-        from pipeline.rl.rollouts import Experience
+    def score(self, rollout: Rollout, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """What each answer scores, and its reward: the score clipped, less what a long or unfinished one pays. [B]"""
+        from pipeline.rl.rewards import clip_scores, missing_eos, overlong_penalty
 
-        config, objective, mask_BT = self.config, self.objective, rollout.response_mask_BT
-        size, mean, std = config.local_rollout_forward_batch_size, objective.value_mean, objective.value_std
-        with precision(self.device, self.bf16):
-            logprobs_BT, entropies_BT = sweep_policy(self.policy.model, rollout, size, config.temperature)
-            reference_BT = sweep(rollout, size, lambda r: response_logprobs(self.reference, r, config.temperature))
-            values_BT = sweep(rollout, size, lambda r: response_values(self.critic.model, r, mean, std))
-
-        kl_BT = kl.k1(logprobs_BT, reference_BT)
+        config = self.config
+        with self.models.scoring() as scorer:
+            scores_B = scorer.score(rollout, [self.prompts.rows[row] for row in rows])
         clipped_B, penalty = clip_scores(scores_B, config.score_clip), config.missing_eos_penalty
         rewards_B = missing_eos(clipped_B, rollout.is_ended_B, penalty=penalty, rule=config.missing_eos_rule)
-        rewards_BT = token_rewards(rewards_B, kl_BT, rollout.lengths_B, kl_coef=self.kl_coef)
+        if config.overlong_buffer is not None:
+            rewards_B = rewards_B + overlong_penalty(
+                rollout.lengths_B, longest=config.response_length, buffer=config.overlong_buffer
+            )
+        return scores_B, rewards_B
+
+    def appraise(self, answers: Answers) -> tuple[Experience, dict[str, float]]:
+        """Log-probs of policy and reference, values; from them rewards, advantages and returns."""
+        import torch
+
+        from pipeline.rl import kl
+        from pipeline.rl.advantages import estimate, explained_variance
+        from pipeline.rl.forwards import logprobs_and_entropies, precision, response_values, sweep, token_logprobs
+        from pipeline.rl.masking import means, whiten
+        from pipeline.rl.rewards import token_rewards
+        from pipeline.rl.rollouts import Experience
+
+        config, models, rollout = self.config, self.models, answers.rollout
+        mask_BT, reading = rollout.response_mask_BT, models.reading
+        with precision(self.device, self.bf16):
+            logprobs_BT, entropies_BT = sweep(
+                rollout, self.sweep_cut, 2, lambda part: logprobs_and_entropies(self.policy.model, part, reading)
+            )
+            with models.reference() as reference:
+                (reference_BT,) = sweep(
+                    rollout, self.sweep_cut, 1, lambda part: (token_logprobs(reference, part, reading),)
+                )
+            values_BT = torch.zeros_like(logprobs_BT)
+            if models.critic is not None:
+                critic, (mean, std) = models.critic.model, models.scorer.scale
+                (values_BT,) = sweep(
+                    rollout, self.sweep_cut, 1, lambda part: (response_values(critic, part, mean, std),)
+                )
+
+        kl_BT = kl.k1(logprobs_BT, reference_BT)
+        price = 0.0 if config.kl_loss else self.kl_coef
+        rewards_BT = token_rewards(answers.rewards_B, kl_BT, mask_BT, kl_coef=price)
         if config.whiten_rewards:
             rewards_BT = whiten(rewards_BT, mask_BT, shift_mean=False, reduce=self.reduce)
-        advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
-        explained = explained_variance(values_BT, returns_BT, mask_BT, self.reduce).item()
+        advantages_BT, returns_BT = estimate(
+            config.advantage_estimator,
+            rewards_BT,
+            values_BT,
+            mask_BT,
+            answers.baselines_B,
+            group_size=config.num_generations,
+            gamma=config.gamma,
+            lam=config.lam,
+        )
+        figures = means(
+            {"kl": kl.sequence_kl(kl_BT, mask_BT)},
+            {"entropy": entropies_BT, "rollout_gap": (logprobs_BT.exp() - rollout.sampled_BT.exp()).abs()},
+            mask_BT,
+            self.reduce,
+        )
+        figures |= {"kl_coef": self.kl_coef, "sqrt_kl": math.sqrt(max(0.0, figures["kl"]))}
+        if models.critic is not None:
+            figures["explained_variance"] = explained_variance(values_BT, returns_BT, mask_BT, self.reduce).item()
+        is_trained_BT = mask_BT & rollout.is_ended_B[:, None] if config.mask_truncated_completions else mask_BT
         if config.whiten_advantages:
             advantages_BT = whiten(advantages_BT, mask_BT, reduce=self.reduce)
+        experience = Experience(rollout, is_trained_BT, logprobs_BT, reference_BT, advantages_BT, values_BT, returns_BT)
+        return experience, figures
 
-        of_rows = {
-            "reward": rewards_B,
-            "score": scores_B,
-            "kl": kl.sequence_kl(kl_BT, mask_BT),
-            "length": rollout.lengths_B,
-            "ended": rollout.is_ended_B,
-        }
-        of_tokens = {"entropy": entropies_BT, "rollout_gap": (logprobs_BT.exp() - sampled_BT.exp()).abs()}
-        figures = means(of_rows, of_tokens, rollout.lengths_B, self.reduce)
-        figures |= {"explained_variance": explained, "kl_coef": self.kl_coef}
-        figures["sqrt_kl"] = math.sqrt(max(0.0, figures["kl"]))
-        return Experience(rollout, logprobs_BT, values_BT, advantages_BT, returns_BT), figures
-
-    def update(self, step: int, experience: Experience, done: float) -> dict[str, float]:
+    def update(self, step: int, experience: Experience, places_B: Tensor, done: float) -> dict[str, float]:
         """The optimiser steps of this step. Minibatches are cut from the whole batch, whatever ranks share it."""
         import torch
 
-        from pipeline.rl.updates import update
+        from pipeline.rl.answers import own_rows
+        from pipeline.rl.updates import Objective, Setting, update
 
         config = self.config
         share = 1.0 - done if config.lr_scheduler_type == "linear" else 1.0
+        mean, std = self.models.scorer.scale
+        objective = Objective(
+            reading=self.models.reading,
+            aggregation=config.loss_aggregation,
+            longest=config.response_length,
+            level=config.importance_sampling_level,
+            cliprange=config.cliprange,
+            clip_higher=config.clip_higher,
+            dual_clip=config.dual_clip,
+            correction_cap=None,
+            entropy_coef=config.entropy_coef,
+            kl_loss=config.kl_loss,
+            kl_coef=self.kl_coef,
+            cliprange_value=config.cliprange_value,
+            vf_coef=config.vf_coef,
+            value_mean=mean,
+            value_std=std,
+            target_kl=config.target_kl,
+        )
         orders = [
             torch.randperm(config.batch_size, generator=self.runtime.generator("minibatches", step, epoch))
             for epoch in range(config.num_ppo_epochs)
         ]
+        rates = (share * config.learning_rate, share * (config.value_learning_rate or 3 * config.learning_rate))
         figures = update(
             self.policy,
-            self.critic,
+            self.models.critic,
             experience,
-            self.objective,
-            [order - self.runtime.rank * self.own for order in orders],
-            minibatches=config.num_mini_batches,
-            microbatch=config.per_device_train_batch_size,
-            rates=(share * config.learning_rate, share * (config.value_learning_rate or 3 * config.learning_rate)),
-            bf16=self.bf16,
-            reduce=self.reduce,
+            objective,
+            own_rows(orders, config.num_mini_batches, places_B),
+            Setting(self.train_cut, self.bf16, self.reduce, rates, average=self.average),
         )
-        return figures | {"learning_rate": share * config.learning_rate}
-
-    def _clock(self) -> float:
-        """Seconds, when all that was asked of the device is done."""
-        import torch
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return figures | {"learning_rate": rates[0]}
 
     def resume(self) -> int:
         """Put back the newest checkpoint; the step it was made at, 0 without one."""
@@ -388,18 +521,32 @@ class _Loop:
         checkpoint = self.runtime.checkpoints.latest()
         if checkpoint is None:
             return 0
-        state = checkpoint.state
-        restore({"policy": self.policy, "critic": self.critic}, checkpoint.tensors(), state["optimizers"])
-        self.kl_coef, self.tokens, self.history = state["kl_coef"], state["tokens"], state["history"]
+        state, tensors = checkpoint.state, checkpoint.tensors()
+        restore(self.models.learners, tensors, state["optimizers"])
+        if self.average is not None:
+            self.average.restore(tensors)
+        self.kl_coef, self.tokens, self.read, self.asked = (
+            state[name] for name in ("kl_coef", "tokens", "read", "asked")
+        )
+        self.history = state["history"]
         self.runtime.say(f"resumed at step {checkpoint.step:,}")
         return checkpoint.step
 
     def save(self, step: int) -> None:
-        """A checkpoint of `step`: policy, critic, both optimizers, the KL controller; prompts follow from the step."""
+        """A checkpoint of `step`: policy, critic, both optimizers, the KL controller, how far the prompts are."""
         from pipeline.rl.learners import saved
 
-        tensors, optimizers = saved({"policy": self.policy, "critic": self.critic})
-        state = {"kl_coef": self.kl_coef, "tokens": self.tokens, "history": self.history, "optimizers": optimizers}
+        tensors, optimizers = saved(self.models.learners)
+        if self.average is not None:
+            tensors |= self.average.saved()
+        state = {
+            "kl_coef": self.kl_coef,
+            "tokens": self.tokens,
+            "read": self.read,
+            "asked": self.asked,
+            "history": self.history,
+            "optimizers": optimizers,
+        }
         self.runtime.checkpoints.save(step, tensors, state)
 
     def summary(self) -> dict[str, float]:
@@ -407,10 +554,16 @@ class _Loop:
         from pipeline.model.build import count_parameters
 
         last = self.history[-RECENT:]
-        names = ("reward", "kl", "ended", "length", "entropy", "explained_variance", "samples_per_second")
+        names = (*SUMMARY, "explained_variance") if self.models.critic is not None else SUMMARY
         means = {name: sum(figures[name] for figures in last) / len(last) for name in names}
-        # Five forwards (decode, reward, policy, reference, critic) and two updates of 6 N, every model taken for alike.
-        passes = 5 * 2 + 2 * 6 * self.config.num_ppo_epochs
-        read = self.tokens + sum(len(self.prompts.ids[row]) for row in self.prompts.order)
-        flops = float(passes * count_parameters(self.policy.model)[1] * read)
+        # Forwards (decode, reward, policy, reference, critic) and updates of 6 N, every model taken for alike.
+        critics = int(self.models.critic is not None)
+        passes = (4 + critics) * 2 + (1 + critics) * 6 * self.config.num_ppo_epochs
+        flops = float(passes * count_parameters(self.policy.model)[1] * self.read)
         return {"reward_first": self.history[0]["reward"], **means, "flops": flops}
+
+    def finish(self) -> None:
+        """The policy's weights as they are written: averaged, adapters merged."""
+        if self.average is not None:
+            self.average.put()
+        self.policy.merge()

@@ -110,7 +110,7 @@ def test_the_math_knows_torch_and_nothing_of_configs(file: Path):
     assert all(part_of(name) == "rl" for name in own(iter(names)))
 
 
-LIGHT = ("pipeline.errors", "pipeline.recipe", "pipeline.trainer_config", "pydantic")
+LIGHT = ("pipeline.errors", "pipeline.recipe", "pipeline.rl.family", "pipeline.trainer_config", "pydantic")
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "stages").glob("[!_]*.py")), ids=lambda file: file.stem)

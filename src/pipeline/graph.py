@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 from pipeline.artifacts import Store, tokenizer_hash
 from pipeline.errors import ArtifactError, MissingInputError, RecipeError
 from pipeline.reading import Document, Key, meant, validate
-from pipeline.recipe import NAME, USER_CODE, DataEntry, Section, Stage, StageConfig, field, is_data
+from pipeline.recipe import NAME, USER_CODE, DataEntry, Section, Stage, StageConfig, field, is_data, preset_of
 from pipeline.roles import NO_TOKENIZER, TOKENIZER, fits, input_of
 
 LoadStage = Callable[[str, Path], Stage]
@@ -111,9 +111,10 @@ def _node(document: Document, name: str, stages: Mapping[str, Stage], seed: int,
     key = ("stages", name)
     values = {k: v for k, v in (document.values["stages"][name] or {}).items() if k != "stage"}
     config = validate(stage.config, values, document, key)
+    filled, preset = config.model_fields_set, preset_of(config)
     origins = {
-        field_name: document.place(*key, field_name) if field_name in values else "default"
-        for field_name in stage.config.model_fields
+        name: document.place(*key, name) if name in values else preset if name in filled else "default"
+        for name in stage.config.model_fields
     }
     if "seed" not in values:
         config = config.model_copy(update={"seed": seed})

@@ -33,6 +33,7 @@ def field(
     *,
     unit: str = "",
     run_only: bool = False,
+    preset: bool = False,
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
@@ -41,9 +42,10 @@ def field(
     """A documented field of a stage's config.
 
     `default` of `...` makes it required. `unit` is printed beside the value. `run_only` says that the value
-    changes only the running (how often to save, how often to log) and never the result.
+    changes only the running (how often to save, how often to log) and never the result. `preset` says that the value
+    names a set of values for other fields, which the config fills in where they are not set.
     """
-    extra: dict[str, Any] = {"unit": unit, "run_only": run_only}
+    extra: dict[str, Any] = {"unit": unit, "run_only": run_only, "preset": preset}
     return Field(default, description=doc, json_schema_extra=extra, ge=ge, gt=gt, le=le, lt=lt)
 
 
@@ -164,6 +166,15 @@ def is_run_only(config: type[BaseModel], name: str) -> bool:
     """Whether the field changes only the running of the stage, not its result."""
     extra = config.model_fields[name].json_schema_extra
     return isinstance(extra, dict) and bool(extra.get("run_only"))
+
+
+def preset_of(config: BaseModel) -> str:
+    """`field: value` of the field that names a preset; empty where the config has none."""
+    for name, info in type(config).model_fields.items():
+        extra = info.json_schema_extra
+        if isinstance(extra, dict) and extra.get("preset"):
+            return f"{name}: {getattr(config, name)}"
+    return ""
 
 
 def unit_of(config: type[BaseModel], name: str) -> str:

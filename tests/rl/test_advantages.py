@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.rl.advantages import explained_variance, gae, rewards_to_go
+from pipeline.rl.advantages import dr_grpo, explained_variance, gae, grpo, remax, rewards_to_go, rloo, varies
 from pipeline.rl.masking import length_mask
 
 
@@ -76,3 +76,56 @@ def test_explained_variance_by_hand():
     assert explained_variance(returns_BT, returns_BT, mask_BT).item() == 1.0
     assert explained_variance(torch.full_like(returns_BT, 3.0), returns_BT, mask_BT).item() == 0.0
     assert explained_variance(values_BT, torch.ones_like(returns_BT), mask_BT).item() == 0.0
+
+
+def test_what_others_wrote_is_stepped_over():
+    """A tool's two tokens in the middle: the numbers are those of the row without them."""
+    generator = torch.Generator().manual_seed(7)
+    rewards_BT, values_BT = torch.randn(2, 1, 6, generator=generator, dtype=torch.float64)
+    mask_BT = torch.tensor([[True, True, False, False, True, True]])
+    advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=0.9, lam=0.7)
+    kept = mask_BT[0]
+    alone = gae(rewards_BT[:, kept], values_BT[:, kept], torch.ones(1, 4, dtype=torch.bool), gamma=0.9, lam=0.7)
+    torch.testing.assert_close(advantages_BT[:, kept], alone[0])
+    torch.testing.assert_close(returns_BT[:, kept], alone[1])
+    assert not advantages_BT[:, ~kept].any()
+    assert not returns_BT[:, ~kept].any()
+    to_go_BT = rewards_to_go(rewards_BT, mask_BT, 0.9)
+    torch.testing.assert_close(
+        to_go_BT[:, kept], rewards_to_go(rewards_BT[:, kept], torch.ones(1, 4, dtype=torch.bool), 0.9)
+    )
+    assert not to_go_BT[:, ~kept].any()
+
+
+RETURNS_B = torch.tensor([1.0, 0.0, 0.0, 3.0, 5.0, 5.0, 5.0, 5.0])
+"""Two groups of four: mean 1, deviations 0, -1, -1, 2, variance (0 + 1 + 1 + 4) / 3 = 2; and one that is all alike."""
+
+
+def test_grpo_by_hand():
+    scale = 2.0**0.5 + 1e-4
+    expected = [0.0, -1 / scale, -1 / scale, 2 / scale, 0.0, 0.0, 0.0, 0.0]
+    assert grpo(RETURNS_B, 4).tolist() == pytest.approx(expected)
+
+
+def test_dr_grpo_by_hand():
+    assert dr_grpo(RETURNS_B, 4).tolist() == [0.0, -1.0, -1.0, 2.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_rloo_by_hand():
+    # The others' means: (0 + 0 + 3) / 3 = 1; (1 + 0 + 3) / 3 = 4/3 twice; 1/3.
+    expected = [0.0, -4 / 3, -4 / 3, 3 - 1 / 3, 0.0, 0.0, 0.0, 0.0]
+    assert rloo(RETURNS_B, 4).tolist() == pytest.approx(expected)
+
+
+def test_rloo_is_dr_grpo_times_g_over_g_minus_one():
+    returns_B = torch.randn(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    torch.testing.assert_close(rloo(returns_B, 3), dr_grpo(returns_B, 3) * 3 / 2)
+
+
+def test_remax_by_hand():
+    greedy_B = torch.tensor([0.5, 0.5, 2.0])
+    assert remax(torch.tensor([1.0, 0.0, 2.0]), greedy_B).tolist() == [0.5, -0.5, 0.0]
+
+
+def test_groups_that_are_all_alike_have_nothing_to_say():
+    assert varies(RETURNS_B, 4).tolist() == [True] * 4 + [False] * 4

@@ -7,12 +7,20 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from pipeline.rl.forwards import response_logprobs, response_values, sweep, sweep_policy
+from pipeline.rl.forwards import (
+    Cut,
+    Reading,
+    logprobs_and_entropies,
+    response_values,
+    sweep,
+    token_logprobs,
+)
 from pipeline.rl.rollouts import Rollout, assemble
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12], [13, 14, 15, 16]]
 RESPONSES = [[3, 4], [20, 21, 22, 23, 24, 25], [1], [30, 31, 1]]
 TEMPERATURE = 0.7
+READING = Reading(TEMPERATURE, plain_head=False)
 
 TINY = {
     "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -59,9 +67,11 @@ def naive_logprobs(model: PreTrainedModel) -> Tensor:
 def test_logprobs_are_those_of_plain_forwards(architecture: str):
     model = policy(architecture)
     expected_BT = naive_logprobs(model)
-    torch.testing.assert_close(response_logprobs(model, rollout(), TEMPERATURE), expected_BT)
+    torch.testing.assert_close(token_logprobs(model, rollout(), READING), expected_BT)
     for size in (1, 3):
-        swept_BT, entropies_BT = sweep_policy(model, rollout(), size, TEMPERATURE)
+        swept_BT, entropies_BT = sweep(
+            rollout(), Cut(size), 2, lambda part: logprobs_and_entropies(model, part, READING)
+        )
         torch.testing.assert_close(swept_BT, expected_BT.detach())
         assert not swept_BT.requires_grad
     assert (entropies_BT > 0).equal(rollout().response_mask_BT)
@@ -71,7 +81,7 @@ def test_logprobs_are_those_of_plain_forwards(architecture: str):
 def test_the_gradient_is_that_of_plain_forwards(architecture: str):
     model, weights_BT = policy(architecture), torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
     gradients = []
-    for logprobs_BT in (naive_logprobs(model), response_logprobs(model, rollout(), TEMPERATURE)):
+    for logprobs_BT in (naive_logprobs(model), token_logprobs(model, rollout(), READING)):
         model.zero_grad()
         (logprobs_BT * weights_BT).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
@@ -80,7 +90,7 @@ def test_the_gradient_is_that_of_plain_forwards(architecture: str):
 
 def test_entropies_are_those_of_the_distributions():
     model = policy("llama")
-    _, entropies_BT = sweep_policy(model, rollout(), 2, TEMPERATURE)
+    _, entropies_BT = sweep(rollout(), Cut(2), 2, lambda part: logprobs_and_entropies(model, part, READING))
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         with torch.no_grad():
             logits_LV = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
@@ -99,14 +109,34 @@ def test_values_are_the_heads_numbers_before_each_token(architecture: str):
             raw = critic.score(critic.base_model(input_ids=text).last_hidden_state[0, -1])
             assert values_BT[row, t].item() == pytest.approx((raw.item() - 0.25) / 2.0, abs=1e-5)
     assert not values_BT[~rollout().response_mask_BT].any()
-    swept_BT = sweep(rollout(), 3, lambda part: response_values(critic, part, 0.25, 2.0))
+    (swept_BT,) = sweep(rollout(), Cut(3), 1, lambda part: (response_values(critic, part, 0.25, 2.0),))
     torch.testing.assert_close(swept_BT, values_BT.detach())
 
 
 def test_the_head_is_as_it_was():
     """The hook that narrows its input is gone, after a failure too."""
     model = policy("llama")
-    response_logprobs(model, rollout(), 1.0)
+    token_logprobs(model, rollout(), READING)
     with pytest.raises(IndexError):
-        response_logprobs(model, assemble([[99]], torch.tensor([[3]]), torch.tensor([1]), torch.tensor([True]), 0), 1.0)
+        token_logprobs(
+            model, assemble([[99]], torch.tensor([[3]]), torch.tensor([1]), torch.tensor([True]), 0), READING
+        )
     assert not model.lm_head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("entropies", [False, True])
+def test_chunks_of_logits_give_what_whole_ones_do(monkeypatch: pytest.MonkeyPatch, entropies: bool):
+    """A llama's head is plain: three tokens' logits at a time, values and gradients."""
+    monkeypatch.setattr("pipeline.rl.logprobs.CHUNK_LOGITS", 3 * 40)
+    gradients = []
+    for plain_head in (False, True):
+        model, reading = policy("llama"), Reading(TEMPERATURE, plain_head)
+        weights_BT = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
+        if entropies:
+            found = logprobs_and_entropies(model, rollout(), reading)
+        else:
+            found = (token_logprobs(model, rollout(), reading),)
+        sum((part * weights_BT).sum() for part in found).backward()
+        gradients.append([*found, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for ours, theirs in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)

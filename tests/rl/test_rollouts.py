@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.rl.rollouts import assemble, closed_rows, microbatches
+from pipeline.rl.rollouts import assemble, closed_rows, concatenate, microbatches
 
 PROMPTS = [[5, 6, 7], [8]]
 IDS_BT = torch.tensor([[20, 9, 0], [30, 31, 32]])
@@ -43,3 +43,30 @@ def test_microbatches_hold_rows_of_like_length():
     assert [part.tolist() for part in microbatches(lengths_B, 2)] == [[1, 3], [4, 0], [2]]
     assert [part.tolist() for part in microbatches(lengths_B, 2, torch.tensor([2, 0, 3]))] == [[3, 0], [2]]
     assert microbatches(lengths_B, 2, torch.tensor([], dtype=torch.long)) == []
+
+
+def test_a_token_budget_counts_the_padding():
+    # Sorted 9 7 5 3 1 into 16 tokens: 9 (2 x 9 is too much); 7, 5 (2 x 7 = 14); 3, 1.
+    lengths_B = torch.tensor([3, 9, 1, 7, 5])
+    assert [part.tolist() for part in microbatches(lengths_B, 1, token_budget=16)] == [[1], [3, 4], [0, 2]]
+    assert [part.tolist() for part in microbatches(lengths_B, 1, token_budget=2)] == [[1], [3], [4], [0], [2]]
+
+
+def test_rollouts_are_joined_row_by_row():
+    other = assemble([[1, 2, 3, 4, 5]], torch.tensor([[40]]), torch.tensor([1]), torch.tensor([True]), pad_id=0)
+    joined = concatenate([ROLLOUT, other], pad_id=0)
+    assert joined.ids_BL.tolist() == [[5, 6, 7, 20, 9, 0], [8, 30, 31, 32, 0, 0], [1, 2, 3, 4, 5, 40]]
+    assert joined.response_ids_BT.tolist() == [[20, 9, 0], [30, 31, 32], [40, 0, 0]]
+    assert joined.targets_N.tolist() == [20, 9, 30, 31, 32, 40]
+    assert joined.ids_BL.flatten()[joined.before_N].tolist() == [7, 20, 8, 30, 31, 5]
+
+
+def test_text_of_others_is_read_and_not_trained():
+    """A tool's answer in the middle: no target, and the token after it is predicted from its last one."""
+    mask_BT = torch.tensor([[True, False, True]])
+    rollout = assemble(
+        [[5, 6]], torch.tensor([[20, 21, 22]]), torch.tensor([3]), torch.tensor([True]), 0, response_mask_BT=mask_BT
+    )
+    assert rollout.targets_N.tolist() == [20, 22]
+    assert rollout.ids_BL.flatten()[rollout.before_N].tolist() == [6, 21]
+    assert rollout.spread(torch.tensor([1.0, 2.0])).tolist() == [[1.0, 0.0, 2.0]]

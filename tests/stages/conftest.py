@@ -14,6 +14,7 @@ from pipeline.data.tokenizers import train_bpe
 from pipeline.model.build import initialise, save_model
 from pipeline.model.presets import Shape, build_config
 from pipeline.runtime import Runtime
+from tests.stages.ppo_runs import Parts, make_parts
 
 ANIMALS = ("cat", "dog", "owl", "fox", "hen", "cow", "bee", "ant")
 SOUNDS = ("meow", "woof", "hoot", "yap", "cluck", "moo", "buzz", "click")
@@ -124,3 +125,9 @@ def small_run() -> dict[str, Any]:
         "save_steps": 2,
         "held_out": 0.1,
     }
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    """What the runs of ppo take."""
+    return make_parts(tmp_path_factory.mktemp("parts"))

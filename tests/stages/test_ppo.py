@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,153 +16,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from pipeline.artifacts import Artifact
 from pipeline.data.chat import encode_prompt, stop_token_id
 from pipeline.data.tokenizers import load_tokenizer, train_bpe
 from pipeline.errors import ConfigError, DataError, MismatchError, PipelineError, Stopped, TrainingError
-from pipeline.model.build import load_causal_lm, save_model
-from pipeline.model.presets import Shape, build_config
-from pipeline.model.reward import build_reward_model, load_reward_model, save_reward_model
-from pipeline.recipe import DataEntry
+from pipeline.model.build import load_causal_lm
+from pipeline.model.reward import load_reward_model
 from pipeline.rl.rollouts import Rollout
 from pipeline.rl.scoring import Scorer
 from pipeline.rl.updates import update
 from pipeline.runtime import Runtime
 from stages import ppo as stage
+from tests.stages.ppo_runs import Done, Parts, artifact, furthest, run, same, start
 
 if TYPE_CHECKING:
     from tests.conftest import Warm
-
-WORDS = "what does the function do it returns a list of all names sorts them in place and writes the file"
-FUNCTIONS = """
-def zero(prompts, responses, rows):
-    return [0.0] * len(responses)
-
-def constant(prompts, responses, rows):
-    return [0.7] * len(responses)
-
-def short(prompts, responses, rows):
-    return [1.0 - len(response) / 20 for response in responses]
-
-def vowels(prompts, responses, rows):
-    return [sum(letter in "aeiou" for letter in response) / 10 for response in responses]
-
-def wrong(prompts, responses, rows):
-    return [0.0]
-"""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run takes."""
-
-    folder: Path
-    init: Artifact
-    reward: Artifact
-    data: Path
-
-
-def artifact(path: Path, kind: str) -> Artifact:
-    return Artifact(f"tiny/{path.name}", path, kind, f"fingerprint of {path.name}", {"stage": path.name})
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    folder = tmp_path_factory.mktemp("parts")
-    tokenizer = train_bpe(iter([WORDS] * 8), 300)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    stop = stop_token_id(tokenizer)
-    assert tokenizer.pad_token_id is not None
-    torch.manual_seed(0)
-    config = build_config(
-        "llama",
-        Shape(depth=2, width=32, heads=2, kv_heads=2, mlp_width=64, context=48, vocab=len(tokenizer), tied=True),
-        {},
-    )
-    config.initializer_range = 0.1
-    save_model(LlamaForCausalLM(config), folder / "sft" / "model", folder / "tokenizer", [stop], tokenizer.pad_token_id)
-    init = artifact(folder / "sft", "causal-lm")
-    reward_model = build_reward_model(init.model, tokenizer.pad_token_id, 0)
-    save_reward_model(reward_model, folder / "reward" / "model", init, mean=0.3, std=0.7, suffix_ids=[stop])
-    words = WORDS.split()
-    rows = [
-        {"messages": [{"role": "user", "content": f"{a} {b}"}, {"role": "assistant", "content": a}]}
-        for a in words
-        for b in words[:4]
-    ]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    (folder / "rewards.py").write_text(FUNCTIONS)
-    return Parts(folder, init, artifact(folder / "reward", "reward-model"), folder / "rows.jsonl")
-
-
-def config_of(parts: Parts, **values: Any) -> stage.PPOConfig:
-    small = {
-        "data": (DataEntry(source=str(parts.data)),),
-        "total_episodes": 48,
-        "batch_size": 16,
-        "per_device_train_batch_size": 5,
-        "response_length": 12,
-        "learning_rate": 3e-3,
-    }
-    return stage.PPOConfig(**{**small, **values})
-
-
-@dataclass
-class Done:
-    """A run that has ended."""
-
-    out: Path
-    summary: dict[str, float]
-
-    def policy(self) -> dict[str, Tensor]:
-        return load_file(self.out / "model" / "model.safetensors")
-
-    def checkpoint(self) -> dict[str, Tensor]:
-        """Everything the newest checkpoint holds."""
-        return load_file(sorted(self.out.glob("checkpoints/step-*"))[-1] / "state.safetensors")
-
-    def lines(self) -> list[dict[str, Any]]:
-        """metrics.jsonl without what a clock measured."""
-        found = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        timed = ("time", "seconds_", "samples_per", "tokens_per")
-        return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in found]
-
-
-def run(parts: Parts, out: Path, *, reward: str | None = None, stop_at: int = 0, **values: Any) -> Done:
-    """Run the stage against the reward model, or the function `reward`; asked to stop in step `stop_at`."""
-    if reward is not None:
-        values["reward"] = f"{parts.folder / 'rewards.py'}:{reward}"
-    config = config_of(parts, **values)
-    out.mkdir(parents=True, exist_ok=True)
-    runtime = Runtime.start(out, seed=config.seed, threads=1, quiet=True)
-    runtime.bf16 = False  # whatever this machine would choose: the tests are of the mathematics
-    if stop_at:
-        log = runtime.metrics.log
-
-        def log_and_ask(step: int, *args: Any, **figures: Any) -> None:
-            log(step, *args, **figures)
-            if step == stop_at:
-                runtime.halt.asked = Stopped
-
-        runtime.metrics.log = log_and_ask  # type: ignore[method-assign]
-    inputs = {"init": parts.init, "reward": None if reward else parts.reward}
-    return Done(out, stage.run(config, inputs, out, runtime))
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(left[key].equal(right[key]) for key in left)
-
-
-def furthest(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    assert left.keys() == right.keys()
-    return max((left[key] - right[key]).abs().max().item() for key in left)
-
-
-def start(parts: Parts) -> dict[str, Tensor]:
-    return load_file(parts.init.model / "model.safetensors")
-
 
 # ---- what it learns ----
 

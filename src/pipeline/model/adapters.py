@@ -28,7 +28,9 @@ def lora(config: PeftConfig | None, task_type: str, modules_to_save: list[str] |
     )
 
 
-def adapt(model: PreTrainedModel, lora: LoraConfig, seed: int, *, train_rows: bool) -> PeftModel:
+def adapt(
+    model: PreTrainedModel, lora: LoraConfig, seed: int, *, train_rows: bool, stage: str = "pretrain"
+) -> PeftModel:
     """Puts LoRA adapters into the model, in place, and freezes all the rest; with `train_rows` the embedding and the
     head are trained beside them, as new rows need it. The adapters' first values are a function of `seed`.
 
@@ -36,7 +38,7 @@ def adapt(model: PreTrainedModel, lora: LoraConfig, seed: int, *, train_rows: bo
     `target_modules` name nothing, or the embedding or the head: the one may be the other, and the loss takes the head's
     matrix as it is.
     """
-    where, mend = "pretrain.peft.target_modules", "all-linear: every matrix of the blocks"
+    where, mend = f"{stage}.peft.target_modules", "all-linear: every matrix of the blocks"
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

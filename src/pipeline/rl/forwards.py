@@ -8,6 +8,7 @@ comes back is float32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +16,68 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.rl.logprobs import chunk_of, logprobs_of_hidden
 from pipeline.rl.losses import entropy
 from pipeline.rl.rollouts import Rollout, microbatches
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a batch is cut for a forward: as many `rows` at most, or as many as fit into `tokens`, padding included."""
+
+    rows: int
+    tokens: int | None = None
+
+    def parts(self, rollout: Rollout, rows: Tensor | None = None) -> list[Tensor]:
+        """Indices of the rows (all unless given) in groups, rows of like length together."""
+        return microbatches(rollout.prompt_lengths_B + rollout.lengths_B, self.rows, rows, self.tokens)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the log-probs of a model are taken."""
+
+    temperature: float
+    """The logits are divided by it, as they were in sampling."""
+    plain_head: bool
+    """Whether logits are the trunk's output times the head's weight and nothing else (`has_plain_head`): only then can
+    they be taken in chunks."""
 
 
 def precision(device: torch.device, bf16: bool) -> torch.autocast:
     """bf16 products with the weights as they are, or nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def token_logprobs(policy: PreTrainedModel, rollout: Rollout, reading: Reading) -> Tensor:
+    """log pi(token | what stands before it) of the response tokens, [B, T], zero elsewhere."""
+    if _in_chunks(policy, rollout, reading):
+        return rollout.spread(_chunked(policy, rollout, reading)[0])
+    logits_NV = response_logits(policy, rollout, reading.temperature)
+    return rollout.spread(-F.cross_entropy(logits_NV, rollout.targets_N, reduction="none"))
+
+
+def logprobs_and_entropies(policy: PreTrainedModel, rollout: Rollout, reading: Reading) -> tuple[Tensor, Tensor]:
+    """As `token_logprobs`, with the entropy in nats of the distribution of each token, [B, T] each."""
+    if _in_chunks(policy, rollout, reading):
+        logprobs_N, entropies_N = _chunked(policy, rollout, reading)
+    else:
+        all_NV = response_logits(policy, rollout, reading.temperature).log_softmax(dim=-1)
+        logprobs_N, entropies_N = all_NV.gather(1, rollout.targets_N[:, None])[:, 0], entropy(all_NV)
+    return rollout.spread(logprobs_N), rollout.spread(entropies_N)
+
+
+def _in_chunks(policy: PreTrainedModel, rollout: Rollout, reading: Reading) -> bool:
+    """Whether the logits of all response tokens are too many to be held."""
+    vocabulary = policy.get_output_embeddings().weight.shape[0]
+    return reading.plain_head and int(rollout.response_mask_BT.sum()) > chunk_of(vocabulary)
+
+
+def _chunked(policy: PreTrainedModel, rollout: Rollout, reading: Reading) -> tuple[Tensor, Tensor]:
+    hidden_BLD = policy.base_model(input_ids=rollout.ids_BL, use_cache=False).last_hidden_state
+    hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, rollout.before_N)
+    head_VD = policy.get_output_embeddings().weight
+    return logprobs_of_hidden(hidden_ND, head_VD, rollout.targets_N, reading.temperature)
 
 
 def response_logits(policy: PreTrainedModel, rollout: Rollout, temperature: float) -> Tensor:
@@ -44,12 +100,6 @@ def response_logits(policy: PreTrainedModel, rollout: Rollout, temperature: floa
     return logits_NV.float() if temperature == 1 else logits_NV.float() / temperature
 
 
-def response_logprobs(policy: PreTrainedModel, rollout: Rollout, temperature: float) -> Tensor:
-    """log pi(token | what stands before it) at the sampling temperature, [B, T], zero outside the responses."""
-    logits_NV = response_logits(policy, rollout, temperature)
-    return rollout.spread(-F.cross_entropy(logits_NV, rollout.targets_N, reduction="none"))
-
-
 def response_values(critic: PreTrainedModel, rollout: Rollout, mean: float, std: float) -> Tensor:
     """V of the text before each response token, [B, T], zero outside the responses.
 
@@ -62,24 +112,13 @@ def response_values(critic: PreTrainedModel, rollout: Rollout, mean: float, std:
 
 
 @torch.no_grad()
-def sweep(rollout: Rollout, batch_size: int, function: Callable[[Rollout], Tensor]) -> Tensor:
-    """`function` over all rows, `batch_size` of like length at a time: [rows, T] each, together [B, T]."""
-    total = torch.zeros(rollout.response_ids_BT.shape, device=rollout.ids_BL.device)
-    for rows in microbatches(rollout.prompt_lengths_B + rollout.lengths_B, batch_size):
-        total[rows] = function(rollout.select(rows))
-    return total
-
-
-@torch.no_grad()
-def sweep_policy(
-    policy: PreTrainedModel, rollout: Rollout, batch_size: int, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """(log-probs, entropies in nats) of all response tokens, each [B, T], zero outside the responses."""
-    entropies_BT = torch.zeros(rollout.response_ids_BT.shape, device=rollout.ids_BL.device)
-    logprobs_BT = torch.zeros_like(entropies_BT)
-    for rows in microbatches(rollout.prompt_lengths_B + rollout.lengths_B, batch_size):
-        part = rollout.select(rows)
-        all_NV = response_logits(policy, part, temperature).log_softmax(dim=-1)
-        logprobs_BT[rows] = part.spread(all_NV.gather(1, part.targets_N[:, None])[:, 0])
-        entropies_BT[rows] = part.spread(entropy(all_NV))
-    return logprobs_BT, entropies_BT
+def sweep(
+    rollout: Rollout, cut: Cut, count: int, function: Callable[[Rollout], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """`function` over all rows, some of like length at a time: `count` tensors of [rows, T] each, together [B, T]."""
+    shape, device = rollout.response_ids_BT.shape, rollout.ids_BL.device
+    totals = tuple(torch.zeros(shape, device=device) for _ in range(count))
+    for rows in cut.parts(rollout):
+        for total, part in zip(totals, function(rollout.select(rows)), strict=True):
+            total[rows] = part
+    return totals

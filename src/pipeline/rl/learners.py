@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,25 +18,33 @@ from pipeline.rl.masking import Reduce, alone
 
 
 class Learner:
-    """A model with its optimizer."""
+    """A model with its optimizer. What is trained is what requires gradients: all of it, or its `adapters`."""
 
-    def __init__(self, model: PreTrainedModel, eps: float, weight_decay: float, max_grad_norm: float) -> None:
-        self.model, self.max_grad_norm = model, max_grad_norm
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=eps, weight_decay=weight_decay, fused=True)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        eps: float,
+        weight_decay: float,
+        max_grad_norm: float,
+        adapters: PeftModel | None = None,
+    ) -> None:
+        self.model, self.max_grad_norm, self.adapters = model, max_grad_norm, adapters
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, eps=eps, weight_decay=weight_decay, fused=True)
 
     def gather(self, reduce: Reduce) -> Tensor:
         """Sum the gradients over the ranks; their norm, scalar. A rank without rows counts as zeros."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if reduce is not alone:
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
             flat = reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-            for parameter, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
+            sizes = [parameter.numel() for parameter in self.parameters]
+            for parameter, part in zip(self.parameters, torch.split(flat, sizes), strict=True):
                 parameter.grad = part.view_as(parameter)
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def step(self, norm: Tensor, learning_rate: float) -> None:
         """Clip the gradients of this norm, take the step."""
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_grad_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -43,6 +53,63 @@ class Learner:
     def forget(self) -> None:
         """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[PreTrainedModel]:
+        """The model as it was before its adapters: the reference of a policy, the reward model of a critic."""
+        assert self.adapters is not None
+        with self.adapters.disable_adapter():
+            yield self.model
+
+    def merge(self) -> None:
+        """Add the adapters in for good; training is over."""
+        if self.adapters is not None:
+            self.adapters.merge_and_unload()
+
+
+class Average:
+    """An exponential moving average of what a model is trained in (InstructGPT: decay 0.992).
+
+    m <- decay m + (1 - decay) w    after every optimiser step
+    """
+
+    def __init__(self, learner: Learner, decay: float) -> None:
+        self.decay, self.learner = decay, learner
+        self.tensors = {name: value.clone() for name, value in unique_parameters(learner.model).items()}
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Take one step towards the weights as they are."""
+        for name, value in unique_parameters(self.learner.model).items():
+            self.tensors[name].lerp_(value, 1.0 - self.decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The average as the model's weights for a while."""
+        own = {f"own.{name}": value.clone() for name, value in unique_parameters(self.learner.model).items()}
+        self.put()
+        try:
+            yield
+        finally:
+            load_parameters(self.learner.model, own, "own")
+
+    def put(self) -> None:
+        """The average as the model's weights, for good."""
+        load_parameters(self.learner.model, self.saved(), "average")
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {f"average.{name}": value for name, value in self.tensors.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `saved` gave."""
+        for name, value in self.tensors.items():
+            value.copy_(tensors[f"average.{name}"])
+
+
+def averaged(average: Average | None) -> Any:
+    """The context in which the model has its averaged weights; its own where there is no average."""
+    return nullcontext() if average is None else average.in_place()
 
 
 def saved(learners: Mapping[str, Learner]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -64,12 +64,13 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, reduce: Red
 
 
 def means(
-    of_rows: Mapping[str, Tensor], of_tokens: Mapping[str, Tensor], lengths_B: Tensor, reduce: Reduce = alone
+    of_rows: Mapping[str, Tensor], of_tokens: Mapping[str, Tensor], mask_BT: Tensor, reduce: Reduce = alone
 ) -> dict[str, float]:
-    """Means over the rows of all ranks of `of_rows` ([B] each), and over their response tokens of `of_tokens` ([B, T]
-    each, zero outside the responses). One reduction for all."""
-    counts = [torch.tensor(float(len(lengths_B)), device=lengths_B.device), lengths_B.sum().float()]
-    figures = [values.float().sum() for values in (*of_rows.values(), *of_tokens.values())]
+    """Means over the rows of all ranks of `of_rows` ([B] each), and over the tokens under the mask of `of_tokens`
+    ([B, T] each). One reduction for all; 0 where no rank has a row."""
+    counts = [torch.tensor(float(len(mask_BT)), device=mask_BT.device), mask_BT.sum().float()]
+    figures = [values.float().sum() for values in of_rows.values()]
+    figures += [masked_sum(values.float(), mask_BT) for values in of_tokens.values()]
     rows, tokens, *totals = reduce(torch.stack([*counts, *figures])).tolist()
     found = dict(zip((*of_rows, *of_tokens), totals, strict=True))
-    return {name: total / (rows if name in of_rows else tokens) for name, total in found.items()}
+    return {name: total / max(1.0, rows if name in of_rows else tokens) for name, total in found.items()}

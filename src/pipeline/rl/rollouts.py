@@ -3,7 +3,9 @@
 Letters: B rows, L prompt and response, T response tokens, N response tokens of all rows in one line.
 
 A row is its prompt and then its response, padded on the right. Attention is causal, so no token sees the padding and
-no mask is needed; positions count from 0 as they do in every other stage. Which tokens are whose comes from lengths.
+no mask is needed; positions count from 0 as they do in every other stage. Which tokens are whose comes from lengths. A
+response may hold text that the policy did not write (what a tool answered, a user's next turn): it is read and never
+trained.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.model.generation import Sampling, generate
+from pipeline.model.generation import GREEDY, Sampling, generate
 from pipeline.rl.masking import length_mask
 
 
@@ -31,33 +34,34 @@ class Rollout:
     """Tokens of each response, the stop token included; at least 1."""
     is_ended_B: Tensor
     """True where the response ends with the stop token."""
-
-    @property
-    def response_mask_BT(self) -> Tensor:
-        """True for a token the policy wrote."""
-        return length_mask(self.lengths_B, self.response_ids_BT.shape[1])
+    response_mask_BT: Tensor
+    """True for a token the policy wrote."""
+    sampled_BT: Tensor
+    """Log-prob of each such token when it was drawn, zero elsewhere."""
 
     @property
     def targets_N(self) -> Tensor:
-        """The ids of all response tokens, row by row."""
+        """The ids of all tokens the policy wrote, row by row."""
         return self.response_ids_BT[self.response_mask_BT]
 
     @property
     def before_N(self) -> Tensor:
-        """For every response token the place before it, where it is predicted and its value read: into [B * L]."""
+        """For every such token the place before it, where it is predicted and its value read: into [B * L]."""
         rows_B1 = torch.arange(len(self.lengths_B), device=self.ids_BL.device)[:, None] * self.ids_BL.shape[1]
         columns_T = torch.arange(self.response_ids_BT.shape[1], device=self.ids_BL.device)
         return (rows_B1 + self.prompt_lengths_B[:, None] - 1 + columns_T)[self.response_mask_BT]
 
     def select(self, rows: Tensor) -> Rollout:
         """These rows only, without the columns that they all leave empty; T stays."""
-        longest = int((self.prompt_lengths_B[rows] + self.lengths_B[rows]).max())
+        longest = max((self.prompt_lengths_B[rows] + self.lengths_B[rows]).tolist(), default=1)
         return Rollout(
             ids_BL=self.ids_BL[rows, :longest],
             prompt_lengths_B=self.prompt_lengths_B[rows],
             response_ids_BT=self.response_ids_BT[rows],
             lengths_B=self.lengths_B[rows],
             is_ended_B=self.is_ended_B[rows],
+            response_mask_BT=self.response_mask_BT[rows],
+            sampled_BT=self.sampled_BT[rows],
         )
 
     def spread(self, values_N: Tensor) -> Tensor:
@@ -73,66 +77,106 @@ class Experience:
     """A rollout with what an update needs; tensors are [B, T], zero outside the responses."""
 
     rollout: Rollout
+    is_trained_BT: Tensor
+    """True for a token that counts in the losses: one the policy wrote, in a response that is not left out."""
     logprobs_BT: Tensor
-    values_BT: Tensor
+    reference_BT: Tensor
     advantages_BT: Tensor
+    values_BT: Tensor
+    """With `returns_BT`: the critic's; zeros where there is none."""
     returns_BT: Tensor
 
     def select(self, rows: Tensor) -> Experience:
         """These rows only."""
         return Experience(
-            self.rollout.select(rows),
-            self.logprobs_BT[rows],
-            self.values_BT[rows],
-            self.advantages_BT[rows],
-            self.returns_BT[rows],
+            rollout=self.rollout.select(rows),
+            is_trained_BT=self.is_trained_BT[rows],
+            logprobs_BT=self.logprobs_BT[rows],
+            reference_BT=self.reference_BT[rows],
+            advantages_BT=self.advantages_BT[rows],
+            values_BT=self.values_BT[rows],
+            returns_BT=self.returns_BT[rows],
         )
 
 
 def roll_out(
     policy: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    uniforms_BT: Tensor,
+    uniforms_BT: Tensor | None,
     *,
+    longest: int,
     stop_id: int,
     pad_id: int,
     temperature: float,
     batch_size: int,
-) -> tuple[Rollout, Tensor]:
-    """The policy's responses to `prompts`, and their log-probs as they were sampled, [B, T].
+) -> Rollout:
+    """The policy's responses to `prompts`, of at most `longest` tokens.
 
-    `uniforms_BT` [B, greatest response length] is all the randomness. Precision is that of the caller's autocast.
+    `uniforms_BT` [B, longest] is all the randomness; None takes the likeliest token. Precision is that of the caller's
+    autocast.
     """
     written = generate(
         policy,
         prompts,
-        max_new_tokens=uniforms_BT.shape[1],
+        max_new_tokens=longest,
         stop_ids=[stop_id],
         pad_id=pad_id,
-        sampling=Sampling(temperature),
+        sampling=GREEDY if uniforms_BT is None else Sampling(temperature),
         uniforms_BT=uniforms_BT,
         batch_size=batch_size,
     )
-    device, longest = policy.device, int(written.lengths_B.max())
-    ids_BT, lengths_B = written.ids_BT[:, :longest].to(device), written.lengths_B.to(device)
-    rollout = assemble(prompts, ids_BT, lengths_B, written.is_ended_B.to(device), pad_id)
-    return rollout, written.logprobs_BT[:, :longest].to(device)
+    device, used = policy.device, int(written.lengths_B.max())
+    ids_BT, lengths_B = written.ids_BT[:, :used].to(device), written.lengths_B.to(device)
+    sampled_BT = written.logprobs_BT[:, :used].to(device)
+    return assemble(prompts, ids_BT, lengths_B, written.is_ended_B.to(device), pad_id, sampled_BT)
 
 
 def assemble(
-    prompts: Sequence[Sequence[int]], response_ids_BT: Tensor, lengths_B: Tensor, is_ended_B: Tensor, pad_id: int
+    prompts: Sequence[Sequence[int]],
+    response_ids_BT: Tensor,
+    lengths_B: Tensor,
+    is_ended_B: Tensor,
+    pad_id: int,
+    sampled_BT: Tensor | None = None,
+    response_mask_BT: Tensor | None = None,
 ) -> Rollout:
-    """The rollout of `prompts` (ids, none empty) and their responses, on the device of these."""
+    """The rollout of `prompts` (ids, none empty) and their responses, on the device of these; the policy wrote all of
+    them unless `response_mask_BT` says otherwise."""
     rows = [
         [*prompt, *ids[:length]]
         for prompt, ids, length in zip(prompts, response_ids_BT.tolist(), lengths_B.tolist(), strict=True)
     ]
+    whole_BT = length_mask(lengths_B, response_ids_BT.shape[1])
     return Rollout(
         ids_BL=pad_right(rows, pad_id).to(response_ids_BT.device),
         prompt_lengths_B=torch.tensor([len(prompt) for prompt in prompts], device=response_ids_BT.device),
         response_ids_BT=response_ids_BT,
         lengths_B=lengths_B,
         is_ended_B=is_ended_B,
+        response_mask_BT=whole_BT if response_mask_BT is None else whole_BT & response_mask_BT,
+        sampled_BT=torch.zeros(response_ids_BT.shape, device=lengths_B.device) if sampled_BT is None else sampled_BT,
+    )
+
+
+def concatenate(parts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """The rows of all parts, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    length, used = (
+        max(sizes) for sizes in zip(*((part.ids_BL.shape[1], part.response_ids_BT.shape[1]) for part in parts))
+    )
+
+    def joined(tensors: list[Tensor], width: int, value: int = 0) -> Tensor:
+        return torch.cat([F.pad(tensor, (0, width - tensor.shape[1]), value=value) for tensor in tensors])
+
+    return Rollout(
+        ids_BL=joined([part.ids_BL for part in parts], length, pad_id),
+        prompt_lengths_B=torch.cat([part.prompt_lengths_B for part in parts]),
+        response_ids_BT=joined([part.response_ids_BT for part in parts], used, pad_id),
+        lengths_B=torch.cat([part.lengths_B for part in parts]),
+        is_ended_B=torch.cat([part.is_ended_B for part in parts]),
+        response_mask_BT=joined([part.response_mask_BT for part in parts], used),
+        sampled_BT=joined([part.sampled_BT for part in parts], used),
     )
 
 
@@ -151,8 +195,22 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     return torch.tensor([[*row, *([pad_id] * (longest - len(row)))] for row in rows])
 
 
-def microbatches(lengths_B: Tensor, size: int, rows: Tensor | None = None) -> list[Tensor]:
-    """Indices of the rows (all unless given) in groups of at most `size`, rows of like length together."""
+def microbatches(
+    lengths_B: Tensor, size: int, rows: Tensor | None = None, token_budget: int | None = None
+) -> list[Tensor]:
+    """Indices of the rows (all unless given) in groups, rows of like length together.
+
+    A group has at most `size` rows; with a `token_budget` instead as many as fit into it, padding included (one row of
+    more than the budget is a group of its own).
+    """
     chosen = torch.arange(len(lengths_B), device=lengths_B.device) if rows is None else rows
     order = lengths_B[chosen].argsort(descending=True, stable=True)
-    return [part for part in torch.split(chosen[order], size) if len(part)]
+    sorted_B = chosen[order]
+    if token_budget is None:
+        return [part for part in torch.split(sorted_B, size) if len(part)]
+    lengths, parts, start = lengths_B[sorted_B].tolist(), [], 0
+    while start < len(lengths):
+        end = start + max(1, token_budget // lengths[start])  # the first is the longest
+        parts.append(sorted_B[start:end])
+        start = end
+    return parts

@@ -1,38 +1,60 @@
 """The update of policy and critic from one rollout: epochs of minibatches, each one optimiser step of both.
 
-Letters: B rows of this rank, T response tokens. Gradients gather over microbatches and ranks; every response token
-weighs one over the tokens of the whole minibatch, so neither how it is cut up nor how many ranks share it counts.
+Letters: B rows of this rank, T response tokens. Gradients gather over microbatches and ranks; what a token weighs is
+settled for the whole minibatch, so neither how it is cut up nor how many ranks share it counts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from pipeline.errors import TrainingError
-from pipeline.rl.forwards import precision, response_logprobs, response_values
-from pipeline.rl.learners import Learner
-from pipeline.rl.losses import policy_loss, value_loss
+from pipeline.rl import kl
+from pipeline.rl.forwards import Cut, Reading, logprobs_and_entropies, precision, response_values, token_logprobs
+from pipeline.rl.learners import Average, Learner
+from pipeline.rl.losses import (
+    PolicyLoss,
+    policy_loss,
+    rollout_correction,
+    token_weights,
+    value_loss,
+    weighted_sum,
+)
 from pipeline.rl.masking import Reduce
-from pipeline.rl.rollouts import Experience, microbatches
+from pipeline.rl.rollouts import Experience
 
 RATIO_TOLERANCE = {False: 1e-3, True: 0.1}
 """By bf16: how far from 1 the first minibatch's ratio may be by rounding alone."""
 
+FIGURES = ("policy_loss", "clip_fraction", "approx_kl", "value_loss", "value_clip_fraction")
+"""Of a minibatch, before the gradients' norms."""
+
 
 @dataclass(frozen=True)
 class Objective:
-    """The numbers of the losses, as in `policy_loss` and `value_loss`."""
+    """The numbers of the losses, as in `policy_loss`, `token_weights` and `value_loss`."""
 
-    temperature: float
+    reading: Reading
+    aggregation: Literal["token", "sequence", "constant"]
+    longest: int
+    """Greatest length of a response, tokens."""
+    level: Literal["token", "sequence"]
     cliprange: float
     clip_higher: float | None
     dual_clip: float | None
+    correction_cap: float | None
+    """Importance weights of tokens that another engine has drawn are cut here; None leaves them out."""
+    entropy_coef: float
+    kl_loss: Literal["k2", "k3"] | None
+    """Estimator of the KL to the reference that is part of the loss; None where it is part of the reward."""
+    kl_coef: float
+    """Its price; changes from step to step where it is adaptive."""
     cliprange_value: float | None
     vf_coef: float
     value_mean: float
@@ -42,97 +64,122 @@ class Objective:
     """Nats a token: a minibatch on which the policy has moved further ends the update, before its own step."""
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What the update runs in."""
+
+    cut: Cut
+    bf16: bool
+    reduce: Reduce
+    rates: tuple[float, float]
+    """Learning rates of policy and critic."""
+    average: Average | None = None
+    """The policy's, which follows every step."""
+    also: Callable[[int], dict[str, float]] | None = None
+    """(number of the optimiser step) -> figures: a further loss whose gradient is added to the policy's (PPO-ptx)."""
+
+
 def update(
-    policy: Learner,
-    critic: Learner,
-    experience: Experience,
-    objective: Objective,
-    orders: list[Tensor],
-    *,
-    minibatches: int,
-    microbatch: int,
-    rates: tuple[float, float],
-    bf16: bool,
-    reduce: Reduce,
-) -> dict[str, float]:
+    policy: Learner, critic: Learner | None, experience: Experience, objective: Objective, parts: list[Tensor],
+    setting: Setting,
+) -> dict[str, float]:  # fmt: skip
     """Updates of one step; the means of their figures.
 
-    `orders` holds, for each epoch, the rows of the whole batch in shuffled order, counted from this rank's first: rows
-    of other ranks are below 0 or past the last. `rates` are the learning rates of policy and critic.
-    Raises TrainingError for a first ratio that is not 1, and for a loss or gradient that is not finite.
+    `parts` are the minibatches, each this rank's rows of it (none is allowed: every rank takes every step).
+    A minibatch without a token to train on any rank is passed over. Raises TrainingError for a first ratio that is not
+    1, and for a loss or gradient that is not finite.
     """
-    rows_here = len(experience.rollout.lengths_B)
     done: list[dict[str, float]] = []
-    for chosen in (part for order in orders for part in order.chunk(minibatches)):
-        rows = chosen[(chosen >= 0) & (chosen < rows_here)].to(experience.logprobs_BT.device)
-        figures, ratio_error = minibatch(
-            policy.model, critic.model, experience, objective, rows, microbatch=microbatch, bf16=bf16, reduce=reduce
-        )
+    learners = [policy] if critic is None else [policy, critic]
+    for rows in parts:
+        figures, ratio_error = minibatch(policy, critic, experience, objective, rows, setting)
+        if not figures:
+            continue
         if not done:
-            check_first_ratio(ratio_error, RATIO_TOLERANCE[bf16])
+            check_first_ratio(ratio_error, RATIO_TOLERANCE[setting.bf16])
         elif objective.target_kl is not None and figures["approx_kl"] > objective.target_kl:
-            policy.forget()
-            critic.forget()
+            for learner in learners:
+                learner.forget()
             break
-        norms = policy.gather(reduce), critic.gather(reduce)
-        figures |= {"policy_grad_norm": norms[0].item(), "value_grad_norm": norms[1].item()}
+        if setting.also is not None:
+            figures |= setting.also(len(done))
+        norms = [learner.gather(setting.reduce) for learner in learners]
+        figures |= {f"{name}_grad_norm": norm.item() for name, norm in zip(("policy", "value"), norms, strict=False)}
         check_finite(figures)
-        for learner, norm, rate in zip((policy, critic), norms, rates, strict=True):
+        for learner, norm, rate in zip(learners, norms, setting.rates, strict=False):
             learner.step(norm, rate)
+        if setting.average is not None:
+            setting.average.follow()
         done.append(figures)
-    return {name: sum(figures[name] for figures in done) / len(done) for name in done[0]} | {
-        "updates": float(len(done))
-    }
+    names = done[0] if done else FIGURES[: 3 if critic is None else 5]
+    means = {name: sum(figures[name] for figures in done) / max(1, len(done)) for name in names}
+    return means | {"updates": float(len(done))}
 
 
 def minibatch(
-    policy: PreTrainedModel,
-    critic: PreTrainedModel,
-    experience: Experience,
-    objective: Objective,
-    rows: Tensor,
-    *,
-    microbatch: int,
-    bf16: bool,
-    reduce: Reduce,
-) -> tuple[dict[str, float], float]:
-    """Forward and backward of both models on this rank's `rows` of a minibatch: its figures over all ranks, and the
-    greatest |ratio - 1| on this one."""
-    rollout = experience.rollout
-    normaliser = reduce(rollout.lengths_B[rows].sum().float()).item()
-    totals = torch.zeros(5, device=rows.device)
+    policy: Learner, critic: Learner | None, experience: Experience, objective: Objective, rows: Tensor,
+    setting: Setting,
+) -> tuple[dict[str, float], float]:  # fmt: skip
+    """Forward and backward of both models on this rank's `rows` of a minibatch: its figures over all ranks (none where
+    there is nothing to train), and the greatest |ratio - 1| on this one."""
+    mask_BT = experience.is_trained_BT[rows]
+    counts = torch.stack([mask_BT.sum(), mask_BT.any(dim=1).sum()]).float()
+    tokens, of_rows = setting.reduce(counts).tolist()
+    if tokens == 0:
+        return {}, 0.0
+    rows = rows[mask_BT.any(dim=1)]
+    totals = torch.zeros(6, device=rows.device)
     ratio_error = 0.0
-    for part in microbatches(rollout.prompt_lengths_B + rollout.lengths_B, microbatch, rows):
+    for part in setting.cut.parts(experience.rollout, rows):
         here = experience.select(part)
-        mask_BT = here.rollout.response_mask_BT
-        with precision(rows.device, bf16):
-            logprobs_BT = response_logprobs(policy, here.rollout, objective.temperature)
-        of_policy = policy_loss(
-            logprobs_BT,
-            here.logprobs_BT,
-            here.advantages_BT,
-            mask_BT,
-            normaliser=normaliser,
-            cliprange=objective.cliprange,
-            clip_higher=objective.clip_higher,
-            dual_clip=objective.dual_clip,
+        weights_BT = token_weights(
+            here.is_trained_BT, objective.aggregation, tokens=tokens, rows=of_rows, longest=objective.longest
         )
-        of_policy.loss.backward()  # type: ignore[no-untyped-call]
-        with precision(rows.device, bf16):
-            values_BT = response_values(critic, here.rollout, objective.value_mean, objective.value_std)
-        of_values = value_loss(
-            values_BT,
-            here.values_BT,
-            here.returns_BT,
-            mask_BT,
-            normaliser=normaliser,
-            cliprange_value=objective.cliprange_value,
-        )
-        (objective.vf_coef * of_values.loss).backward()  # type: ignore[no-untyped-call]
-        totals += torch.stack([*of_policy[:3], *of_values]).detach()
+        of_policy = policy_part(policy, here, objective, weights_BT, setting.bf16)
+        figures = [*of_policy[:3], weights_BT.sum()]
+        if critic is not None:
+            with precision(rows.device, setting.bf16):
+                values_BT = response_values(critic.model, here.rollout, objective.value_mean, objective.value_std)
+            of_values = value_loss(
+                values_BT, here.values_BT, here.returns_BT, weights_BT, cliprange_value=objective.cliprange_value
+            )
+            (objective.vf_coef * of_values.loss).backward()  # type: ignore[no-untyped-call]
+            figures += [*of_values]
+        totals += torch.nn.functional.pad(torch.stack(figures).detach(), (0, 6 - len(figures)))
         ratio_error = max(ratio_error, of_policy.max_ratio_error.item())
-    names = ("policy_loss", "clip_fraction", "approx_kl", "value_loss", "value_clip_fraction")
-    return dict(zip(names, reduce(totals).tolist(), strict=True)), ratio_error
+    loss, clipped, moved, weight, of_value, value_clipped = setting.reduce(totals).tolist()
+    found = (loss, clipped / weight, moved / weight, of_value, value_clipped / weight)
+    return dict(zip(FIGURES[: 3 if critic is None else 5], found, strict=False)), ratio_error
+
+
+def policy_part(policy: Learner, here: Experience, objective: Objective, weights_BT: Tensor, bf16: bool) -> PolicyLoss:
+    """Forward and backward of the policy on some rows: the clipped loss, and what is asked for of KL and entropy."""
+    entropies_BT: Tensor | None = None
+    with precision(weights_BT.device, bf16):
+        if objective.entropy_coef:
+            logprobs_BT, entropies_BT = logprobs_and_entropies(policy.model, here.rollout, objective.reading)
+        else:
+            logprobs_BT = token_logprobs(policy.model, here.rollout, objective.reading)
+    cap, sampled_BT = objective.correction_cap, here.rollout.sampled_BT
+    found = policy_loss(
+        logprobs_BT,
+        here.logprobs_BT,
+        here.advantages_BT,
+        weights_BT,
+        cliprange=objective.cliprange,
+        clip_higher=objective.clip_higher,
+        dual_clip=objective.dual_clip,
+        level=objective.level,
+        correction_BT=None if cap is None else rollout_correction(here.logprobs_BT, sampled_BT, cap),
+    )
+    loss = found.loss
+    if objective.kl_loss is not None and objective.kl_coef:
+        estimator = kl.k2 if objective.kl_loss == "k2" else kl.k3
+        loss = loss + objective.kl_coef * weighted_sum(estimator(logprobs_BT, here.reference_BT), weights_BT)
+    if entropies_BT is not None:
+        loss = loss - objective.entropy_coef * weighted_sum(entropies_BT, weights_BT)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return found._replace(loss=loss)
 
 
 def check_finite(figures: Mapping[str, float]) -> None:

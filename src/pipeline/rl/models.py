@@ -1,0 +1,124 @@
+"""The models of an RL run: policy, reference, critic and what scores; how few of them are held.
+
+With all weights trained they are four: policy, reference (a copy of its start), critic (a copy of the reward model),
+reward model. With adapters they are two: the reference is the policy with its adapters off, and the reward model the
+critic with its own off. Without a critic (the group methods) there is one less.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel
+
+from pipeline.artifacts import Artifact
+from pipeline.model.adapters import adapt
+from pipeline.model.attention import use_plain_products
+from pipeline.model.next_token import has_plain_head
+from pipeline.rl.forwards import Reading
+from pipeline.rl.learners import Learner
+from pipeline.rl.scoring import Scorer
+from pipeline.runtime import derive_seed
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """What AdamW is told, for policy and critic alike."""
+
+    eps: float
+    weight_decay: float
+    max_grad_norm: float
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run, on the device, in eval mode (no dropout, in training either)."""
+
+    policy: Learner
+    critic: Learner | None
+    scorer: Scorer
+    reading: Reading
+    start: PreTrainedModel | None
+    """The policy's start, frozen; None where the policy without its adapters is it."""
+
+    @contextmanager
+    def reference(self) -> Iterator[PreTrainedModel]:
+        """The reference, for a while."""
+        if self.start is not None:
+            yield self.start
+        else:
+            with self.policy.without_adapters() as model:
+                yield model
+
+    @contextmanager
+    def scoring(self) -> Iterator[Scorer]:
+        """What scores, for a while: where the critic stands on the reward model, with the critic's adapters off."""
+        critic = self.critic
+        if critic is not None and self.scorer.model is not None and self.scorer.model.model is critic.model:
+            with critic.without_adapters():
+                yield self.scorer
+        else:
+            yield self.scorer
+
+    @property
+    def learners(self) -> dict[str, Learner]:
+        """What a checkpoint keeps, by name."""
+        return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
+
+
+def prepare(
+    policy: PreTrainedModel,
+    scorer: Scorer,
+    init: Artifact,
+    optimisation: Optimisation,
+    *,
+    temperature: float,
+    has_critic: bool,
+    adapters: LoraConfig | None,
+    of_critic: LoraConfig | None,
+    seed: int,
+    bf16: bool,
+    longest: int,
+) -> Models:
+    """The models of a run that starts from `policy`, which is taken over. `longest` is that of a whole row, tokens."""
+    policy = policy.eval()
+    reading = Reading(temperature, has_plain_head(policy))
+    start, own = None, None
+    if adapters is None:
+        start = copy.deepcopy(policy).requires_grad_(False)
+    else:
+        own = adapt(policy, adapters, derive_seed(seed, "adapters"), train_rows=False, stage="ppo")
+    critic = None
+    if has_critic:
+        critic = _critic(scorer, init, optimisation, of_critic, seed, policy.device)
+    models = [policy, start, None if critic is None else critic.model, scorer.model and scorer.model.model]
+    for model in models:
+        if model is not None:
+            use_plain_products(model, bf16, longest)
+    return Models(_learner(policy, optimisation, own), critic, scorer, reading, start)
+
+
+def _critic(
+    scorer: Scorer,
+    init: Artifact,
+    optimisation: Optimisation,
+    adapters: LoraConfig | None,
+    seed: int,
+    device: torch.device,
+) -> Learner:
+    """The critic: a copy of the reward model with its head, or adapters and a head of its own on the reward model."""
+    if adapters is None:
+        return _learner(scorer.critic(init, seed).to(device), optimisation, None)
+    model = scorer.model.model if scorer.model is not None else scorer.critic(init, seed).to(device)
+    own = adapt(model, adapters, derive_seed(seed, "critic's adapters"), train_rows=False, stage="ppo")
+    return _learner(model, optimisation, own)
+
+
+def _learner(model: PreTrainedModel, optimisation: Optimisation, adapters: PeftModel | None) -> Learner:
+    model.eval()  # adapters come in training mode
+    return Learner(model, optimisation.eps, optimisation.weight_decay, optimisation.max_grad_norm, adapters)
