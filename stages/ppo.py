@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from pipeline.data.shown import ShownRow
     from pipeline.rl.answers import Answers
+    from pipeline.rl.examiner import Examiner
     from pipeline.rl.phases import Clock
     from pipeline.rl.prompts import Prompts
     from pipeline.rl.rollouts import Experience, Rollout
@@ -111,6 +112,12 @@ class PPOConfig(StageConfig):
         None, "share of response_length at its end in which up to 1 is taken off", gt=0, le=1
     )
 
+    eval_steps: int | None = field(
+        None, "steps between evaluations on held-out prompts; a fifth of the run unless set, 0 for none", ge=0
+    )
+    eval_prompts: int = field(64, "held-out prompts answered at an evaluation", unit="prompts", gt=0)
+    early_stopping_patience: int | None = field(None, "end after so many evaluations that were not the best", gt=0)
+    load_best_model_at_end: bool = field(False, "what is written is the policy of the best evaluation")
     save_steps: int = field(50, "steps between checkpoints", unit="steps", gt=0, run_only=True)
 
     @model_validator(mode="before")
@@ -146,9 +153,11 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     _check(config, runtime)
     tokenizer = load_tokenizer(inputs["init"].model)
     prompts, steps = _prompts(config, inputs, tokenizer, runtime)
+    held_out = _held_out(config, inputs, tokenizer, runtime)
+    every = steps if held_out is None else config.eval_steps or math.ceil(steps / 5)
 
     # 2. policy, reference, what scores and critic, from the checkpoint if there is one
-    loop = _Loop(config, inputs, tokenizer, prompts, runtime)
+    loop = _Loop(config, inputs, tokenizer, prompts, held_out, runtime)
     step = loop.resume()
     if runtime.is_main:
         write_policy(loop.policy.model, out / "model", inputs["init"].model, loop.stop_id, weights=False)
@@ -157,16 +166,23 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     runtime.say(f"{steps:,} steps of {config.batch_size} responses, {len(prompts.ids):,} prompts")
     with runtime.progress("ppo", steps) as bar:
         bar.start_at(step)
-        while step < steps:
+        while step < steps and not loop.is_exhausted:
             figures = loop.step(step, step / steps)
             step += 1
+            if held_out is not None and (step % every == 0 or step == steps):
+                figures |= loop.evaluate(step)
             runtime.metrics.log(step, loop.tokens, **figures)
             bar.advance(1, **{name: figures[name] for name in SHOWN})
             stopping = runtime.stop_requested()
-            if step % config.save_steps == 0 or stopping or step == steps:
+            is_last = step == steps or loop.is_exhausted
+            if step % config.save_steps == 0 or stopping or is_last:
                 loop.save(step)
-            if stopping and step < steps:
+            if stopping and not is_last:
                 runtime.stop(step)
+    if loop.is_exhausted:
+        runtime.say(
+            f"ended at step {step:,}: the best of {config.early_stopping_patience} evaluations ago was no better"
+        )
 
     # 4. the policy, as its start was
     summary = loop.summary()
@@ -217,10 +233,7 @@ def _prompts(
     config: PPOConfig, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerFast, runtime: Runtime
 ) -> tuple[Prompts, int]:
     """The prompts the run comes to, one after the other, and the number of its steps."""
-    from pipeline.data.chat import encode_prompt
     from pipeline.data.formats import read_rows
-    from pipeline.model.build import reach
-    from pipeline.rl.prompts import order_prompts
 
     assert config.data is not None
     rows = read_rows(config.data, "prompt", split="train", held_out=config.held_out, say=runtime.say)
@@ -228,19 +241,62 @@ def _prompts(
     episodes = config.total_episodes or max(1, round(config.num_train_epochs * len(rows) * group))
     steps = math.ceil(episodes / config.batch_size)
     rounds = config.max_sampling_rounds if config.dynamic_sampling else 1
-    context = reach(inputs["init"].model)
-    prompts = order_prompts(
-        rows,
-        steps * rounds * config.batch_size // group,
-        encode=lambda row: encode_prompt(tokenizer, row["prompt"]),
-        generator=lambda epoch: runtime.generator("prompts", epoch),
-        longest=config.max_prompt_length,
-        room=None if context is None else context - config.response_length,
-    )
+    prompts = _ordered(config, inputs, tokenizer, rows, steps * rounds * config.batch_size // group, runtime, "prompts")
     runtime.check_stop()
     if prompts.left_out:
         runtime.say(f"{prompts.left_out:,} prompts of more than {config.max_prompt_length} tokens are left out")
     return prompts, steps
+
+
+def _held_out(
+    config: PPOConfig, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerFast, runtime: Runtime
+) -> Prompts | None:
+    """The prompts of the evaluations; None where there are none, or no row was held out."""
+    from pipeline.data.formats import read_rows
+
+    assert config.data is not None
+    wanted = config.early_stopping_patience is not None or config.load_best_model_at_end
+    if config.eval_steps == 0 and wanted:
+        raise ConfigError(
+            "the best policy is found by evaluations, and there are none",
+            where="ppo.eval_steps",
+            mend="leave out `eval_steps: 0`",
+        )
+    if config.eval_steps == 0:
+        return None
+    try:
+        rows = read_rows(config.data, "prompt", split="held_out", held_out=config.held_out)
+    except ConfigError:  # a few rows of which none fell to the held-out share
+        if config.eval_steps is not None or wanted:
+            raise
+        runtime.say("no prompt is held out: no evaluations (held_out, eval_steps)")
+        return None
+    return _ordered(config, inputs, tokenizer, rows, min(config.eval_prompts, len(rows)), runtime, "held-out prompts")
+
+
+def _ordered(
+    config: PPOConfig,
+    inputs: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    rows: list[dict[str, Any]],
+    count: int,
+    runtime: Runtime,
+    purpose: str,
+) -> Prompts:
+    """The first `count` prompts of one shuffle an epoch."""
+    from pipeline.data.chat import encode_prompt
+    from pipeline.model.build import reach
+    from pipeline.rl.prompts import order_prompts
+
+    context = reach(inputs["init"].model)
+    return order_prompts(
+        rows,
+        count,
+        encode=lambda row: encode_prompt(tokenizer, row["prompt"]),
+        generator=lambda epoch: runtime.generator(purpose, epoch),
+        longest=config.max_prompt_length,
+        room=None if context is None else context - config.response_length,
+    )
 
 
 class _Loop:
@@ -252,11 +308,13 @@ class _Loop:
         inputs: dict[str, Any],
         tokenizer: PreTrainedTokenizerFast,
         prompts: Prompts,
+        held_out: Prompts | None,
         runtime: Runtime,
     ) -> None:
         from pipeline.data.chat import stop_token_id
         from pipeline.model.adapters import lora
         from pipeline.model.build import check_vocabulary, load_causal_lm
+        from pipeline.rl.asking import Asking, Pricing
         from pipeline.rl.forwards import Cut
         from pipeline.rl.learners import Average
         from pipeline.rl.masking import alone, sum_over_ranks
@@ -296,13 +354,47 @@ class _Loop:
             of_critic=lora(config.peft, "SEQ_CLS", ["score"]),
             seed=config.seed,
             bf16=self.bf16,
-            longest=prompts.longest + config.response_length,
+            longest=max(each.longest for each in (prompts, held_out) if each is not None) + config.response_length,
         )
         self.policy = self.models.policy
         self.average = None if config.ema_decay is None else Average(self.policy, config.ema_decay)
+        self.asking = Asking(
+            device=self.device,
+            bf16=self.bf16,
+            longest=config.response_length,
+            stop_id=self.stop_id,
+            pad_id=self.pad_id,
+            temperature=config.temperature,
+            batch_size=config.local_rollout_forward_batch_size,
+        )
+        self.pricing = Pricing(
+            score_clip=config.score_clip,
+            missing_eos_rule=config.missing_eos_rule,
+            missing_eos_penalty=config.missing_eos_penalty,
+            overlong_buffer=config.overlong_buffer,
+            longest=config.response_length,
+        )
+        self.examiner = None if held_out is None else self._examiner(held_out)
         self.kl_coef = config.init_kl_coef if config.adaptive_kl else config.kl_coef
         self.tokens, self.read, self.asked = 0, 0, 0  # written by the policy; with their prompts; prompts taken
         self.history: list[dict[str, float]] = []  # the first step and the last few: what the summary is made of
+
+    def _examiner(self, held_out: Prompts) -> Examiner:
+        from pipeline.rl.examiner import Exam, Examiner
+
+        runtime = self.runtime
+        exam = Exam(
+            prompts=held_out,
+            asking=self.asking,
+            pricing=self.pricing,
+            gold=None,
+            cut=self.sweep_cut,
+            generator=lambda: runtime.generator("evaluation"),
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            reduce=self.reduce,
+        )
+        return Examiner(exam, self.models, keeps_best=self.config.load_best_model_at_end)
 
     def step(self, step: int, done: float) -> dict[str, float]:
         """One step, `done` being the share of the run before it. Returns its figures."""
@@ -350,11 +442,16 @@ class _Loop:
             self.asked += groups
             rollout = self.roll_out((step, number) if number else (step,), prompts)
             clock.lap("generate")
-            scores_B, rewards_B = self.score(rollout, [row for row in prompts for _ in range(config.num_generations)])
+            rows = [self.prompts.rows[row] for row in prompts]
+            scores_B, rewards_B = self.pricing.rewards(
+                self.models, rollout, [row for row in rows for _ in range(config.num_generations)]
+            )
             baselines_B = rewards_B.new_zeros(len(rewards_B))
             if config.advantage_estimator == "remax":
                 greedy = self.roll_out(None, prompts)
-                baselines_B = self.score(greedy, prompts)[1].repeat_interleave(config.num_generations)
+                baselines_B = self.pricing.rewards(self.models, greedy, rows)[1].repeat_interleave(
+                    config.num_generations
+                )
             clock.lap("score")
             return Asked(rollout, scores_B, rewards_B, baselines_B)
 
@@ -376,42 +473,18 @@ class _Loop:
         Random numbers are drawn for the whole batch, so that a row's do not depend on how many ranks share it.
         """
         from pipeline.model.generation import draw_uniforms
-        from pipeline.rl.forwards import precision
-        from pipeline.rl.rollouts import roll_out
-
-        config, samples, uniforms_BT = self.config, 1, None
-        if number is not None:
-            samples = config.num_generations
-            generator = self.runtime.generator("sampling", *number)
-            first = self.runtime.rank * len(prompts) * samples
-            drawn_BT = draw_uniforms(config.batch_size, config.response_length, generator)
-            uniforms_BT = drawn_BT[first : first + len(prompts) * samples]
-        with precision(self.device, self.bf16):
-            return roll_out(
-                self.policy.model,
-                [self.prompts.ids[row] for row in prompts for _ in range(samples)],
-                uniforms_BT,
-                longest=config.response_length,
-                stop_id=self.stop_id,
-                pad_id=self.pad_id,
-                temperature=config.temperature,
-                batch_size=config.local_rollout_forward_batch_size,
-            )
-
-    def score(self, rollout: Rollout, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """What each answer scores, and its reward: the score clipped, less what a long or unfinished one pays. [B]"""
-        from pipeline.rl.rewards import clip_scores, missing_eos, overlong_penalty
 
         config = self.config
-        with self.models.scoring() as scorer:
-            scores_B = scorer.score(rollout, [self.prompts.rows[row] for row in rows])
-        clipped_B, penalty = clip_scores(scores_B, config.score_clip), config.missing_eos_penalty
-        rewards_B = missing_eos(clipped_B, rollout.is_ended_B, penalty=penalty, rule=config.missing_eos_rule)
-        if config.overlong_buffer is not None:
-            rewards_B = rewards_B + overlong_penalty(
-                rollout.lengths_B, longest=config.response_length, buffer=config.overlong_buffer
-            )
-        return scores_B, rewards_B
+        ids = [self.prompts.ids[row] for row in prompts]
+        if number is None:
+            return self.asking.answers(self.policy.model, ids, None)
+        generator = self.runtime.generator("sampling", *number)
+        uniforms_BT = draw_uniforms(config.batch_size, config.response_length, generator)
+        rows = len(prompts) * config.num_generations
+        own_BT = uniforms_BT[self.runtime.rank * rows : (self.runtime.rank + 1) * rows]
+        return self.asking.answers(
+            self.policy.model, [prompt for prompt in ids for _ in range(config.num_generations)], own_BT
+        )
 
     def appraise(self, answers: Answers) -> tuple[Experience, dict[str, float]]:
         """Log-probs of policy and reference, values; from them rewards, advantages and returns."""
@@ -514,6 +587,23 @@ class _Loop:
         )
         return figures | {"learning_rate": rates[0]}
 
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Figures of the policy, as it would be written, on the held-out prompts, beside its start's."""
+        from pipeline.rl.learners import averaged
+
+        assert self.examiner is not None
+        with averaged(self.average):
+            figures, warning = self.examiner.evaluate(step)
+        if warning:
+            self.runtime.say(f"step {step:,}: {warning}")
+        return figures
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the policy has been no better for so long that the run is to end."""
+        patience = self.config.early_stopping_patience
+        return self.examiner is not None and self.examiner.is_exhausted(patience)
+
     def resume(self) -> int:
         """Put back the newest checkpoint; the step it was made at, 0 without one."""
         from pipeline.rl.learners import restore
@@ -529,6 +619,8 @@ class _Loop:
             state[name] for name in ("kl_coef", "tokens", "read", "asked")
         )
         self.history = state["history"]
+        if self.examiner is not None:
+            self.examiner.restore(tensors, state["best"])
         self.runtime.say(f"resumed at step {checkpoint.step:,}")
         return checkpoint.step
 
@@ -539,12 +631,15 @@ class _Loop:
         tensors, optimizers = saved(self.models.learners)
         if self.average is not None:
             tensors |= self.average.saved()
+        of_best, best = ({}, None) if self.examiner is None else self.examiner.saved()
+        tensors |= of_best
         state = {
             "kl_coef": self.kl_coef,
             "tokens": self.tokens,
             "read": self.read,
             "asked": self.asked,
             "history": self.history,
+            "best": best,
             "optimizers": optimizers,
         }
         self.runtime.checkpoints.save(step, tensors, state)
@@ -563,7 +658,9 @@ class _Loop:
         return {"reward_first": self.history[0]["reward"], **means, "flops": flops}
 
     def finish(self) -> None:
-        """The policy's weights as they are written: averaged, adapters merged."""
-        if self.average is not None:
+        """The policy's weights as they are written: the best, or averaged; adapters merged."""
+        if self.examiner is not None and self.config.load_best_model_at_end:
+            self.examiner.put_best()
+        elif self.average is not None:
             self.average.put()
         self.policy.merge()

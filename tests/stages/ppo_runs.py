@@ -95,6 +95,7 @@ def config_of(parts: Parts, **values: Any) -> stage.PPOConfig:
         "per_device_train_batch_size": 5,
         "response_length": 12,
         "learning_rate": 3e-3,
+        "eval_steps": 0,
     }
     return stage.PPOConfig(**{**small, **values})
 

@@ -1,0 +1,68 @@
+"""Asking a model and pricing what it says: prompts to rollouts, rollouts to rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.rl.forwards import precision
+from pipeline.rl.models import Models
+from pipeline.rl.rewards import clip_scores, missing_eos, overlong_penalty
+from pipeline.rl.rollouts import Rollout, roll_out
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How models are asked."""
+
+    device: torch.device
+    bf16: bool
+    longest: int
+    """Tokens of a response at most."""
+    stop_id: int
+    pad_id: int
+    temperature: float
+    batch_size: int
+
+    def answers(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], uniforms_BT: Tensor | None) -> Rollout:
+        """What the model says to each prompt (ids); the likeliest where there are no random numbers."""
+        with precision(self.device, self.bf16):
+            return roll_out(
+                model,
+                prompts,
+                uniforms_BT,
+                longest=self.longest,
+                stop_id=self.stop_id,
+                pad_id=self.pad_id,
+                temperature=self.temperature,
+                batch_size=self.batch_size,
+            )
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """What becomes of a score before it is learnt from."""
+
+    score_clip: float | None
+    missing_eos_rule: Literal["replace", "subtract", "keep"]
+    missing_eos_penalty: float
+    overlong_buffer: float | None
+    longest: int
+
+    def rewards(self, models: Models, rollout: Rollout, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        """(score, reward) of each answer, [B]: the score clipped, less what a long or unfinished one pays."""
+        with models.scoring() as scorer:
+            scores_B = scorer.score(rollout, rows)
+        clipped_B = clip_scores(scores_B, self.score_clip)
+        rule, penalty = self.missing_eos_rule, self.missing_eos_penalty
+        rewards_B = missing_eos(clipped_B, rollout.is_ended_B, penalty=penalty, rule=rule)
+        if self.overlong_buffer is not None:
+            rewards_B = rewards_B + overlong_penalty(
+                rollout.lengths_B, longest=self.longest, buffer=self.overlong_buffer
+            )
+        return scores_B, rewards_B
