@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
+    from pipeline.artifacts import Artifact
     from pipeline.data.shown import ShownRow
     from pipeline.rl.answers import Answers
     from pipeline.rl.examiner import Examiner
     from pipeline.rl.phases import Clock
     from pipeline.rl.prompts import Prompts
+    from pipeline.rl.ptx import PretrainingText
     from pipeline.rl.rollouts import Experience, Rollout
     from pipeline.runtime import Runtime
 
@@ -93,6 +95,10 @@ class PPOConfig(StageConfig):
     importance_sampling_level: Literal["token", "sequence"] = field("token", "the ratio: of a token, or of a response")
     entropy_coef: float = field(0.0, "weight of the entropy bonus", ge=0)
     mask_truncated_completions: bool = field(False, "responses without a stop token are not trained on")
+    ptx_coef: float = field(0.0, "weight of the pretraining loss beside the policy's (InstructGPT: 27.8)", ge=0)
+    ptx_tokens: Ref | None = field(None, "the token files that it is of: a tokenize stage")
+    ptx_ratio: float = field(8.0, "rows of that text for each response", gt=0)
+    ptx_length: int = field(256, "their length", unit="tokens", gt=0)
     target_kl: float | None = field(None, "skip the rest of a step's updates above this KL", unit="nats a token", gt=0)
 
     kl_coef: float = field(0.05, "price of KL to the reference", unit="reward a nat", ge=0)
@@ -129,7 +135,7 @@ class PPOConfig(StageConfig):
         return PRESETS.get(str(values.get("algorithm", "ppo")), {}) | values
 
 
-INPUTS = {"init": "causal-lm", "reward": "reward-model"}
+INPUTS = {"init": "causal-lm", "reward": "reward-model", "ptx_tokens": "tokens"}
 KIND = "causal-lm"
 RESULT_VERSION = 1
 DEFAULTS = {"data": "demonstrations"}
@@ -374,6 +380,7 @@ class _Loop:
             overlong_buffer=config.overlong_buffer,
             longest=config.response_length,
         )
+        self.text = self._pretraining_text(inputs.get("ptx_tokens"), init) if config.ptx_coef else None
         self.examiner = None if held_out is None else self._examiner(held_out)
         self.kl_coef = config.init_kl_coef if config.adaptive_kl else config.kl_coef
         self.tokens, self.read, self.asked = 0, 0, 0  # written by the policy; with their prompts; prompts taken
@@ -395,6 +402,42 @@ class _Loop:
             reduce=self.reduce,
         )
         return Examiner(exam, self.models, keeps_best=self.config.load_best_model_at_end)
+
+    def _pretraining_text(self, tokens: Artifact | None, init: Artifact) -> PretrainingText:
+        from pipeline.data.packing import Windows
+        from pipeline.data.shards import TokenFile
+        from pipeline.errors import MismatchError
+        from pipeline.model.build import check_reach
+        from pipeline.model.next_token import NextToken
+        from pipeline.rl.ptx import PretrainingText
+        from pipeline.runtime import derive_seed
+
+        config = self.config
+        if tokens is None:
+            raise ConfigError(
+                "ptx_coef weighs a loss on pretraining text, and no text is named",
+                where="ppo.ptx_tokens",
+                mend="--set ppo.ptx_tokens=tokenize",
+            )
+        if tokens.tokenizer_hash != init.tokenizer_hash:
+            raise MismatchError(
+                f"{tokens.reference} was made with another tokenizer than {init.reference} has",
+                where="ppo.ptx_tokens",
+                mend="name the tokenize stage that the policy was pretrained on",
+            )
+        check_reach(self.policy.model, config.ptx_length, "the policy's", "ppo.ptx_length")
+        file = TokenFile(tokens.path / "train.ds")
+        return PretrainingText(
+            windows=Windows(file.tokens, config.ptx_length, derive_seed(config.seed, "pretraining text")),
+            loss=NextToken(self.policy.model),
+            coef=config.ptx_coef,
+            rows=max(1, round(config.ptx_ratio * config.batch_size / config.num_mini_batches)),
+            microbatch=config.per_device_train_batch_size,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            bf16=self.bf16,
+            reduce=self.reduce,
+        )
 
     def step(self, step: int, done: float) -> dict[str, float]:
         """One step, `done` being the share of the run before it. Returns its figures."""
@@ -577,13 +620,15 @@ class _Loop:
             for epoch in range(config.num_ppo_epochs)
         ]
         rates = (share * config.learning_rate, share * (config.value_learning_rate or 3 * config.learning_rate))
+        text, updates = self.text, config.num_ppo_epochs * config.num_mini_batches
+        also = None if text is None else lambda number: text.add_gradient(step * updates + number)
         figures = update(
             self.policy,
             self.models.critic,
             experience,
             objective,
             own_rows(orders, config.num_mini_batches, places_B),
-            Setting(self.train_cut, self.bf16, self.reduce, rates, average=self.average),
+            Setting(self.train_cut, self.bf16, self.reduce, rates, also=also, average=self.average),
         )
         return figures | {"learning_rate": rates[0]}
 

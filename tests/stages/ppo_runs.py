@@ -121,7 +121,15 @@ class Done:
         return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in found]
 
 
-def run(parts: Parts, out: Path, *, reward: str | None = None, stop_at: int = 0, **values: Any) -> Done:
+def run(
+    parts: Parts,
+    out: Path,
+    *,
+    reward: str | None = None,
+    tokens: Artifact | None = None,
+    stop_at: int = 0,
+    **values: Any,
+) -> Done:
     """Run the stage against the reward model, or the function `reward`; asked to stop in step `stop_at`."""
     if reward is not None:
         values["reward"] = f"{parts.folder / 'rewards.py'}:{reward}"
@@ -138,7 +146,7 @@ def run(parts: Parts, out: Path, *, reward: str | None = None, stop_at: int = 0,
                 runtime.halt.asked = Stopped
 
         runtime.metrics.log = log_and_ask  # type: ignore[method-assign]
-    inputs = {"init": parts.init, "reward": None if reward else parts.reward}
+    inputs = {"init": parts.init, "reward": None if reward else parts.reward, "ptx_tokens": tokens}
     return Done(out, stage.run(config, inputs, out, runtime))
 
 
