@@ -14,6 +14,7 @@ a response without a stop token has its score replaced by -1; the score lies on 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,14 +29,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
-    from pipeline.artifacts import Artifact
     from pipeline.data.shown import ShownRow
     from pipeline.rl.answers import Answers
-    from pipeline.rl.examiner import Examiner
-    from pipeline.rl.phases import Clock
-    from pipeline.rl.prompts import Prompts
+    from pipeline.rl.models import Models
+    from pipeline.rl.prompts import PromptReader, Prompts
     from pipeline.rl.ptx import PretrainingText
-    from pipeline.rl.rollouts import Experience, Rollout
+    from pipeline.rl.rollouts import Experience
     from pipeline.runtime import Runtime
 
 
@@ -142,24 +141,33 @@ DEFAULTS = {"data": "demonstrations"}
 
 HEALTHY_GAP = 0.01  # mean |p(rollout) - p(training)| a token above which the two forwards don't agree
 SHOWN = ("reward", "kl", "length", "ended", "samples_per_second")
-SUMMARY = ("reward", "kl", "ended", "length", "entropy", "samples_per_second")
-RECENT = 10  # steps that the closing figures are the mean of
+SUMMARY = ("reward", "kl", "ended", "length", "entropy", "explained_variance", "samples_per_second")
 
 
 def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
     """Train the policy; returns its reward in the first step and in the last ones, and the KL it took."""
     from transformers.utils import logging
 
+    from pipeline.data.chat import encode_prompt
     from pipeline.data.tokenizers import load_tokenizer
+    from pipeline.model.build import reach
     from pipeline.rl.learners import write_policy
+    from pipeline.rl.prompts import PromptReader
 
     logging.set_verbosity_error()  # no report that a critic's new head is new
 
     # 1. prompts, in the order of the whole run
     _check(config, runtime)
     tokenizer = load_tokenizer(inputs["init"].model)
-    prompts, steps = _prompts(config, inputs, tokenizer, runtime)
-    held_out = _held_out(config, inputs, tokenizer, runtime)
+    context = reach(inputs["init"].model)
+    reading = PromptReader(
+        encode=lambda row: encode_prompt(tokenizer, row["prompt"]),
+        longest=config.max_prompt_length,
+        room=None if context is None else context - config.response_length,
+        generator=runtime.generator,
+    )
+    prompts, steps = _prompts(config, reading, runtime)
+    held_out = _held_out(config, reading, runtime)
     every = steps if held_out is None else config.eval_steps or math.ceil(steps / 5)
 
     # 2. policy, reference, what scores and critic, from the checkpoint if there is one
@@ -177,7 +185,7 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
             step += 1
             if held_out is not None and (step % every == 0 or step == steps):
                 figures |= loop.evaluate(step)
-            runtime.metrics.log(step, loop.tokens, **figures)
+            runtime.metrics.log(step, loop.progress.tokens, **figures)
             bar.advance(1, **{name: figures[name] for name in SHOWN})
             stopping = runtime.stop_requested()
             is_last = step == steps or loop.is_exhausted
@@ -235,9 +243,7 @@ def _check(config: PPOConfig, runtime: Runtime) -> None:
         )
 
 
-def _prompts(
-    config: PPOConfig, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerFast, runtime: Runtime
-) -> tuple[Prompts, int]:
+def _prompts(config: PPOConfig, reading: PromptReader, runtime: Runtime) -> tuple[Prompts, int]:
     """The prompts the run comes to, one after the other, and the number of its steps."""
     from pipeline.data.formats import read_rows
 
@@ -247,16 +253,14 @@ def _prompts(
     episodes = config.total_episodes or max(1, round(config.num_train_epochs * len(rows) * group))
     steps = math.ceil(episodes / config.batch_size)
     rounds = config.max_sampling_rounds if config.dynamic_sampling else 1
-    prompts = _ordered(config, inputs, tokenizer, rows, steps * rounds * config.batch_size // group, runtime, "prompts")
+    prompts = reading.take(rows, steps * rounds * config.batch_size // group, "prompts")
     runtime.check_stop()
     if prompts.left_out:
         runtime.say(f"{prompts.left_out:,} prompts of more than {config.max_prompt_length} tokens are left out")
     return prompts, steps
 
 
-def _held_out(
-    config: PPOConfig, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerFast, runtime: Runtime
-) -> Prompts | None:
+def _held_out(config: PPOConfig, reading: PromptReader, runtime: Runtime) -> Prompts | None:
     """The prompts of the evaluations; None where there are none, or no row was held out."""
     from pipeline.data.formats import read_rows
 
@@ -277,32 +281,7 @@ def _held_out(
             raise
         runtime.say("no prompt is held out: no evaluations (held_out, eval_steps)")
         return None
-    return _ordered(config, inputs, tokenizer, rows, min(config.eval_prompts, len(rows)), runtime, "held-out prompts")
-
-
-def _ordered(
-    config: PPOConfig,
-    inputs: dict[str, Any],
-    tokenizer: PreTrainedTokenizerFast,
-    rows: list[dict[str, Any]],
-    count: int,
-    runtime: Runtime,
-    purpose: str,
-) -> Prompts:
-    """The first `count` prompts of one shuffle an epoch."""
-    from pipeline.data.chat import encode_prompt
-    from pipeline.model.build import reach
-    from pipeline.rl.prompts import order_prompts
-
-    context = reach(inputs["init"].model)
-    return order_prompts(
-        rows,
-        count,
-        encode=lambda row: encode_prompt(tokenizer, row["prompt"]),
-        generator=lambda epoch: runtime.generator(purpose, epoch),
-        longest=config.max_prompt_length,
-        room=None if context is None else context - config.response_length,
-    )
+    return reading.take(rows, min(config.eval_prompts, len(rows)), "held-out prompts")
 
 
 class _Loop:
@@ -318,25 +297,66 @@ class _Loop:
         runtime: Runtime,
     ) -> None:
         from pipeline.data.chat import stop_token_id
-        from pipeline.model.adapters import lora
-        from pipeline.model.build import check_vocabulary, load_causal_lm
         from pipeline.rl.asking import Asking, Pricing
+        from pipeline.rl.batches import Batches
+        from pipeline.rl.examiner import Exam, Examiner
         from pipeline.rl.forwards import Cut
         from pipeline.rl.learners import Average
-        from pipeline.rl.masking import alone, sum_over_ranks
+        from pipeline.rl.place import Place
+        from pipeline.rl.state import Progress
+
+        self.config, self.runtime = config, runtime
+        self.place = place = Place.of(runtime, config.bf16)
+        self.stop_id = stop_token_id(tokenizer)
+        pad_id = self.stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.sweep_cut = Cut(config.local_rollout_forward_batch_size, config.token_budget)
+        self.train_cut = Cut(config.per_device_train_batch_size, config.token_budget)
+        longest_prompt = max(each.longest for each in (prompts, held_out) if each is not None)
+        self.models = models = self._models(inputs, tokenizer, pad_id, longest_prompt + config.response_length)
+        self.policy = models.policy
+        self.average = None if config.ema_decay is None else Average(self.policy, config.ema_decay)
+        asking = Asking(
+            place=place,
+            longest=config.response_length,
+            stop_id=self.stop_id,
+            pad_id=pad_id,
+            temperature=config.temperature,
+            batch_size=config.local_rollout_forward_batch_size,
+        )
+        pricing = Pricing(
+            score_clip=config.score_clip,
+            missing_eos_rule=config.missing_eos_rule,
+            missing_eos_penalty=config.missing_eos_penalty,
+            overlong_buffer=config.overlong_buffer,
+            longest=config.response_length,
+        )
+        self.batches = Batches(
+            prompts=prompts,
+            models=models,
+            asking=asking,
+            pricing=pricing,
+            place=place,
+            size=config.batch_size,
+            group_size=config.num_generations,
+            rounds=config.max_sampling_rounds if config.dynamic_sampling else None,
+            greedy_baseline=config.advantage_estimator == "remax",
+        )
+        self.text = self._text(inputs) if config.ptx_coef else None
+        self.examiner: Examiner | None = None
+        if held_out is not None:
+            exam = Exam(held_out, asking, pricing, gold=None, cut=self.sweep_cut, place=place)
+            self.examiner = Examiner(exam, models, keeps_best=config.load_best_model_at_end)
+        self.progress = Progress(config.init_kl_coef if config.adaptive_kl else config.kl_coef)
+
+    def _models(self, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerFast, pad_id: int, longest: int) -> Models:
+        """Policy, reference, what scores, and critic; `longest` is that of a whole row."""
+        from pipeline.model.adapters import lora
+        from pipeline.model.build import check_vocabulary, load_causal_lm
         from pipeline.rl.models import Optimisation, prepare
         from pipeline.rl.scoring import load_scorer
 
-        self.config, self.prompts, self.runtime, self.device = config, prompts, runtime, runtime.device
-        self.bf16 = runtime.bf16 if config.bf16 is None else config.bf16
-        self.stop_id = stop_token_id(tokenizer)
-        self.pad_id = self.stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.reduce = alone if runtime.world_size == 1 else sum_over_ranks
-        self.sweep_cut = Cut(config.local_rollout_forward_batch_size, config.token_budget)
-        self.train_cut = Cut(config.per_device_train_batch_size, config.token_budget)
-
-        init = inputs["init"]
-        policy = load_causal_lm(init.model).to(self.device)
+        config, init = self.config, inputs["init"]
+        policy = load_causal_lm(init.model).to(self.place.device)
         check_vocabulary(policy, len(tokenizer), "ppo.init")
         scorer = load_scorer(
             config.reward,
@@ -344,12 +364,12 @@ class _Loop:
             init,
             tokenizer,
             stop_id=self.stop_id,
-            pad_id=self.pad_id,
+            pad_id=pad_id,
             batch_size=config.local_rollout_forward_batch_size,
-            bf16=self.bf16,
-            runtime=runtime,
+            bf16=self.place.bf16,
+            runtime=self.runtime,
         )
-        self.models = prepare(
+        return prepare(
             policy,
             scorer,
             init,
@@ -359,84 +379,24 @@ class _Loop:
             adapters=lora(config.peft, "CAUSAL_LM"),
             of_critic=lora(config.peft, "SEQ_CLS", ["score"]),
             seed=config.seed,
-            bf16=self.bf16,
-            longest=max(each.longest for each in (prompts, held_out) if each is not None) + config.response_length,
+            bf16=self.place.bf16,
+            longest=longest,
         )
-        self.policy = self.models.policy
-        self.average = None if config.ema_decay is None else Average(self.policy, config.ema_decay)
-        self.asking = Asking(
-            device=self.device,
-            bf16=self.bf16,
-            longest=config.response_length,
-            stop_id=self.stop_id,
-            pad_id=self.pad_id,
-            temperature=config.temperature,
-            batch_size=config.local_rollout_forward_batch_size,
-        )
-        self.pricing = Pricing(
-            score_clip=config.score_clip,
-            missing_eos_rule=config.missing_eos_rule,
-            missing_eos_penalty=config.missing_eos_penalty,
-            overlong_buffer=config.overlong_buffer,
-            longest=config.response_length,
-        )
-        self.text = self._pretraining_text(inputs.get("ptx_tokens"), init) if config.ptx_coef else None
-        self.examiner = None if held_out is None else self._examiner(held_out)
-        self.kl_coef = config.init_kl_coef if config.adaptive_kl else config.kl_coef
-        self.tokens, self.read, self.asked = 0, 0, 0  # written by the policy; with their prompts; prompts taken
-        self.history: list[dict[str, float]] = []  # the first step and the last few: what the summary is made of
 
-    def _examiner(self, held_out: Prompts) -> Examiner:
-        from pipeline.rl.examiner import Exam, Examiner
-
-        runtime = self.runtime
-        exam = Exam(
-            prompts=held_out,
-            asking=self.asking,
-            pricing=self.pricing,
-            gold=None,
-            cut=self.sweep_cut,
-            generator=lambda: runtime.generator("evaluation"),
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            reduce=self.reduce,
-        )
-        return Examiner(exam, self.models, keeps_best=self.config.load_best_model_at_end)
-
-    def _pretraining_text(self, tokens: Artifact | None, init: Artifact) -> PretrainingText:
-        from pipeline.data.packing import Windows
-        from pipeline.data.shards import TokenFile
-        from pipeline.errors import MismatchError
-        from pipeline.model.build import check_reach
-        from pipeline.model.next_token import NextToken
-        from pipeline.rl.ptx import PretrainingText
-        from pipeline.runtime import derive_seed
+    def _text(self, inputs: dict[str, Any]) -> PretrainingText:
+        from pipeline.rl.ptx import load_text
 
         config = self.config
-        if tokens is None:
-            raise ConfigError(
-                "ptx_coef weighs a loss on pretraining text, and no text is named",
-                where="ppo.ptx_tokens",
-                mend="--set ppo.ptx_tokens=tokenize",
-            )
-        if tokens.tokenizer_hash != init.tokenizer_hash:
-            raise MismatchError(
-                f"{tokens.reference} was made with another tokenizer than {init.reference} has",
-                where="ppo.ptx_tokens",
-                mend="name the tokenize stage that the policy was pretrained on",
-            )
-        check_reach(self.policy.model, config.ptx_length, "the policy's", "ppo.ptx_length")
-        file = TokenFile(tokens.path / "train.ds")
-        return PretrainingText(
-            windows=Windows(file.tokens, config.ptx_length, derive_seed(config.seed, "pretraining text")),
-            loss=NextToken(self.policy.model),
+        return load_text(
+            inputs.get("ptx_tokens"),
+            inputs["init"],
+            self.policy.model,
+            self.place,
             coef=config.ptx_coef,
             rows=max(1, round(config.ptx_ratio * config.batch_size / config.num_mini_batches)),
+            length=config.ptx_length,
             microbatch=config.per_device_train_batch_size,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-            bf16=self.bf16,
-            reduce=self.reduce,
+            seed=config.seed,
         )
 
     def step(self, step: int, done: float) -> dict[str, float]:
@@ -445,8 +405,8 @@ class _Loop:
         from pipeline.rl.phases import Clock
         from pipeline.rl.updates import check_finite
 
-        config, clock = self.config, Clock(self.device)
-        answers, figures = self.gather(step, clock)
+        config, clock = self.config, Clock(self.place.device)
+        answers, figures, asked = self.batches.gather(step, self.progress.asked, clock)
         experience, of_experience = self.appraise(answers)
         figures |= of_experience
         check_finite(figures)
@@ -456,78 +416,18 @@ class _Loop:
 
         if config.adaptive_kl:
             steering = {"target": config.adaptive_kl_target, "horizon": config.adaptive_kl_horizon}
-            self.kl_coef = adaptive_kl_coef(self.kl_coef, figures["kl"], episodes=config.batch_size, **steering)
+            before, episodes = self.progress.kl_coef, config.batch_size
+            self.progress.kl_coef = adaptive_kl_coef(before, figures["kl"], episodes=episodes, **steering)
         if step == 0 and figures["rollout_gap"] > HEALTHY_GAP:
             self.runtime.say(
                 f"rollout and training differ by {figures['rollout_gap']:.3f} a token: one of them is wrong"
             )
-        tokens = round(figures["length"] * figures["episodes"])
-        self.tokens += tokens
-        self.read += round(figures["row_length"] * figures["episodes"])
         figures |= clock.seconds | {
             "samples_per_second": figures["episodes"] / clock.total,
-            "tokens_per_second": tokens / clock.total,
+            "tokens_per_second": figures["length"] * figures["episodes"] / clock.total,
         }
-        self.history = [*self.history[:1], *self.history[1:][1 - RECENT :], figures]
+        self.progress.add(figures, asked)
         return figures
-
-    def gather(self, step: int, clock: Clock) -> tuple[Answers, dict[str, float]]:
-        """The batch of this step: answers and what they are worth."""
-        from pipeline.rl.answers import Asked, gather
-
-        config, runtime = self.config, self.runtime
-        groups = config.batch_size // config.num_generations
-        own = groups // runtime.world_size
-
-        def ask(number: int) -> Asked:
-            first = self.asked + runtime.rank * own
-            prompts = self.prompts.order[first : first + own]
-            self.asked += groups
-            rollout = self.roll_out((step, number) if number else (step,), prompts)
-            clock.lap("generate")
-            rows = [self.prompts.rows[row] for row in prompts]
-            scores_B, rewards_B = self.pricing.rewards(
-                self.models, rollout, [row for row in rows for _ in range(config.num_generations)]
-            )
-            baselines_B = rewards_B.new_zeros(len(rewards_B))
-            if config.advantage_estimator == "remax":
-                greedy = self.roll_out(None, prompts)
-                baselines_B = self.pricing.rewards(self.models, greedy, rows)[1].repeat_interleave(
-                    config.num_generations
-                )
-            clock.lap("score")
-            return Asked(rollout, scores_B, rewards_B, baselines_B)
-
-        return gather(
-            ask,
-            group_size=config.num_generations,
-            groups=groups,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            rounds=config.max_sampling_rounds if config.dynamic_sampling else None,
-            pad_id=self.pad_id,
-            reduce=self.reduce,
-        )
-
-    def roll_out(self, number: tuple[int, ...] | None, prompts: list[int]) -> Rollout:
-        """The policy's answers to these rows' prompts, `num_generations` each; one and the likeliest where `number` is
-        None.
-
-        Random numbers are drawn for the whole batch, so that a row's do not depend on how many ranks share it.
-        """
-        from pipeline.model.generation import draw_uniforms
-
-        config = self.config
-        ids = [self.prompts.ids[row] for row in prompts]
-        if number is None:
-            return self.asking.answers(self.policy.model, ids, None)
-        generator = self.runtime.generator("sampling", *number)
-        uniforms_BT = draw_uniforms(config.batch_size, config.response_length, generator)
-        rows = len(prompts) * config.num_generations
-        own_BT = uniforms_BT[self.runtime.rank * rows : (self.runtime.rank + 1) * rows]
-        return self.asking.answers(
-            self.policy.model, [prompt for prompt in ids for _ in range(config.num_generations)], own_BT
-        )
 
     def appraise(self, answers: Answers) -> tuple[Experience, dict[str, float]]:
         """Log-probs of policy and reference, values; from them rewards, advantages and returns."""
@@ -542,7 +442,7 @@ class _Loop:
 
         config, models, rollout = self.config, self.models, answers.rollout
         mask_BT, reading = rollout.response_mask_BT, models.reading
-        with precision(self.device, self.bf16):
+        with precision(self.place.device, self.place.bf16):
             logprobs_BT, entropies_BT = sweep(
                 rollout, self.sweep_cut, 2, lambda part: logprobs_and_entropies(self.policy.model, part, reading)
             )
@@ -558,10 +458,10 @@ class _Loop:
                 )
 
         kl_BT = kl.k1(logprobs_BT, reference_BT)
-        price = 0.0 if config.kl_loss else self.kl_coef
+        price = 0.0 if config.kl_loss else self.progress.kl_coef
         rewards_BT = token_rewards(answers.rewards_B, kl_BT, mask_BT, kl_coef=price)
         if config.whiten_rewards:
-            rewards_BT = whiten(rewards_BT, mask_BT, shift_mean=False, reduce=self.reduce)
+            rewards_BT = whiten(rewards_BT, mask_BT, shift_mean=False, reduce=self.place.reduce)
         advantages_BT, returns_BT = estimate(
             config.advantage_estimator,
             rewards_BT,
@@ -576,14 +476,14 @@ class _Loop:
             {"kl": kl.sequence_kl(kl_BT, mask_BT)},
             {"entropy": entropies_BT, "rollout_gap": (logprobs_BT.exp() - rollout.sampled_BT.exp()).abs()},
             mask_BT,
-            self.reduce,
+            self.place.reduce,
         )
-        figures |= {"kl_coef": self.kl_coef, "sqrt_kl": math.sqrt(max(0.0, figures["kl"]))}
+        figures |= {"kl_coef": self.progress.kl_coef, "sqrt_kl": math.sqrt(max(0.0, figures["kl"]))}
         if models.critic is not None:
-            figures["explained_variance"] = explained_variance(values_BT, returns_BT, mask_BT, self.reduce).item()
+            figures["explained_variance"] = explained_variance(values_BT, returns_BT, mask_BT, self.place.reduce).item()
         is_trained_BT = mask_BT & rollout.is_ended_B[:, None] if config.mask_truncated_completions else mask_BT
         if config.whiten_advantages:
-            advantages_BT = whiten(advantages_BT, mask_BT, reduce=self.reduce)
+            advantages_BT = whiten(advantages_BT, mask_BT, reduce=self.place.reduce)
         experience = Experience(rollout, is_trained_BT, logprobs_BT, reference_BT, advantages_BT, values_BT, returns_BT)
         return experience, figures
 
@@ -608,7 +508,7 @@ class _Loop:
             correction_cap=None,
             entropy_coef=config.entropy_coef,
             kl_loss=config.kl_loss,
-            kl_coef=self.kl_coef,
+            kl_coef=self.progress.kl_coef,
             cliprange_value=config.cliprange_value,
             vf_coef=config.vf_coef,
             value_mean=mean,
@@ -628,7 +528,7 @@ class _Loop:
             experience,
             objective,
             own_rows(orders, config.num_mini_batches, places_B),
-            Setting(self.train_cut, self.bf16, self.reduce, rates, also=also, average=self.average),
+            Setting(self.train_cut, self.place.bf16, self.place.reduce, rates, also=also, average=self.average),
         )
         return figures | {"learning_rate": rates[0]}
 
@@ -652,6 +552,7 @@ class _Loop:
     def resume(self) -> int:
         """Put back the newest checkpoint; the step it was made at, 0 without one."""
         from pipeline.rl.learners import restore
+        from pipeline.rl.state import Progress
 
         checkpoint = self.runtime.checkpoints.latest()
         if checkpoint is None:
@@ -660,10 +561,7 @@ class _Loop:
         restore(self.models.learners, tensors, state["optimizers"])
         if self.average is not None:
             self.average.restore(tensors)
-        self.kl_coef, self.tokens, self.read, self.asked = (
-            state[name] for name in ("kl_coef", "tokens", "read", "asked")
-        )
-        self.history = state["history"]
+        self.progress = Progress(**state["progress"])
         if self.examiner is not None:
             self.examiner.restore(tensors, state["best"])
         self.runtime.say(f"resumed at step {checkpoint.step:,}")
@@ -678,29 +576,19 @@ class _Loop:
             tensors |= self.average.saved()
         of_best, best = ({}, None) if self.examiner is None else self.examiner.saved()
         tensors |= of_best
-        state = {
-            "kl_coef": self.kl_coef,
-            "tokens": self.tokens,
-            "read": self.read,
-            "asked": self.asked,
-            "history": self.history,
-            "best": best,
-            "optimizers": optimizers,
-        }
+        state = {"progress": dataclasses.asdict(self.progress), "best": best, "optimizers": optimizers}
         self.runtime.checkpoints.save(step, tensors, state)
 
     def summary(self) -> dict[str, float]:
         """Figures of the first step and the means of the last ones."""
         from pipeline.model.build import count_parameters
 
-        last = self.history[-RECENT:]
-        names = (*SUMMARY, "explained_variance") if self.models.critic is not None else SUMMARY
-        means = {name: sum(figures[name] for figures in last) / len(last) for name in names}
         # Forwards (decode, reward, policy, reference, critic) and updates of 6 N, every model taken for alike.
         critics = int(self.models.critic is not None)
         passes = (4 + critics) * 2 + (1 + critics) * 6 * self.config.num_ppo_epochs
-        flops = float(passes * count_parameters(self.policy.model)[1] * self.read)
-        return {"reward_first": self.history[0]["reward"], **means, "flops": flops}
+        flops = float(passes * count_parameters(self.policy.model)[1] * self.progress.read)
+        first = self.progress.history[0]["reward"]
+        return {"reward_first": first, **self.progress.recent(SUMMARY), "flops": flops}
 
     def finish(self) -> None:
         """The policy's weights as they are written: the best, or averaged; adapters merged."""

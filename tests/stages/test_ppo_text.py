@@ -18,6 +18,7 @@ from pipeline.errors import ConfigError, MismatchError, Stopped
 from pipeline.model.build import load_causal_lm
 from pipeline.model.next_token import NextToken
 from pipeline.rl.masking import alone
+from pipeline.rl.place import Place
 from pipeline.rl.ptx import PretrainingText
 from pipeline.runtime import derive_seed
 from tests.stages.ppo_runs import Parts, artifact, run, same
@@ -86,7 +87,8 @@ def test_ranks_share_the_rows(parts: Parts, tokens: Artifact):
     def gradient(rank: int, world_size: int) -> torch.Tensor:
         model = load_causal_lm(parts.init.model).eval()
         windows = Windows(file.tokens, LENGTH, 1)
-        text = PretrainingText(windows, NextToken(model), 2.0, 7, 2, rank, world_size, False, alone)
+        place = Place(model.device, False, rank, world_size, alone, torch.Generator)
+        text = PretrainingText(windows, NextToken(model), 2.0, 7, 2, place)
         text.add_gradient(5)
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 

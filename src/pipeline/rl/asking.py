@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.rl.forwards import precision
 from pipeline.rl.models import Models
+from pipeline.rl.place import Place
 from pipeline.rl.rewards import clip_scores, missing_eos, overlong_penalty
 from pipeline.rl.rollouts import Rollout, roll_out
 
@@ -20,8 +20,7 @@ from pipeline.rl.rollouts import Rollout, roll_out
 class Asking:
     """How models are asked."""
 
-    device: torch.device
-    bf16: bool
+    place: Place
     longest: int
     """Tokens of a response at most."""
     stop_id: int
@@ -31,7 +30,7 @@ class Asking:
 
     def answers(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], uniforms_BT: Tensor | None) -> Rollout:
         """What the model says to each prompt (ids); the likeliest where there are no random numbers."""
-        with precision(self.device, self.bf16):
+        with precision(self.place.device, self.place.bf16):
             return roll_out(
                 model,
                 prompts,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,8 +15,8 @@ from pipeline.rl import kl
 from pipeline.rl.asking import Asking, Pricing
 from pipeline.rl.evaluation import Marks, Standing, report
 from pipeline.rl.forwards import Cut, logprobs_and_entropies, precision, sweep, token_logprobs
-from pipeline.rl.masking import Reduce
 from pipeline.rl.models import Models
+from pipeline.rl.place import Place
 from pipeline.rl.prompts import Prompts
 from pipeline.rl.rollouts import Rollout
 
@@ -34,11 +33,7 @@ class Exam:
     pricing: Pricing
     gold: Gold | None
     cut: Cut
-    generator: Callable[[], torch.Generator]
-    """The same random numbers at every call."""
-    rank: int
-    world_size: int
-    reduce: Reduce
+    place: Place
 
 
 class Examiner:
@@ -57,8 +52,8 @@ class Examiner:
         if self.start is None:
             with self.models.reference() as reference:
                 self.start = self.marks(reference)
-        figures = report(self.marks(self.models.policy.model), self.start, self.exam.reduce)
-        best = self.best or Standing.of(0, report(self.start, self.start, self.exam.reduce))
+        figures = report(self.marks(self.models.policy.model), self.start, self.exam.place.reduce)
+        best = self.best or Standing.of(0, report(self.start, self.start, self.exam.place.reduce))
         warning, self.best = best.warning(figures), best.after(step, figures)
         if self.keeps_best and self.best.step == step:
             self._keep()
@@ -66,14 +61,14 @@ class Examiner:
 
     def marks(self, model: PreTrainedModel) -> Marks:
         """The marks of a model on this rank's share of the prompts."""
-        exam, models = self.exam, self.models
+        exam, models, place = self.exam, self.models, self.exam.place
         order, longest = exam.prompts.order, exam.asking.longest
-        own = list(range(exam.rank, len(order), exam.world_size))
-        uniforms_BT = draw_uniforms(len(order), longest, exam.generator())[own]
-        rollout = exam.asking.answers(model, [exam.prompts.ids[order[place]] for place in own], uniforms_BT)
-        rows = [exam.prompts.rows[order[place]] for place in own]
+        own = list(range(place.rank, len(order), place.world_size))
+        uniforms_BT = draw_uniforms(len(order), longest, place.generator("evaluation"))[own]  # the same every time
+        rollout = exam.asking.answers(model, [exam.prompts.ids[order[each]] for each in own], uniforms_BT)
+        rows = [exam.prompts.rows[order[each]] for each in own]
         _, rewards_B = exam.pricing.rewards(models, rollout, rows)
-        with precision(exam.asking.device, exam.asking.bf16):
+        with precision(place.device, place.bf16):
             logprobs_BT, entropies_BT = sweep(
                 rollout, exam.cut, 2, lambda part: logprobs_and_entropies(model, part, models.reading)
             )

@@ -31,6 +31,29 @@ class Prompts:
         return max(map(len, self.ids.values()))
 
 
+@dataclass(frozen=True)
+class PromptReader:
+    """How prompts are read: in which tokens, and how long they may be."""
+
+    encode: Callable[[Row], list[int]]
+    longest: int | None
+    """Longer ones are left out."""
+    room: int | None
+    """What a response leaves of the context: longer ones are an error."""
+    generator: Callable[..., torch.Generator]
+
+    def take(self, rows: list[Row], count: int, purpose: str) -> Prompts:
+        """The first `count` of one shuffle an epoch, which is a function of the seed, `purpose` and the epoch."""
+        return order_prompts(
+            rows,
+            count,
+            encode=self.encode,
+            generator=lambda epoch: self.generator(purpose, epoch),
+            longest=self.longest,
+            room=self.room,
+        )
+
+
 def order_prompts(
     rows: list[Row],
     episodes: int,
