@@ -141,7 +141,7 @@ DEFAULTS = {"data": "demonstrations"}
 
 HEALTHY_GAP = 0.01  # mean |p(rollout) - p(training)| a token above which the two forwards don't agree
 SHOWN = ("reward", "kl", "length", "ended", "samples_per_second")
-SUMMARY = ("reward", "kl", "ended", "length", "entropy", "explained_variance", "samples_per_second")
+SUMMARY = ("reward", "kl", "ended", "length", "entropy", "explained_variance", "samples_per_second", "mfu")
 
 
 def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
@@ -297,6 +297,7 @@ class _Loop:
         runtime: Runtime,
     ) -> None:
         from pipeline.data.chat import stop_token_id
+        from pipeline.hardware import peak_flops
         from pipeline.rl.asking import Asking, Pricing
         from pipeline.rl.batches import Batches
         from pipeline.rl.examiner import Exam, Examiner
@@ -347,6 +348,7 @@ class _Loop:
             exam = Exam(held_out, asking, pricing, gold=None, cut=self.sweep_cut, place=place)
             self.examiner = Examiner(exam, models, keeps_best=config.load_best_model_at_end)
         self.progress = Progress(config.init_kl_coef if config.adaptive_kl else config.kl_coef)
+        self.peak = place.world_size * peak_flops(place.device.type, place.bf16)
 
     def _models(self, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerFast, pad_id: int, longest: int) -> Models:
         """Policy, reference, what scores, and critic; `longest` is that of a whole row."""
@@ -425,6 +427,7 @@ class _Loop:
         figures |= clock.seconds | {
             "samples_per_second": figures["episodes"] / clock.total,
             "tokens_per_second": figures["length"] * figures["episodes"] / clock.total,
+            "mfu": self.flops(figures["row_length"] * figures["episodes"]) / clock.total / self.peak,
         }
         self.progress.add(figures, asked)
         return figures
@@ -579,16 +582,19 @@ class _Loop:
         state = {"progress": dataclasses.asdict(self.progress), "best": best, "optimizers": optimizers}
         self.runtime.checkpoints.save(step, tensors, state)
 
-    def summary(self) -> dict[str, float]:
-        """Figures of the first step and the means of the last ones."""
+    def flops(self, tokens: float) -> float:
+        """FLOPs of steps in which so many tokens of prompts and answers were read: forwards (decode, reward, policy,
+        reference, critic) of 2 and updates of 6 a token and parameter, every model taken for alike."""
         from pipeline.model.build import count_parameters
 
-        # Forwards (decode, reward, policy, reference, critic) and updates of 6 N, every model taken for alike.
         critics = int(self.models.critic is not None)
         passes = (4 + critics) * 2 + (1 + critics) * 6 * self.config.num_ppo_epochs
-        flops = float(passes * count_parameters(self.policy.model)[1] * self.progress.read)
+        return float(passes * count_parameters(self.policy.model)[1] * tokens)
+
+    def summary(self) -> dict[str, float]:
+        """Figures of the first step and the means of the last ones."""
         first = self.progress.history[0]["reward"]
-        return {"reward_first": first, **self.progress.recent(SUMMARY), "flops": flops}
+        return {"reward_first": first, **self.progress.recent(SUMMARY), "flops": self.flops(self.progress.read)}
 
     def finish(self) -> None:
         """The policy's weights as they are written: the best, or averaged; adapters merged."""

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.artifacts import Store
 from pipeline.cli.session import open_session
 from pipeline.data.tokenizers import train_bytes
 from pipeline.errors import ConfigError
-from pipeline.hardware import Device, known_device, measure_device
+from pipeline.hardware import Device, known_device, measure_device, peak_flops
 from pipeline.lineage import survey
 from pipeline.model.memory import Load, memory_of
 from pipeline.model.presets import build_model, shape_of
@@ -235,6 +236,13 @@ def test_the_device_is_measured() -> None:
     found = measure_device(0.05)
     assert found.flops_per_second > 1e8
     assert found.memory > 2**28
+
+
+def test_what_utilisation_is_measured_against(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured on a CPU, the maker's number on a GPU that is known."""
+    assert peak_flops("cpu", False) > 1e8
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert peak_flops("cuda", True) == 989e12
 
 
 def test_a_device_that_is_not_here() -> None:

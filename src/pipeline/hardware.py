@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import dataclass
@@ -49,6 +50,21 @@ def known_device(name: str) -> Device:
     return Device(kind, "cuda", int(count or "1"), memory * 2.0**30, peak, bf16=True, is_here=False)
 
 
+@functools.cache
+def peak_flops(kind: str, bf16: bool) -> float:
+    """FLOP/s that utilisation is measured against, of one process on this device (`cuda`, `cpu`, `mps`).
+
+    The maker's peak of dense products where the GPU is a known one; elsewhere what a product of matrices does here, on
+    the threads this process has, measured for a third of a second.
+    """
+    if kind == "cuda":
+        words = torch.cuda.get_device_name().lower().replace("-", " ").split()
+        known = [name for name in KNOWN if name.partition("-")[0] in words]
+        if known and bf16:
+            return KNOWN[known[0]][1]
+    return _product_rate(torch.device(kind), 8192 if kind == "cuda" else 1024, bf16, 0.3)
+
+
 def measure_device(seconds: float = 2.0) -> Device:
     """The device found, and the FLOP/s of a product of matrices there, measured for about `seconds`."""
     if torch.cuda.is_available():
@@ -58,8 +74,16 @@ def measure_device(seconds: float = 2.0) -> Device:
         device, memory, size = torch.device("cpu"), _memory(), 2048
         name = f"{torch.get_num_threads()} CPU cores"
     bf16 = bf16_pays(device)
-    left = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    right = torch.randn(size, size, device=device, dtype=left.dtype)
+    best = _product_rate(device, size, bf16, seconds)
+    count = max(1, torch.cuda.device_count())
+    return Device(name, device.type, count, memory, best, bf16)
+
+
+def _product_rate(device: torch.device, size: int, bf16: bool, seconds: float) -> float:
+    """FLOP/s of a product of two square matrices, the best of what `seconds` have time for."""
+    numbers = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    left, right = (torch.randn(size, size, generator=numbers).to(device, dtype) for _ in range(2))
     left @ right
     best, until = 0.0, time.monotonic() + seconds
     while time.monotonic() < until:
@@ -69,8 +93,7 @@ def measure_device(seconds: float = 2.0) -> Device:
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = max(best, 3 * 2 * size**3 / (time.monotonic() - began))
-    count = max(1, torch.cuda.device_count())
-    return Device(name, device.type, count, memory, best, bf16)
+    return best
 
 
 def _memory() -> float:

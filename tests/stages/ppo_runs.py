@@ -117,7 +117,7 @@ class Done:
     def lines(self) -> list[dict[str, Any]]:
         """metrics.jsonl without what a clock measured."""
         found = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        timed = ("time", "seconds_", "samples_per", "tokens_per")
+        timed = ("time", "seconds_", "samples_per", "tokens_per", "mfu")
         return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in found]
 
 
