@@ -23,6 +23,7 @@ from pydantic import model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.recipe import Data, PeftConfig, Ref, StageConfig, field
+from pipeline.reward_config import Reward
 from pipeline.rl.family import PRESETS, Algorithm, Estimator, needs_a_group
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class PPOConfig(StageConfig):
         "ppo", "sets the fields below as that method has them, where the recipe doesn't", preset=True
     )
     init: Ref = field("sft", "the policy's start, and the reference that KL is measured to")
-    reward: Ref = field("reward", "a reward model, or a function of your own: ./rewards.py:exact")
+    reward: Reward = field("reward", "a reward model, a function of your own (./rewards.py:exact), or a list of terms")
     data: Data | None = field(None, "rows whose prompts are answered; those sft was trained on unless set")
     held_out: float = field(0.05, "share of the rows (by a hash of the prompt) that is left out", ge=0, lt=1)
     max_prompt_length: int | None = field(None, "leave out longer prompts, chat template included", unit="tokens", gt=0)
@@ -134,7 +135,14 @@ class PPOConfig(StageConfig):
         return PRESETS.get(str(values.get("algorithm", "ppo")), {}) | values
 
 
-INPUTS = {"init": "causal-lm", "reward": "reward-model", "ptx_tokens": "tokens"}
+INPUTS = {
+    "init": "causal-lm",
+    "reward": "reward-model",
+    "reward.model": "reward-model",
+    "reward.models": "reward-model",
+    "reward.judge": "causal-lm",
+    "ptx_tokens": "tokens",
+}
 KIND = "causal-lm"
 RESULT_VERSION = 1
 DEFAULTS = {"data": "demonstrations"}
@@ -153,6 +161,7 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     from pipeline.model.build import reach
     from pipeline.rl.learners import write_policy
     from pipeline.rl.prompts import PromptReader
+    from pipeline.rl.scoring import check_references
 
     logging.set_verbosity_error()  # no report that a critic's new head is new
 
@@ -168,6 +177,8 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     )
     prompts, steps = _prompts(config, reading, runtime)
     held_out = _held_out(config, reading, runtime)
+    asked = [each.rows[row] for each in (prompts, held_out) if each is not None for row in each.ids]
+    check_references(config.reward, asked)
     every = steps if held_out is None else config.eval_steps or math.ceil(steps / 5)
 
     # 2. policy, reference, what scores and critic, from the checkpoint if there is one
@@ -362,8 +373,7 @@ class _Loop:
         check_vocabulary(policy, len(tokenizer), "ppo.init")
         scorer = load_scorer(
             config.reward,
-            inputs.get("reward"),
-            init,
+            inputs,
             tokenizer,
             stop_id=self.stop_id,
             pad_id=pad_id,

@@ -8,7 +8,7 @@ import pytest
 from pipeline import fingerprint as fp
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import code_parts, defaults, differences, fingerprint, reached, stage_parts
-from pipeline.recipe import Data, PeftConfig, Section, Stage, StageConfig, field
+from pipeline.recipe import Data, File, PeftConfig, Section, Stage, StageConfig, field
 
 ROOT = Path(fp.__file__).parents[2]
 
@@ -17,6 +17,15 @@ class Inner(Section):
     depth: int = field(4, "x")
     width: int | None = field(None, "x")
     workers: int = field(1, "x", run_only=True)
+
+
+class Part(Section):
+    model: str | None = field(None, "x")
+    models: tuple[str, ...] | None = field(None, "x")
+    weight: float = field(1.0, "x")
+    function: str | None = field(None, "x")
+    rules: File | None = field(None, "x")
+    name: str | None = field(None, "x", run_only=True)
 
 
 class ToyConfig(StageConfig):
@@ -28,6 +37,7 @@ class ToyConfig(StageConfig):
     reward: str | None = field(None, "x")
     save_steps: int = field(10, "x", run_only=True)
     must: int = field(..., "x")
+    parts: str | tuple[Part, ...] = field("reward", "x")
 
 
 def toy(file: Path, **inputs: str) -> Stage:
@@ -35,7 +45,7 @@ def toy(file: Path, **inputs: str) -> Stage:
         type="./toy.py",
         file=file,
         config=ToyConfig,
-        inputs={"init": "causal-lm"},
+        inputs={"init": "causal-lm", "parts": "rows", "parts.model": "rows", "parts.models": "rows"},
         kind="rows",
         result_version=1,
         defaults={},
@@ -78,6 +88,38 @@ def test_a_section_counts_by_its_fields(file: Path):
     adapted = parts(file, peft=PeftConfig())
     assert why(plain, adapted) == ["toy.peft None → set"]
     assert why(adapted, parts(file, peft=PeftConfig(r=8)))[0].startswith("toy.peft.r ")
+
+
+def test_sections_in_a_list_count_by_their_fields_and_how_many_references_each_holds(file: Path):
+    plain = parts(file, parts=(Part(model="a"), Part(function="exact", weight=0.0)))
+    assert plain["config"] == {"must": 1, "parts.0.model": 1, "parts.1.function": "exact", "parts.1.weight": 0.0}
+    renamed = (Part(model="b", name="mine"), Part(function="exact", weight=0.0))
+    assert parts(file, parts=renamed) == plain  # a reference counts by what it is, a figure's name not at all
+    swapped = parts(file, parts=plain_parts()[::-1])
+    assert swapped != parts(file, parts=plain_parts())
+    split = [(Part(models=("a", "b")), Part(models=("c",))), (Part(models=("a",)), Part(models=("b", "c")))]
+    left, right = (parts(file, parts=each) for each in split)
+    assert why(left, right) == ["toy.parts.0.models 2 → 1", "toy.parts.1.models 1 → 2"]
+    assert why(parts(file), parts(file, parts=(Part(weight=2.0),))) == ["toy.parts.0.weight None → 2"]
+
+
+def plain_parts() -> tuple[Part, ...]:
+    return Part(model="a"), Part(function="exact")
+
+
+def test_files_of_the_user_count_by_content_and_name(file: Path, tmp_path: Path):
+    (tmp_path / "rules.md").write_text("Be kind.")
+    (tmp_path / "f.py").write_text("def f(): pass\n")
+    (tmp_path / "else").mkdir()
+    rules = Part(rules=tmp_path / "rules.md")
+    plain = parts(file, parts=(rules,))
+    (tmp_path / "else/rules.md").write_text("Be kind.")
+    assert parts(file, parts=(Part(rules=tmp_path / "else/rules.md"),)) == plain
+    (tmp_path / "rules.md").write_text("Be brief.")
+    assert parts(file, parts=(rules,)) != plain
+    code = parts(file, parts=(Part(function=f"{tmp_path}/f.py:f"),))
+    assert code["config"] == {"must": 1, "parts.0.function": ["f.py:f"]}
+    assert sorted(code["code"]) == ["f.py", "toy.py"]
 
 
 def test_data_and_parents_count_by_content(file: Path):

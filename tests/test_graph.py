@@ -346,3 +346,116 @@ def test_a_default_reference_that_the_recipe_lacks(folder: Path):
     assert error.what == "`tokens` is `tokenize` by default, and the recipe has no such stage"
     whole = recipe(folder, "stages:\n  tokenize: {data: text.txt}\n  pretrain:\n  eval: {models: [pretrain]}\n")
     assert whole.nodes["eval"].inputs["reward"] == ()  # may be null: none
+
+
+# ---- references inside the sections of a list: the terms of a reward ----
+
+TERMS = """\
+stages:
+  tokenize: {data: text.txt}
+  pretrain: {max_steps: 3}
+  sft: {init: pretrain, data: rows.jsonl}
+  r0: {stage: reward, init: sft, data: rows.jsonl}
+  r1: {stage: reward, init: sft, data: rows.jsonl, seed: 1}
+  r2: {stage: reward, init: sft, data: rows.jsonl, seed: 2}
+  ppo:
+    init: sft
+    reward:
+"""
+
+
+def with_terms(folder: Path, *terms: str) -> str:
+    (folder / "rules.md").write_text("Be kind.\n")
+    (folder / "rewards.py").write_text("def f(prompts, responses, rows): return [0.0] * len(rows)\n")
+    return TERMS + "".join(f"      - {term}\n" for term in terms)
+
+
+def test_terms_take_their_references_in_order(folder: Path):
+    text = with_terms(
+        folder,
+        "{model: r2, name: last}",
+        "{function: ./rewards.py:f}",
+        "{models: [r1, r0]}",
+        "{judge: pretrain, constitution: rules.md}",
+        "{model: r0, weight: -1}",
+    )
+    whole = recipe(folder, text)
+    ppo = whole.nodes["ppo"]
+    assert ppo.inputs == {
+        "init": ("sft",),
+        "reward": (),
+        "reward.model": ("r2", "r0"),
+        "reward.models": ("r1", "r0"),
+        "reward.judge": ("pretrain",),
+    }
+    assert [ppo.is_list[role] for role in ppo.inputs] == [False, False, True, True, True]
+    terms = ppo.config.reward  # type: ignore[attr-defined]
+    assert terms[1].function == f"{folder / 'rewards.py'}:f"
+    assert terms[3].constitution == folder / "rules.md"
+    assert [term.model for term in terms] == ["r2", None, None, None, "r0"]
+    assert set(whole.ancestors("ppo")) == {"tokenize", "pretrain", "sft", "r0", "r1", "r2", "ppo"}
+    assert "ppo" in whole.descendants("r1")
+
+
+def test_what_no_term_takes_is_no_role(folder: Path):
+    assert recipe(folder, with_terms(folder, "{function: exact}")).nodes["ppo"].inputs == {
+        "init": ("sft",),
+        "reward": (),
+    }
+    assert recipe(folder, ROAD).nodes["ppo"].inputs == {"init": ("sft",), "reward": ("reward",)}
+
+
+@pytest.mark.parametrize(
+    ("term", "what"),
+    [
+        ("{model: pretrian}", "`reward.1.model`: no stage `pretrian`; did you mean `pretrain`?"),
+        ("{models: [r0, r7]}", "`reward.1.models`: no stage `r7`"),
+        ("{model: sft}", "`reward.1.model` takes a reward-model, and `sft` makes a causal-lm"),
+        ("{models: [r0, pretrain]}", "`reward.1.models` takes a reward-model, and `pretrain` makes a causal-lm"),
+        ("{judge: r0, constitution: rules.md}", "`reward.1.judge` takes a causal-lm, and `r0` makes a reward-model"),
+        ("{judge: './rewards.py:f', constitution: rules.md}", "code of yours stands for a reward alone"),
+        ("{judge: ppo, constitution: rules.md}", "the stages go round in a circle: ppo → ppo"),
+    ],
+)
+def test_a_term_with_a_wrong_reference_is_refused(folder: Path, term: str, what: str):
+    error = refused(folder, with_terms(folder, "{function: exact}", term))
+    assert what in error.what
+    assert line(error) == (8 if "circle" in what else 12)
+
+
+@pytest.mark.parametrize(
+    ("term", "what"),
+    [
+        ("{model: ./none}", "`reward.0.model`: nothing at "),
+        ("{model: other/reward}", "`reward.0.model`: no artifact other/reward"),
+        ("{function: ./none.py:f}", "`function`: no file "),
+        ("{judge: sft, constitution: ./none.md}", "`constitution`: no file "),
+        ("{judge: sft, constitution: .}", "`constitution`: no file "),
+        ("{function: json_schema, schema_file: none.json}", "`schema_file`: no file "),
+    ],
+)
+def test_a_term_that_names_what_is_not_there_is_refused(folder: Path, term: str, what: str):
+    error = refused(folder, with_terms(folder, term), kind=MissingInputError)
+    assert what in error.what
+    assert line(error) == 11
+
+
+def test_a_terms_reward_model_of_another_tokenizer_is_refused(folder: Path):
+    artifact(folder, "other", "base", "causal-lm")
+    artifact(folder, "other", "reward", "reward-model", tokenizer="other words")
+    for term in ("{model: other/reward}", "{models: [other/reward, other/base-reward]}"):
+        if "base-reward" in term:
+            artifact(folder, "other", "base-reward", "reward-model")
+        text = with_terms(folder, term).replace("init: sft\n    reward", "init: other/base\n    reward")
+        text = text.replace("    reward:\n", "    data: rows.jsonl\n    reward:\n")
+        assert "has another tokenizer" in refused(folder, text).what
+
+
+def test_set_reaches_into_a_term(folder: Path):
+    text = with_terms(folder, "{model: r0}", "{function: exact}")
+    terms = recipe(folder, text, "ppo.reward.1.weight=0.5", "ppo.reward.0.model=r1").nodes["ppo"].config.reward  # type: ignore[attr-defined]
+    assert (terms[0].model, terms[1].weight) == ("r1", 0.5)
+    (folder / "elsewhere" / "mine.md").write_text("x")  # a path of --set starts at the current folder
+    text = with_terms(folder, "{judge: sft, constitution: rules.md}")
+    term = recipe(folder, text, "ppo.reward.0.constitution=mine.md").nodes["ppo"].config.reward[0]  # type: ignore[attr-defined]
+    assert term.constitution == folder / "elsewhere" / "mine.md"

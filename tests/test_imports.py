@@ -18,7 +18,7 @@ SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")
 LAYERS = [
     {"errors"},
     {"recipe", "hub"},
-    {"artifacts", "roles", "reading", "usercode", "progress", "trainer_config"},
+    {"artifacts", "roles", "reading", "usercode", "progress", "trainer_config", "reward_config"},
     {"data", "model", "rl", "evals", "checkpoint", "runtime", "trainer", "schedule", "hardware"},
     {"stages"},
     {"graph", "fingerprint", "lineage", "launch", "plan", "report"},
@@ -99,7 +99,7 @@ def test_data_models_and_rl_know_nothing_of_evaluations_and_data_nothing_of_mode
         assert not found & unknown, module
 
 
-MATH = ["advantages", "kl", "losses", "masking", "rewards"]
+MATH = ["advantages", "kl", "losses", "masking", "rewards", "terms"]
 
 
 @pytest.mark.parametrize("file", [*(f"rl/{name}.py" for name in MATH), "model/losses.py"])
@@ -110,7 +110,10 @@ def test_the_math_knows_torch_and_nothing_of_configs(file: Path):
     assert all(part_of(name) == "rl" for name in own(iter(names)))
 
 
-LIGHT = ("pipeline.errors", "pipeline.recipe", "pipeline.rl.family", "pipeline.trainer_config", "pydantic")
+LIGHT = (
+    *("pipeline.errors", "pipeline.recipe", "pipeline.reward_config", "pipeline.trainer_config"),
+    *("pipeline.rl.family", "pydantic"),
+)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "stages").glob("[!_]*.py")), ids=lambda file: file.stem)

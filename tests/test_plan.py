@@ -54,6 +54,24 @@ def road(tmp_path: Path) -> Path:
     return tmp_path / "road.yaml"
 
 
+def test_ppo_counts_what_scores(road: Path) -> None:
+    """Three forwards and an update of two models, and a forward for each model of the reward, a judge included."""
+    (road.parent / "rules.md").write_text("Be kind.")
+    one = planned(road)["ppo"]
+    assert one.flops is not None
+    for reward, forwards in (
+        ("[{function: exact}]", 3),
+        ("[{model: reward}]", 4),
+        ("[{models: [reward, reward-b]}]", 5),
+        (f"[{{model: reward}}, {{judge: pretrain, constitution: {road.parent / 'rules.md'}}}]", 5),
+    ):
+        text = ROAD + "  reward-b: {stage: reward, data: pairs.jsonl, max_steps: 2}\n"
+        (road.parent / "terms.yaml").write_text(text)
+        found = planned(road.parent / "terms.yaml", CPU, f"ppo.reward={reward}")["ppo"]
+        assert found.flops == pytest.approx(one.flops * (forwards / 3 + 2) / (4 / 3 + 2))
+        assert (found.peak > one.peak) == (forwards > 4)
+
+
 def test_every_stage_by_hand(road: Path) -> None:
     """Two blocks 64 wide, V 1000: N, tokens, FLOPs and seconds worked out here."""
     found = planned(road)

@@ -19,9 +19,9 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 import pipeline
-from pipeline.artifacts import digest
+from pipeline.artifacts import digest, sha256
 from pipeline.errors import ConfigError
-from pipeline.recipe import Stage, StageConfig, is_data, is_run_only, is_user_code
+from pipeline.recipe import Stage, StageConfig, is_data, is_run_only, is_section_list, is_user_code
 
 PACKAGES = Path(pipeline.__file__).resolve().parent.parent
 NO_BEARING = (
@@ -55,8 +55,18 @@ def _values(config: BaseModel, roles: Collection[str], user_files: list[Path]) -
             files = [Path(reference.rpartition(":")[0]) for reference in named]
             user_files += files
             values[name] = [f"{file.name}:{v.rpartition(':')[2]}" for file, v in zip(files, named)]
+        elif is_section_list(value) and not is_data(type(config), name):
+            inner_roles = [role.removeprefix(f"{name}.") for role in roles if role.startswith(f"{name}.")]
+            for i, section in enumerate(value):
+                held = {role: _count(getattr(section, role)) for role in inner_roles}
+                found = {role: count for role, count in held.items() if count} | _values(
+                    section, inner_roles, user_files
+                )
+                values |= {f"{name}.{i}.{key}": each for key, each in found.items()}
         elif name in roles or is_data(type(config), name) or is_run_only(type(config), name):
             continue
+        elif isinstance(value, Path):
+            values[name] = [value.name, sha256(value)]
         elif isinstance(value, BaseModel):
             inner = _values(value, (), user_files)
             values |= {f"{name}.{key}": found for key, found in inner.items()}
@@ -65,6 +75,11 @@ def _values(config: BaseModel, roles: Collection[str], user_files: list[Path]) -
         elif value != info.default:
             values[name] = to_jsonable_python(value)
     return values
+
+
+def _count(value: Any) -> int:
+    """How many references a field holds: which parents are whose, when the parents are listed in one line."""
+    return 0 if value is None else len(value) if isinstance(value, tuple) else 1
 
 
 def defaults(config: type[BaseModel], default: BaseModel | None = None) -> dict[str, Any]:

@@ -18,7 +18,18 @@ from pydantic_core import PydanticUndefined
 from pipeline.artifacts import Store, tokenizer_hash
 from pipeline.errors import ArtifactError, MissingInputError, RecipeError
 from pipeline.reading import Document, Key, meant, validate
-from pipeline.recipe import NAME, USER_CODE, DataEntry, Section, Stage, StageConfig, field, is_data, preset_of
+from pipeline.recipe import (
+    NAME,
+    USER_CODE,
+    DataEntry,
+    Section,
+    Stage,
+    StageConfig,
+    field,
+    is_data,
+    is_section_list,
+    preset_of,
+)
 from pipeline.roles import NO_TOKENIZER, TOKENIZER, fits, input_of
 
 LoadStage = Callable[[str, Path], Stage]
@@ -123,16 +134,54 @@ def _node(document: Document, name: str, stages: Mapping[str, Stage], seed: int,
     is_list: dict[str, bool] = {}
     updates: dict[str, Any] = {}
     for role, kind in stage.inputs.items():
-        value = getattr(config, role)
-        is_list[role] = isinstance(value, tuple)
-        refs = value if isinstance(value, tuple) else () if value is None else (value,)
-        if origins[role] == "default":
-            refs = _present(document, name, role, refs, stages, stage)
-        resolved = tuple(_reference(document, (*key, role, i), ref, kind, stages, store) for i, ref in enumerate(refs))
-        inputs[role] = tuple(ref for ref in resolved if not USER_CODE.fullmatch(ref))
-        updates[role] = resolved if is_list[role] else (resolved[0] if resolved else None)
-    updates |= _paths(document, key, config, stage.inputs)
-    return Node(name, stage, config.model_copy(update=updates), inputs, is_list, origins)
+        outer, _, inner = role.partition(".")
+        value = updates.get(outer, getattr(config, outer))
+        if inner and is_section_list(value):
+            updates[outer], found = _in_sections(document, (*key, outer), value, inner, kind, stages, store)
+            inputs |= {role: found} if found else {}
+            is_list[role] = True
+        elif is_section_list(value):
+            inputs[role], is_list[role] = (), False  # the references are in the sections
+        elif inner:
+            assert not isinstance(value, BaseModel), "a role in a section is in a list of sections"
+        else:
+            is_list[role] = isinstance(value, tuple)
+            refs = value if isinstance(value, tuple) else () if value is None else (value,)
+            if origins[role] == "default":
+                refs = _present(document, name, role, refs, stages, stage)
+            resolved = tuple(
+                _reference(document, (*key, role, i), ref, kind, stages, store) for i, ref in enumerate(refs)
+            )
+            inputs[role] = tuple(ref for ref in resolved if not USER_CODE.fullmatch(ref))
+            updates[role] = resolved if is_list[role] else (resolved[0] if resolved else None)
+    config = config.model_copy(update=updates)
+    config = config.model_copy(update=_paths(document, key, config, stage.inputs))
+    return Node(name, stage, config, inputs, is_list, origins)
+
+
+def _in_sections(
+    document: Document,
+    key: Key,
+    sections: tuple[Any, ...],
+    name: str,
+    kind: str,
+    stages: Mapping[str, Stage],
+    store: Store,
+) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    """The sections at `key` with the references in their field `name` checked, and all of these in order."""
+    done: list[Any] = []
+    found: list[str] = []
+    for i, section in enumerate(sections):
+        value = getattr(section, name)
+        if value is not None:
+            refs = value if isinstance(value, tuple) else (value,)
+            refs = tuple(
+                _reference(document, (*key, i, name, j), ref, kind, stages, store) for j, ref in enumerate(refs)
+            )
+            found += refs
+            section = section.model_copy(update={name: refs if isinstance(value, tuple) else refs[0]})
+        done.append(section)
+    return tuple(done), tuple(found)
 
 
 def _present(
@@ -153,11 +202,11 @@ def _present(
 def _reference(document: Document, key: Key, ref: str, kind: str, stages: Mapping[str, Stage], store: Store) -> str:
     """`ref` checked: it exists, it is one thing only, and it is of the kind the stage takes.
 
-    `key` is ("stages", stage, role, place in the role's list).
+    `key` is ("stages", stage, role, place in the role's list); for a section in a list the role is three keys.
     """
     where = document.place(*key)
     base = Path.cwd() if document.is_set(*key) else document.base
-    role = f"`{key[2]}`"
+    role = f"`{'.'.join(map(str, key[2:-1]))}`"
     if ref in stages:
         _check_kind(f"{role} takes a {kind}, and `{ref}` makes a", stages[ref].kind, kind, where)
         return ref
@@ -208,20 +257,29 @@ def _paths(document: Document, key: Key, config: BaseModel, roles: Collection[st
     """
     updates: dict[str, Any] = {}
     for name in type(config).model_fields:
-        value = getattr(config, name)
+        value, place = getattr(config, name), (*key, name)
         if is_data(type(config), name) and value:
-            updates[name] = tuple(_entry(document, (*key, name, i), entry) for i, entry in enumerate(value))
+            updates[name] = tuple(_entry(document, (*place, i), entry) for i, entry in enumerate(value))
         elif isinstance(value, BaseModel):
-            inner = _paths(document, (*key, name), value)
-            updates |= {name: value.model_copy(update=inner)} if inner else {}
+            updates[name] = value.model_copy(update=_paths(document, place, value))
+        elif is_section_list(value):
+            updates[name] = tuple(
+                section.model_copy(update=_paths(document, (*place, i), section)) for i, section in enumerate(value)
+            )
         elif isinstance(value, str) and USER_CODE.fullmatch(value) and name not in roles:
             file, _, member = value.rpartition(":")
-            base = Path.cwd() if document.is_set(*key, name) else document.base
-            path = (base / file).resolve()
-            if not path.exists():
-                raise MissingInputError(f"`{name}`: no file {path}", where=document.place(*key, name))
-            updates[name] = f"{path}:{member}"
+            updates[name] = f"{_file(document, place, file)}:{member}"
+        elif isinstance(value, Path):
+            updates[name] = _file(document, place, str(value))
     return updates
+
+
+def _file(document: Document, key: Key, file: str) -> Path:
+    base = Path.cwd() if document.is_set(*key) else document.base
+    path = (base / file).resolve()
+    if not path.is_file():
+        raise MissingInputError(f"`{key[-1]}`: no file {path}", where=document.place(*key))
+    return path
 
 
 def _entry(document: Document, key: Key, entry: DataEntry) -> DataEntry:

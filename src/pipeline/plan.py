@@ -282,11 +282,13 @@ class Planner:
         length = prompt + config.response_length
         tokens = episodes * length
         total, _ = count_parameters(model)
-        has_model = bool(node.inputs.get("reward"))
-        passes = 1 / 3 * (4 if has_model else 3) + 2 * config.num_ppo_epochs
+        refs_of = node.inputs.items()
+        rewards = sum(len(refs) for role, refs in refs_of if node.stage.inputs[role] == "reward-model")
+        judges = sum(self._size_of([ref]) for ref in node.inputs.get("reward.judge", ()))
+        passes = 1 / 3 * (3 + rewards + judges / total) + 2 * config.num_ppo_epochs
         on_device = max(1, config.per_device_train_batch_size // self.processes)
         bf16 = self.device.bf16 if config.bf16 is None else config.bf16
-        others = total * (3 if has_model else 2)  # reference, critic, reward model
+        others = total * (2 + rewards) + judges  # reference, critic, reward models, judges
         load = Load(on_device, round(length), 2.0 * total, 8.0, bf16, False, on_device * config.response_length, others)
         return replace(
             found,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import MissingInputError, RecipeError
+from pipeline.recipe import models_in
 
 Config = TypeVar("Config", bound=BaseModel)
 Key = tuple[str | int, ...]
@@ -186,9 +188,10 @@ def _explain(error: Any, location: Key, kind: type[BaseModel]) -> str:
         return f"unknown key `{name}`{meant(str(location[-1]), _fields_at(kind, location[:-1]))}"
     if error["type"] == "missing":
         return f"`{name}` is required"
-    got = error["input"]
+    got = json.dumps(error["input"], default=str)
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"`{name}`: {message[:1].lower()}{message[1:]} (got {json.dumps(got, default=str)[:80]})"
+    told = f"`{name}`: {message[:1].lower()}{message[1:]} (got {got[:80]})"
+    return re.sub(r"//[^/@\s]*@", "//…@", told)  # a password in an address
 
 
 def _fields_at(kind: type[BaseModel], location: Key) -> list[str]:
@@ -196,14 +199,7 @@ def _fields_at(kind: type[BaseModel], location: Key) -> list[str]:
     for part in location:
         if isinstance(part, int) or part not in kind.model_fields:
             continue
-        nested = _models_in(kind.model_fields[part].annotation)
+        nested = models_in(kind.model_fields[part].annotation)
         if nested:
             kind = nested[0]
     return list(kind.model_fields)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    arguments = getattr(annotation, "__args__", ())
-    return [found for argument in arguments for found in _models_in(argument)]

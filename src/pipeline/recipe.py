@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from pipeline.errors import ConfigError
 
@@ -89,6 +89,9 @@ Data = Annotated[
 
 Ref = Annotated[str, "a reference: a stage of the recipe, run/stage, ./folder or hub:org/name"]
 
+File = Annotated[Path, Strict(False)]
+"""A file of the user's that is read as it is (`./constitution.md`): it counts by its content, not by where it lies."""
+
 
 class PeftConfig(Section):
     """LoRA adapters; names and defaults are peft's `LoraConfig`'s."""
@@ -112,7 +115,10 @@ class Stage:
     file: Path
     config: ConfigClass
     inputs: Mapping[str, str]
-    """Role -> kind. A field of the config by the role's name holds the reference or a list of them."""
+    """Role -> kind. A field of the config by the role's name holds the reference or a list of them.
+
+    `reward.model` is the field `model` of each section in the list `reward`: one list of artifacts, in their order.
+    """
     kind: str
     result_version: int
     defaults: Mapping[str, str]
@@ -145,7 +151,7 @@ class Stage:
             what = f"no {', '.join(missing)}" if missing else f"KIND is none of {', '.join(KINDS)}"
             raise ConfigError(f"not a whole stage: {what}", where=where, mend="see docs/stages.md")
         for role in members["INPUTS"]:
-            if role not in configs[0].model_fields:
+            if not _has_field(configs[0], role):
                 raise ConfigError(f"INPUTS names `{role}`, and {configs[0].__name__} has no such field", where=where)
         return cls(
             type=type_name,
@@ -160,6 +166,27 @@ class Stage:
             preview=members.get("preview"),
             shards=members.get("SHARDS", False),
         )
+
+
+def _has_field(config: type[BaseModel], path: str) -> bool:
+    """Whether there is a field by this name; of `outer.inner`, in a section that the field `outer` holds."""
+    outer, _, inner = path.partition(".")
+    if outer not in config.model_fields or not inner:
+        return not inner and outer in config.model_fields
+    return any(_has_field(section, inner) for section in models_in(config.model_fields[outer].annotation))
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field of this type can hold, alone or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    arguments = getattr(annotation, "__args__", ())
+    return [found for argument in arguments for found in models_in(argument)]
+
+
+def is_section_list(value: Any) -> bool:
+    """Whether the value of a field is a list of sections, each a mapping in the recipe."""
+    return isinstance(value, tuple) and bool(value) and all(isinstance(item, Section) for item in value)
 
 
 def is_run_only(config: type[BaseModel], name: str) -> bool:

@@ -93,9 +93,10 @@ class Spy:
         self.seen: list[tuple[Rollout, Tensor]] = []
         original = Scorer.score
 
-        def score(scorer: Scorer, rollout: Rollout, rows: list[dict[str, Any]]) -> Tensor:
-            self.seen.append((rollout, original(scorer, rollout, rows)))
-            return self.seen[-1][1]
+        def score(scorer: Scorer, rollout: Rollout, rows: list[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+            scores_B, terms = original(scorer, rollout, rows)
+            self.seen.append((rollout, scores_B))
+            return scores_B, terms
 
         monkeypatch.setattr(Scorer, "score", score)
 

@@ -93,7 +93,7 @@ def test_the_gradient_of_grpo_is_the_naive_one(parts: Parts, tmp_path: Path, mon
     monkeypatch.setattr(Scorer, "score", score)
     values: dict[str, Any] = {"learning_rate": 1.0, "adam_epsilon": 1.0, "max_grad_norm": 1e6}
     done = run(parts, tmp_path, reward="vowels", algorithm="grpo", num_generations=4, total_episodes=16, **values)
-    rollout, scores_B = seen[0]
+    rollout, (scores_B, _) = seen[0]
     assert [rollout.ids_BL[row, :3].tolist() for row in range(4)] == [rollout.ids_BL[0, :3].tolist()] * 4
     policy = load_causal_lm(parts.init.model).eval()
     loss = torch.zeros(())
@@ -202,7 +202,7 @@ def test_with_adapters_the_scores_are_the_reward_models(parts: Parts, tmp_path: 
     run(parts, tmp_path, peft=PeftConfig(r=4, lora_alpha=8), learning_rate=0.1)
     from tests.stages.test_ppo import naive_score
 
-    rollout, scores_B = seen[-1]
+    rollout, (scores_B, _) = seen[-1]
     for row in range(4):
         prompt, length = int(rollout.prompt_lengths_B[row]), int(rollout.lengths_B[row])
         ids = rollout.ids_BL[row].tolist()

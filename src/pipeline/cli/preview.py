@@ -42,8 +42,8 @@ def _inputs(session: Session, node: Node) -> dict[str, Artifact | None]:
     """What stands of each role that rows hang on; for a model, the nearest ancestor that has its tokenizer."""
     found: dict[str, Artifact | None] = {}
     for role, kind in node.stage.inputs.items():
-        refs = node.inputs[role]
-        if kind == "reward-model" or not refs:
+        refs = node.inputs.get(role)
+        if kind == "reward-model" or "." in role or not refs:
             found[role] = None
             continue
         found[role] = _standing(session, refs[0], kind)

@@ -15,7 +15,7 @@ from pipeline.cli.stages import STAGES, first_comment, load_stage, shipped_recip
 from pipeline.errors import ConfigError
 from pipeline.graph import RecipeFile
 from pipeline.reading import meant
-from pipeline.recipe import unit_of
+from pipeline.recipe import is_section_list, unit_of
 
 
 def show_config(session: Session, *, as_json: bool) -> None:
@@ -50,7 +50,7 @@ def _leaves(
     """(dotted field, value, origin); a nested mapping gives a line for each of its fields."""
     value = getattr(config, name)
     if not isinstance(value, BaseModel):
-        return [(name, to_jsonable_python(value), origin)]
+        return [(name, to_jsonable_python(value, exclude_none=is_section_list(value)), origin)]
     rows = []
     for inner in type(value).model_fields:
         place = session.document.places.get((*key, inner))

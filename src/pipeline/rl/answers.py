@@ -10,8 +10,8 @@ end with more rows than another, or with none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Asked:
     """What is learnt from: the scores after their rules."""
     baselines_B: Tensor
     """The reward of the greedy answer to the same prompt (ReMax); zeros elsewhere."""
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the score is the sum of, by the names of their figures; none where the reward is one thing."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def _figures(asked: list[Asked], reduce: Reduce) -> dict[str, float]:
         "row_length": torch.cat([each.rollout.prompt_lengths_B + each.rollout.lengths_B for each in asked]),
         "ended": torch.cat([each.rollout.is_ended_B for each in asked]),
     }
+    rows |= {name: torch.cat([each.terms[name] for each in asked]) for name in asked[0].terms}
     count = reduce(torch.tensor(float(len(rows["reward"])), device=rows["reward"].device)).item()
     return means(rows, {}, torch.zeros(len(rows["reward"]), 0, device=rows["reward"].device), reduce) | {
         "episodes": count

@@ -53,10 +53,13 @@ class Pricing:
     overlong_buffer: float | None
     longest: int
 
-    def rewards(self, models: Models, rollout: Rollout, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-        """(score, reward) of each answer, [B]: the score clipped, less what a long or unfinished one pays."""
+    def rewards(
+        self, models: Models, rollout: Rollout, rows: list[dict[str, Any]]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(score, reward, terms) of each answer, [B] each: the reward is the score clipped, less what a long or
+        unfinished one pays; the terms are what the score is the sum of, by the names of their figures."""
         with models.scoring() as scorer:
-            scores_B = scorer.score(rollout, rows)
+            scores_B, terms = scorer.score(rollout, rows)
         clipped_B = clip_scores(scores_B, self.score_clip)
         rule, penalty = self.missing_eos_rule, self.missing_eos_penalty
         rewards_B = missing_eos(clipped_B, rollout.is_ended_B, penalty=penalty, rule=rule)
@@ -64,4 +67,4 @@ class Pricing:
             rewards_B = rewards_B + overlong_penalty(
                 rollout.lengths_B, longest=self.longest, buffer=self.overlong_buffer
             )
-        return scores_B, rewards_B
+        return scores_B, rewards_B, terms

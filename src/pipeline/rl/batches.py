@@ -64,16 +64,16 @@ class Batches:
         rollout = self._roll_out(prompts, self.group_size, self._uniforms(number))
         clock.lap("generate")
         repeated = [row for row in rows for _ in range(self.group_size)]
-        scores_B, rewards_B = self.pricing.rewards(self.models, rollout, repeated)
+        scores_B, rewards_B, terms = self.pricing.rewards(self.models, rollout, repeated)
         baselines_B = rewards_B.new_zeros(len(rewards_B))
         clock.lap("score")
         if self.greedy_baseline:
             greedy = self._roll_out(prompts, 1, None)
             clock.lap("generate")
-            _, greedy_B = self.pricing.rewards(self.models, greedy, rows)
+            _, greedy_B, _ = self.pricing.rewards(self.models, greedy, rows)
             baselines_B = greedy_B.repeat_interleave(self.group_size)
             clock.lap("score")
-        return Asked(rollout, scores_B, rewards_B, baselines_B)
+        return Asked(rollout, scores_B, rewards_B, baselines_B, terms)
 
     def _roll_out(self, prompts: Sequence[int], samples: int, uniforms_BT: Tensor | None) -> Rollout:
         ids = [self.prompts.ids[row] for row in prompts for _ in range(samples)]

@@ -67,7 +67,7 @@ class Examiner:
         uniforms_BT = draw_uniforms(len(order), longest, place.generator("evaluation"))[own]  # the same every time
         rollout = exam.asking.answers(model, [exam.prompts.ids[order[each]] for each in own], uniforms_BT)
         rows = [exam.prompts.rows[order[each]] for each in own]
-        _, rewards_B = exam.pricing.rewards(models, rollout, rows)
+        _, rewards_B, _ = exam.pricing.rewards(models, rollout, rows)
         with precision(place.device, place.bf16):
             logprobs_BT, entropies_BT = sweep(
                 rollout, exam.cut, 2, lambda part: logprobs_and_entropies(model, part, models.reading)

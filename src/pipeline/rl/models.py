@@ -59,7 +59,7 @@ class Models:
     def scoring(self) -> Iterator[Scorer]:
         """What scores, for a while: where the critic stands on the reward model, with the critic's adapters off."""
         critic = self.critic
-        if critic is not None and self.scorer.model is not None and self.scorer.model.model is critic.model:
+        if critic is not None and self.scorer.origin is not None and self.scorer.origin.model is critic.model:
             with critic.without_adapters():
                 yield self.scorer
         else:
@@ -96,7 +96,7 @@ def prepare(
     critic = None
     if has_critic:
         critic = _critic(scorer, init, optimisation, of_critic, seed, policy.device)
-    models = [policy, start, None if critic is None else critic.model, scorer.model and scorer.model.model]
+    models = [policy, start, None if critic is None else critic.model, *scorer.models]
     for model in models:
         if model is not None:
             use_plain_products(model, bf16, longest)
@@ -114,7 +114,7 @@ def _critic(
     """The critic: a copy of the reward model with its head, or adapters and a head of its own on the reward model."""
     if adapters is None:
         return _learner(scorer.critic(init, seed).to(device), optimisation, None)
-    model = scorer.model.model if scorer.model is not None else scorer.critic(init, seed).to(device)
+    model = scorer.origin.model if scorer.origin is not None else scorer.critic(init, seed).to(device)
     own = adapt(model, adapters, derive_seed(seed, "critic's adapters"), train_rows=False, stage="ppo")
     return _learner(model, optimisation, own)
 

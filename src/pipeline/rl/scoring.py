@@ -1,11 +1,16 @@
-"""Scores of responses: by a reward model, or by a function of the user's own, called and its answer checked."""
+"""Scores of responses: a reward model's, a function's of the user's own, or a weighted sum of terms.
+
+A term is a reward model, an ensemble of them, a function (`verifiable.py` or the user's), a penalty on length or
+repetition, or a judge. Each gives one number a response; what is logged of it is its mean, before its weight.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,61 +18,135 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.artifacts import Artifact
-from pipeline.errors import MismatchError, TrainingError
+from pipeline.errors import ConfigError, DataError, MismatchError, TrainingError
 from pipeline.model.build import check_vocabulary
 from pipeline.model.reward import RewardModel, build_reward_model, load_reward_model
+from pipeline.reward_config import RewardTerm
+from pipeline.rl import terms as math_of
+from pipeline.rl import verifiable
+from pipeline.rl.judge import load_judge
+from pipeline.rl.judge_api import RemoteJudge
 from pipeline.rl.rollouts import Rollout, closed_rows, microbatches, pad_right
 from pipeline.runtime import Runtime
 from pipeline.usercode import load_member
 
-RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
+Row = dict[str, Any]
+RewardFunction = Callable[[list[str], list[str], list[Row]], Sequence[float]]
 CONTRACT = "f(prompts: list[str], responses: list[str], rows: list[dict]) -> list[float], one finite number a response"
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """What gives a response its score: `model`, or `function` where there is none."""
+class Responses:
+    """What the policy said, as the terms read it; `rows` are those of their prompts."""
 
-    reference: str
-    model: RewardModel | None
-    function: RewardFunction | None
+    rollout: Rollout
+    rows: list[Row]
+    tokenizer: PreTrainedTokenizerFast
+
+    @cached_property
+    def ids(self) -> list[list[int]]:
+        """The tokens of each response without the stop token."""
+        lengths = (self.rollout.lengths_B - self.rollout.is_ended_B.long()).tolist()
+        return [ids[:length] for ids, length in zip(self.rollout.response_ids_BT.tolist(), lengths, strict=True)]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Each response as text."""
+        texts: list[str] = self.tokenizer.batch_decode(self.ids)
+        return texts
+
+    @property
+    def prompts(self) -> list[str]:
+        """The last message of each prompt."""
+        return [row["prompt"][-1]["content"] for row in self.rows]
+
+    @property
+    def references(self) -> list[str]:
+        """The answer in the data, "" without one."""
+        return [row["reference"] for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the sum."""
+
+    name: str
+    weight: float
+    score: Callable[[Responses], Tensor]
+    """One number a response, float32 [B], on any device; True in a second row [2, B] where it could not be read."""
+    models: tuple[RewardModel, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What gives a response its score: the weighted sum of `terms`."""
+
+    terms: tuple[Term, ...]
+    logs_terms: bool
     tokenizer: PreTrainedTokenizerFast
     pad_id: int
-    batch_size: int
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """The reward models, which read rows as the policy's."""
+        return [reward.model for term in self.terms for reward in term.models]
+
+    @property
+    def origin(self) -> RewardModel | None:
+        """The reward model that the critic starts from: the only term, and better where it is higher; else None."""
+        first = self.terms[0]
+        return first.models[0] if len(self.terms) == len(first.models) == 1 and first.weight > 0 else None
 
     @property
     def scale(self) -> tuple[float, float]:
-        """(mean, std) that the raw number of the reward model, and of its critic, is normalised by."""
-        return (self.model.mean, self.model.std) if self.model else (0.0, 1.0)
+        """(mean, std) that the raw number of `origin`, and of its critic, is normalised by, the weight included."""
+        return (0.0, 1.0) if self.origin is None else (self.origin.mean, self.origin.std / self.terms[0].weight)
 
-    def score(self, rollout: Rollout, rows: list[dict[str, Any]]) -> Tensor:
-        """The score of each response, float32 [B]; `rows` are those of its prompts."""
-        if self.model is not None:
-            return model_scores(self.model, rollout, pad_id=self.pad_id, batch_size=self.batch_size)
-        assert self.function is not None
-        lengths = (rollout.lengths_B - rollout.is_ended_B.long()).tolist()  # without the stop token
-        ids = [ids[:length] for ids, length in zip(rollout.response_ids_BT.tolist(), lengths, strict=True)]
-        prompts = [row["prompt"][-1]["content"] for row in rows]
-        responses = self.tokenizer.batch_decode(ids)
-        scores_B = function_scores(self.function, self.reference, prompts, responses, rows)
-        return scores_B.to(rollout.ids_BL.device)
+    def score(self, rollout: Rollout, rows: list[Row]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The score of each response, float32 [B], and the figures of the terms, [B] each; `rows` are the prompts'.
+
+        Figures are `reward_<name>`, before weights, and for a judge behind an address `reward_<name>_unread`.
+        """
+        said, device = Responses(rollout, rows, self.tokenizer), rollout.ids_BL.device
+        scores: list[Tensor] = []
+        figures: dict[str, Tensor] = {}
+        for term in self.terms:
+            found = term.score(said).to(device)
+            scores.append(found if found.dim() == 1 else found[0])
+            figures[f"reward_{term.name}"] = scores[-1]
+            if found.dim() == 2:
+                figures[f"reward_{term.name}_unread"] = found[1]
+        total_B = math_of.weighted_sum(scores, [term.weight for term in self.terms])
+        return total_B, figures if self.logs_terms else {}
 
     def critic(self, init: Artifact, seed: int) -> PreTrainedModel:
-        """The critic to start from: the reward model with its head.
+        """The critic to start from: the reward model with its head where one alone is the reward.
 
-        With a function there is none: the trunk of `init` with a head of zeros, so that its first values are 0.
+        Else the trunk of `init` with a head of zeros, so that its first values are 0.
         """
-        if self.model is not None:
-            return copy.deepcopy(self.model.model).requires_grad_(True)
+        if self.origin is not None:
+            return copy.deepcopy(self.origin.model).requires_grad_(True)
         critic = build_reward_model(init.model, self.pad_id, seed)
         critic.score.weight.data.zero_()
         return critic
 
 
+@dataclass(frozen=True)
+class Loading:
+    """What terms are loaded with."""
+
+    init: Artifact
+    tokenizer: PreTrainedTokenizerFast
+    stop_id: int
+    pad_id: int
+    batch_size: int
+    bf16: bool
+    runtime: Runtime
+
+
 def load_scorer(
-    reference: str,
-    artifact: Artifact | None,
-    init: Artifact,
+    reward: str | tuple[RewardTerm, ...],
+    inputs: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerFast,
     *,
     stop_id: int,
@@ -76,22 +155,126 @@ def load_scorer(
     bf16: bool,
     runtime: Runtime,
 ) -> Scorer:
-    """The scorer: the reward model in `artifact`, or the function that `reference` names where that is None.
+    """The scorer that a recipe's `reward` says, of the artifacts in `inputs` (by role).
 
     Raises MismatchError for a reward model of another tokenizer, chat template or row end than the policy's.
     """
-    if artifact is None:
-        return Scorer(reference, None, load_member(reference), tokenizer, pad_id, batch_size)
-    reward = replace(load_reward_model(artifact, runtime), bf16=bf16)
-    reward.check_fits(init)
-    check_vocabulary(reward.model, len(tokenizer), "ppo.reward")
-    if reward.suffix_ids != (stop_id,):
+    loading = Loading(inputs["init"], tokenizer, stop_id, pad_id, batch_size, bf16, runtime)
+    if isinstance(reward, str):
+        artifact = inputs.get("reward")
+        if artifact is None:
+            term = Term("function", 1.0, partial(_of_function, load_member(reward), reward))
+        else:
+            term = _models("model", 1.0, [artifact], math_of.worst_case, loading)
+        return Scorer((term,), False, tokenizer, pad_id)
+    held = {role: iter(inputs.get(f"reward.{role}") or ()) for role in ("model", "models", "judge")}
+    return Scorer(tuple(_load(each, held, loading) for each in reward), True, tokenizer, pad_id)
+
+
+def _load(term: RewardTerm, held: Mapping[str, Iterator[Artifact]], loading: Loading) -> Term:
+    """The term, taking its artifacts from the lists of their roles, which are in the order of the terms."""
+    name, weight = term.figure, term.weight
+    if term.model is not None:
+        return _models(name, weight, [next(held["model"])], math_of.worst_case, loading)
+    if term.models is not None:
+        members = [next(held["models"]) for _ in term.models]
+        lower = partial(math_of.mean_minus_std, std_weight=term.std_weight)
+        return _models(name, weight, members, math_of.worst_case if term.combine == "min" else lower, loading)
+    if term.function is not None:
+        return Term(name, weight, _function(term, term.function))
+    if term.length is not None:
+        target = term.length
+        return Term(name, weight, lambda said: math_of.length_over(said.rollout.lengths_B, target))
+    if term.repetition is not None:
+        n = term.repetition
+        return Term(name, weight, lambda said: torch.tensor([math_of.repeated(ids, n) for ids in said.ids]))
+    return Term(name, weight, _judge(term, held, loading))
+
+
+def _function(term: RewardTerm, function: str) -> Callable[[Responses], Tensor]:
+    """The score of a function by name, or of the user's own."""
+    if function not in ("exact", "number", "regex", "json_schema"):
+        return partial(_of_function, load_member(function), f"reward term `{term.figure}`, {function}")
+    verify: verifiable.Verifier = verifiable.number
+    if function == "exact":
+        verify = partial(verifiable.exact, ignore_case=term.ignore_case)
+    elif function == "regex":
+        assert term.pattern is not None
+        verify = verifiable.pattern(term.pattern, ignore_case=term.ignore_case)
+    elif function == "json_schema":
+        assert term.schema_file is not None
+        verify = verifiable.json_schema(term.schema_file)
+    return lambda said: torch.tensor(
+        [verify(text, reference) for text, reference in zip(said.texts, said.references, strict=True)]
+    )
+
+
+def _judge(term: RewardTerm, held: Mapping[str, Iterator[Artifact]], loading: Loading) -> Callable[[Responses], Tensor]:
+    assert term.constitution is not None
+    constitution = term.constitution.read_text(encoding="utf-8")
+    if not constitution.strip():
+        raise ConfigError("the constitution is empty", where=str(term.constitution), mend="write what a judge goes by")
+    if term.judge_url is not None:
+        assert term.judge_model is not None
+        remote = RemoteJudge(term.judge_url, term.judge_model, constitution)
+        return lambda said: torch.stack(remote.score([row["prompt"] for row in said.rows], said.texts))
+    judge = load_judge(
+        next(held["judge"]), constitution, batch_size=loading.batch_size, bf16=loading.bf16, runtime=loading.runtime
+    )
+    return lambda said: judge.score([row["prompt"] for row in said.rows], said.texts)
+
+
+def check_references(reward: str | tuple[RewardTerm, ...], rows: Sequence[Row]) -> None:
+    """DataError for a row whose answer a term's function can't compare with: none there, or no number in it."""
+    for term in () if isinstance(reward, str) else reward:
+        _check_references(term, rows)
+
+
+def _check_references(term: RewardTerm, rows: Sequence[Row]) -> None:
+    has_group = term.function == "regex" and "(?P<answer>" in (term.pattern or "")
+    for row in rows if term.function in ("exact", "number") or has_group else ():
+        reference, said = row["reference"], row["prompt"][-1]["content"]
+        if not reference.strip():
+            lacks = "no answer"
+        elif term.function == "number" and verifiable.answer_number(reference) is None:
+            lacks = "no number in its answer"
+        else:
+            continue
+        raise DataError(
+            f"the reward `{term.figure}` compares with the data's answer, and a row has {lacks}: {said[:60]!r}",
+            where="ppo.data",
+            mend="rows with an answer, or another reward",
+        )
+
+
+def _models(
+    name: str, weight: float, artifacts: list[Artifact], combine: Callable[[Tensor], Tensor], loading: Loading
+) -> Term:
+    models = tuple(load_fitting(artifact, loading) for artifact in artifacts)
+
+    def score(said: Responses) -> Tensor:
+        members = [
+            model_scores(reward, said.rollout, pad_id=loading.pad_id, batch_size=loading.batch_size)
+            for reward in models
+        ]
+        return combine(torch.stack(members))
+
+    return Term(name, weight, score, models)
+
+
+def load_fitting(artifact: Artifact, loading: Loading) -> RewardModel:
+    """The reward model in `artifact`; MismatchError where it reads other rows than the policy writes."""
+    reward = replace(load_reward_model(artifact, loading.runtime), bf16=loading.bf16)
+    reward.check_fits(loading.init)
+    check_vocabulary(reward.model, len(loading.tokenizer), "ppo.reward")
+    if reward.suffix_ids != (loading.stop_id,):
         raise MismatchError(
-            f"the reward model read rows that end in {list(reward.suffix_ids)}, and the policy's end in {[stop_id]}",
+            f"the reward model {artifact.reference} read rows that end in {list(reward.suffix_ids)}, and the policy's "
+            f"end in {[loading.stop_id]}",
             where="ppo.reward",
             mend="train it again with `llmpipe reward` from the policy's sft model",
         )
-    return Scorer(reference, reward, None, tokenizer, pad_id, batch_size)
+    return reward
 
 
 def model_scores(reward: RewardModel, rollout: Rollout, *, pad_id: int, batch_size: int) -> Tensor:
@@ -107,10 +290,14 @@ def model_scores(reward: RewardModel, rollout: Rollout, *, pad_id: int, batch_si
     return scores_B.to(rollout.ids_BL.device)
 
 
+def _of_function(function: RewardFunction, where: str, said: Responses) -> Tensor:
+    return function_scores(function, where, said.prompts, said.texts, said.rows)
+
+
 def function_scores(
-    function: RewardFunction, reference: str, prompts: list[str], responses: list[str], rows: list[dict[str, Any]]
+    function: RewardFunction, where: str, prompts: list[str], responses: list[str], rows: list[Row]
 ) -> Tensor:
-    """The scores of `function`, float32 [B]; `reference` (`/folder/rewards.py:exact`) names it in errors.
+    """The scores of `function`, float32 [B]; `where` (`/folder/rewards.py:exact`) names it in errors.
 
     Raises TrainingError where it raises, or gives another number of scores, or one that is not finite.
     """
@@ -119,12 +306,12 @@ def function_scores(
         scores = [float(score) for score in function(prompts, responses, rows)]
     except Exception as error:
         what = f"the reward function raised {type(error).__name__}: {error}"
-        raise TrainingError(what, where=reference, mend=mend) from error
+        raise TrainingError(what, where=where, mend=mend) from error
     if len(scores) != len(responses):
         what = f"the reward function gave {len(scores)} scores for {len(responses)} responses"
-        raise TrainingError(what, where=reference, mend=mend)
+        raise TrainingError(what, where=where, mend=mend)
     for score, response in zip(scores, responses, strict=True):
         if not math.isfinite(score):
             what = f"the reward function gave {score} for the response {response[:80]!r}"
-            raise TrainingError(what, where=reference, mend=mend)
+            raise TrainingError(what, where=where, mend=mend)
     return torch.tensor(scores, dtype=torch.float32)
