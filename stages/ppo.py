@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pipeline.rl.prompts import PromptReader, Prompts
     from pipeline.rl.ptx import PretrainingText
     from pipeline.rl.rollouts import Experience
+    from pipeline.rl.scoring import Scorer
     from pipeline.runtime import Runtime
 
 
@@ -47,6 +48,7 @@ class PPOConfig(StageConfig):
     )
     init: Ref = field("sft", "the policy's start, and the reference that KL is measured to")
     reward: Reward = field("reward", "a reward model, a function of your own (./rewards.py:exact), or a list of terms")
+    gold: Reward | None = field(None, "what evaluations measure and nothing is trained on, in the same forms")
     data: Data | None = field(None, "rows whose prompts are answered; those sft was trained on unless set")
     held_out: float = field(0.05, "share of the rows (by a hash of the prompt) that is left out", ge=0, lt=1)
     max_prompt_length: int | None = field(None, "leave out longer prompts, chat template included", unit="tokens", gt=0)
@@ -141,6 +143,10 @@ INPUTS = {
     "reward.model": "reward-model",
     "reward.models": "reward-model",
     "reward.judge": "causal-lm",
+    "gold": "reward-model",
+    "gold.model": "reward-model",
+    "gold.models": "reward-model",
+    "gold.judge": "causal-lm",
     "ptx_tokens": "tokens",
 }
 KIND = "causal-lm"
@@ -179,6 +185,8 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     held_out = _held_out(config, reading, runtime)
     asked = [each.rows[row] for each in (prompts, held_out) if each is not None for row in each.ids]
     check_references(config.reward, asked)
+    if config.gold is not None and held_out is not None:
+        check_references(config.gold, [held_out.rows[row] for row in held_out.ids])
     every = steps if held_out is None else config.eval_steps or math.ceil(steps / 5)
 
     # 2. policy, reference, what scores and critic, from the checkpoint if there is one
@@ -356,7 +364,8 @@ class _Loop:
         self.text = self._text(inputs) if config.ptx_coef else None
         self.examiner: Examiner | None = None
         if held_out is not None:
-            exam = Exam(held_out, asking, pricing, gold=None, cut=self.sweep_cut, place=place)
+            gold = None if config.gold is None else self._scorer(config.gold, "gold", inputs, tokenizer, pad_id)
+            exam = Exam(held_out, asking, pricing, gold, self.sweep_cut, place)
             self.examiner = Examiner(exam, models, keeps_best=config.load_best_model_at_end)
         self.progress = Progress(config.init_kl_coef if config.adaptive_kl else config.kl_coef)
         self.peak = place.world_size * peak_flops(place.device.type, place.bf16)
@@ -366,24 +375,13 @@ class _Loop:
         from pipeline.model.adapters import lora
         from pipeline.model.build import check_vocabulary, load_causal_lm
         from pipeline.rl.models import Optimisation, prepare
-        from pipeline.rl.scoring import load_scorer
 
         config, init = self.config, inputs["init"]
         policy = load_causal_lm(init.model).to(self.place.device)
         check_vocabulary(policy, len(tokenizer), "ppo.init")
-        scorer = load_scorer(
-            config.reward,
-            inputs,
-            tokenizer,
-            stop_id=self.stop_id,
-            pad_id=pad_id,
-            batch_size=config.local_rollout_forward_batch_size,
-            bf16=self.place.bf16,
-            runtime=self.runtime,
-        )
         return prepare(
             policy,
-            scorer,
+            self._scorer(config.reward, "reward", inputs, tokenizer, pad_id),
             init,
             Optimisation(config.adam_epsilon, config.weight_decay, config.max_grad_norm),
             temperature=config.temperature,
@@ -393,6 +391,23 @@ class _Loop:
             seed=config.seed,
             bf16=self.place.bf16,
             longest=longest,
+        )
+
+    def _scorer(
+        self, reward: Reward, role: str, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerFast, pad_id: int
+    ) -> Scorer:
+        from pipeline.rl.scoring import load_scorer
+
+        return load_scorer(
+            reward,
+            inputs,
+            tokenizer,
+            stop_id=self.stop_id,
+            pad_id=pad_id,
+            batch_size=self.config.local_rollout_forward_batch_size,
+            bf16=self.place.bf16,
+            runtime=self.runtime,
+            role=role,
         )
 
     def _text(self, inputs: dict[str, Any]) -> PretrainingText:

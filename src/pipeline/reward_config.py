@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Strict, Tag
 from pipeline.reading import meant
 from pipeline.recipe import File, Ref, Section, field, is_user_code
 
-FUNCTIONS = ("exact", "number", "regex", "json_schema")
+FUNCTIONS = ("exact", "number", "regex", "json_schema", "rouge_l")
 KINDS = ("model", "models", "function", "length", "repetition", "judge", "judge_url")
 OPTIONS = {
     "combine": ("models",),
@@ -38,7 +38,7 @@ class RewardTerm(Section):
 
     model: Ref | None = field(None, "a reward model")
     models: Annotated[tuple[Ref, ...], Strict(False)] | None = field(None, "an ensemble of them, made one by `combine`")
-    function: str | None = field(None, "exact, number, regex or json_schema; or your own: ./rewards.py:name")
+    function: str | None = field(None, "exact, number, regex, json_schema or rouge_l; or your own: ./rewards.py:name")
     length: int | None = field(None, "minus the tokens of a response over this", unit="tokens", gt=0)
     repetition: int | None = field(None, "minus the share of n-grams of this length that are repeats", gt=0)
     judge: Ref | None = field(None, "a language model that grades by `constitution`")

@@ -216,3 +216,10 @@ def test_without_its_package_it_says_what_to_install(tmp_path: Path, monkeypatch
     with pytest.raises(MachineError, match="jsonschema") as caught:
         json_schema(schema_file(tmp_path, PERSON))
     assert caught.value.mend == "pip install jsonschema"
+
+
+def test_rouge_l_by_hand():
+    # The longest common subsequence of "a b c d" and "b d x" is "b d": 2 x 2 / (4 + 3).
+    assert verifiable.rouge_l("A b c d", "b d x") == pytest.approx(4 / 7)
+    assert verifiable.rouge_l("b d x", "b d x") == 1.0
+    assert verifiable.rouge_l("", "b d x") == 0.0

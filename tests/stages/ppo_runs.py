@@ -146,7 +146,12 @@ def run(
                 runtime.halt.asked = Stopped
 
         runtime.metrics.log = log_and_ask  # type: ignore[method-assign]
-    inputs = {"init": parts.init, "reward": None if reward else parts.reward, "ptx_tokens": tokens}
+    inputs = {
+        "init": parts.init,
+        "reward": None if reward else parts.reward,
+        "ptx_tokens": tokens,
+        "gold": parts.reward,
+    }
     return Done(out, stage.run(config, inputs, out, runtime))
 
 

@@ -506,7 +506,7 @@ def test_the_reference_is_the_init(parts: Parts, tmp_path: Path):
 
 def test_every_field_and_figure_is_in_the_docs(parts: Parts, tmp_path: Path):
     text = (Path(__file__).parents[2] / "docs/ppo.md").read_text()
-    groups = {"num_generations": 4, "dynamic_sampling": True, "eval_steps": 1, "held_out": 0.3}
+    groups = {"num_generations": 4, "dynamic_sampling": True, "eval_steps": 1, "held_out": 0.3, "gold": "reward"}
     figures = set(run(parts, tmp_path, total_episodes=16, **groups).lines()[0]) - {"step", "tokens", "learning_rate"}
     missing = [name for name in [*stage.PPOConfig.model_fields, *figures] if f"`{name}`" not in text]
     assert missing == []

@@ -9,6 +9,8 @@ import pytest
 
 from pipeline.errors import ConfigError, Stopped
 from pipeline.recipe import DataEntry, PeftConfig
+from pipeline.reward_config import RewardTerm
+from pipeline.runtime import Runtime
 from tests.stages.ppo_runs import Parts, run, same, start
 
 EVALUATED: dict[str, Any] = {"eval_steps": 2, "held_out": 0.3, "eval_prompts": 12}
@@ -100,3 +102,29 @@ def test_nothing_held_out_is_no_evaluation_unless_it_is_asked_for(parts: Parts, 
     assert not evaluations(run(parts, tmp_path / "none", **values, eval_steps=None).lines())
     with pytest.raises(ConfigError, match="no held-out row"):
         run(parts, tmp_path / "asked", **values, eval_steps=1)
+
+
+def test_gold_is_measured_and_its_fall_is_said(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The reward is vowels, of which long answers have more; gold is shortness: the one rises as the other falls."""
+    said: list[str] = []
+    monkeypatch.setattr(Runtime, "say", lambda runtime, text: said.append(text))
+    gold = f"{parts.folder / 'rewards.py'}:short"
+    values: dict[str, Any] = {"total_episodes": 20 * 32, "learning_rate": 1e-2, "eval_prompts": 24}
+    done = run(parts, tmp_path, **{**UP, **values}, gold=gold, load_best_model_at_end=True)
+    found = evaluations(done.lines())
+    assert found[-1]["eval_gold"] < found[0]["eval_gold"]
+    assert found[-1]["eval_reward"] > found[0]["eval_reward"]
+    warnings = [text for text in said if "the reward is being gamed" in text]
+    assert warnings
+    best = max(found, key=lambda line: line["eval_gold"])["step"]
+    assert found[-1]["best_step"] in (0.0, best)
+
+
+def test_gold_may_be_a_function_by_name_or_a_reward_model(parts: Parts, tmp_path: Path):
+    """The data's answers are single words: rouge_l of the answers, by hand from none of them; the reward model is the
+    reward itself."""
+    by_name = evaluations(run(parts, tmp_path / "name", **EVALUATED, gold=(RewardTerm(function="rouge_l"),)).lines())
+    assert all(0.0 <= line["eval_gold"] <= 1.0 for line in by_name)
+    values = {**EVALUATED, "missing_eos_rule": "keep", "score_clip": None}
+    itself = evaluations(run(parts, tmp_path / "model", **values, gold="reward").lines())
+    assert [line["eval_gold"] for line in itself] == pytest.approx([line["eval_reward"] for line in itself], abs=1e-5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,7 @@ from pipeline.rl.forwards import Cut, logprobs_and_entropies, precision, sweep, 
 from pipeline.rl.models import Models
 from pipeline.rl.place import Place
 from pipeline.rl.prompts import Prompts
-from pipeline.rl.rollouts import Rollout
-
-Gold = Callable[[Rollout, list[dict[str, Any]]], Tensor]
-"""(rollout, rows of its prompts) -> what each answer is really worth, [B]."""
+from pipeline.rl.scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,8 @@ class Exam:
     prompts: Prompts
     asking: Asking
     pricing: Pricing
-    gold: Gold | None
+    gold: Scorer | None
+    """What the answers are really worth."""
     cut: Cut
     place: Place
 
@@ -79,7 +77,7 @@ class Examiner:
         mask_BT = rollout.response_mask_BT
         return Marks(
             reward_B=rewards_B,
-            gold_B=None if exam.gold is None else exam.gold(rollout, rows),
+            gold_B=None if exam.gold is None else exam.gold.score(rollout, rows)[0],
             kl_B=kl.sequence_kl(kl.k1(logprobs_BT, reference_BT), mask_BT),
             length_B=rollout.lengths_B,
             ended_B=rollout.is_ended_B,

@@ -21,7 +21,7 @@ from pipeline.artifacts import Artifact
 from pipeline.errors import ConfigError, DataError, MismatchError, TrainingError
 from pipeline.model.build import check_vocabulary
 from pipeline.model.reward import RewardModel, build_reward_model, load_reward_model
-from pipeline.reward_config import RewardTerm
+from pipeline.reward_config import FUNCTIONS, RewardTerm
 from pipeline.rl import terms as math_of
 from pipeline.rl import verifiable
 from pipeline.rl.judge import load_judge
@@ -154,20 +154,21 @@ def load_scorer(
     batch_size: int,
     bf16: bool,
     runtime: Runtime,
+    role: str = "reward",
 ) -> Scorer:
-    """The scorer that a recipe's `reward` says, of the artifacts in `inputs` (by role).
+    """The scorer that the field `role` of a recipe says, of the artifacts in `inputs` (by role).
 
     Raises MismatchError for a reward model of another tokenizer, chat template or row end than the policy's.
     """
     loading = Loading(inputs["init"], tokenizer, stop_id, pad_id, batch_size, bf16, runtime)
     if isinstance(reward, str):
-        artifact = inputs.get("reward")
+        artifact = inputs.get(role)
         if artifact is None:
             term = Term("function", 1.0, partial(_of_function, load_member(reward), reward))
         else:
             term = _models("model", 1.0, [artifact], math_of.worst_case, loading)
         return Scorer((term,), False, tokenizer, pad_id)
-    held = {role: iter(inputs.get(f"reward.{role}") or ()) for role in ("model", "models", "judge")}
+    held = {inner: iter(inputs.get(f"{role}.{inner}") or ()) for inner in ("model", "models", "judge")}
     return Scorer(tuple(_load(each, held, loading) for each in reward), True, tokenizer, pad_id)
 
 
@@ -193,10 +194,12 @@ def _load(term: RewardTerm, held: Mapping[str, Iterator[Artifact]], loading: Loa
 
 def _function(term: RewardTerm, function: str) -> Callable[[Responses], Tensor]:
     """The score of a function by name, or of the user's own."""
-    if function not in ("exact", "number", "regex", "json_schema"):
+    if function not in FUNCTIONS:
         return partial(_of_function, load_member(function), f"reward term `{term.figure}`, {function}")
     verify: verifiable.Verifier = verifiable.number
-    if function == "exact":
+    if function == "rouge_l":
+        verify = verifiable.rouge_l
+    elif function == "exact":
         verify = partial(verifiable.exact, ignore_case=term.ignore_case)
     elif function == "regex":
         assert term.pattern is not None
@@ -232,7 +235,7 @@ def check_references(reward: str | tuple[RewardTerm, ...], rows: Sequence[Row]) 
 
 def _check_references(term: RewardTerm, rows: Sequence[Row]) -> None:
     has_group = term.function == "regex" and "(?P<answer>" in (term.pattern or "")
-    for row in rows if term.function in ("exact", "number") or has_group else ():
+    for row in rows if term.function in ("exact", "number", "rouge_l") or has_group else ():
         reference, said = row["reference"], row["prompt"][-1]["content"]
         if not reference.strip():
             lacks = "no answer"
@@ -241,7 +244,7 @@ def _check_references(term: RewardTerm, rows: Sequence[Row]) -> None:
         else:
             continue
         raise DataError(
-            f"the reward `{term.figure}` compares with the data's answer, and a row has {lacks}: {said[:60]!r}",
+            f"`{term.figure}` compares with the data's answer, and a row has {lacks}: {said[:60]!r}",
             where="ppo.data",
             mend="rows with an answer, or another reward",
         )

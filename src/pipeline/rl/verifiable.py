@@ -1,4 +1,5 @@
-"""Rewards that can be checked: functions of strings that give 1.0 where a response is right and 0.0 where it is not.
+"""Rewards that can be checked: functions of strings that give 1.0 where a response is right and 0.0 where it is not,
+or how near it is (`rouge_l`).
 
 Strict on purpose: what a policy is paid for, it does, so each says exactly what counts. A response that cannot be read
 is wrong, never an error; errors are for what the user wrote (a reference without a number, a bad schema).
@@ -14,10 +15,11 @@ from typing import Any
 
 import regex
 
+from pipeline.data.pydocs import gold
 from pipeline.errors import ConfigError, MachineError, TrainingError
 
 Verifier = Callable[[str, str], float]
-"""(response, reference) -> 1.0 or 0.0."""
+"""(response, reference) -> a number from 0.0 to 1.0."""
 
 NUMBER = regex.compile(
     r"""
@@ -41,6 +43,11 @@ def exact(response: str, reference: str, *, ignore_case: bool = False) -> float:
     """Whether both are the same text, white space around and runs of it inside aside."""
     left, right = " ".join(response.split()), " ".join(reference.split())
     return float(left.casefold() == right.casefold() if ignore_case else left == right)
+
+
+def rouge_l(response: str, reference: str) -> float:
+    """ROUGE-L F1 of the words of both (Lin 2004), 0.0 to 1.0: twice their longest common subsequence over all words."""
+    return gold(response, reference, True)
 
 
 def number(response: str, reference: str) -> float:
