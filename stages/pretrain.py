@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from pipeline.data.shown import ShownRow
     from pipeline.model.continued import Start
     from pipeline.model.distillation import Teacher
+    from pipeline.model.held_out import HeldOut
+    from pipeline.model.next_token import NextToken
+    from pipeline.model.optimizer_steps import OptimizerSteps
     from pipeline.runtime import Runtime
 
 
@@ -134,16 +137,17 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     """Train to `max_steps`; returns held-out bits per byte and what it took."""
     from pipeline.data.shards import TokenFile
     from pipeline.data.tokenizers import load_tokenizer
-    from pipeline.model.build import flops_per_token, save_model, save_without_weights
-    from pipeline.model.compiling import compile_blocks
-    from pipeline.model.continued import forgetting, read_known
+    from pipeline.model.build import save_model, save_without_weights
+    from pipeline.model.held_out import HeldOut
+    from pipeline.model.next_token import NextToken
     from pipeline.model.sharding import whole_state
 
     # 1. data
     _check(config, runtime)
     tokens = inputs["tokens"]
     train, valid = TokenFile(tokens.path / "train.ds"), TokenFile(tokens.path / "valid.ds")
-    run_samples = _samples(config, train)
+    samples = _samples(config, train)
+    order = _order(config, samples, tokens.model, train.metadata.separator_id)
     tokenizer = load_tokenizer(tokens.model)
 
     # 2. model and optimizers, from the checkpoint if there is one
@@ -151,39 +155,28 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     model = start.model
     if not runtime.shards:  # shards go there one by one
         model.to(runtime.device)
-    teacher = _teacher(config, inputs, runtime)
-    order = _order(config, run_samples, tokens.model, train.metadata.separator_id)
+    losses = NextToken(model, _teacher(config, inputs, runtime))
     ends = ([train.metadata.separator_id], tokenizer.pad_token_id)
     if runtime.is_main:
         save_without_weights(model, out / "model", tokens.model, *ends)
-    loop = _Loop(config, model, order, teacher, runtime)
-    step = loop.resume()
+    steps = _steps(config, losses, order, runtime)
+    step = steps.resume()
     if step == 0 and start.known:
         runtime.metrics.log(0, 0, **start.known)
 
     # 3. train
-    batch = loop.batch
-    drawn = run_samples.drawn(config.max_steps * batch)
-    epochs = run_samples.epochs(config.max_steps * batch)
-    runtime.say(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.max_steps:,} steps of "
-        f"{batch} × {config.context_length} tokens ({epochs:.2f} epochs), {'bf16' if loop.bf16 else 'fp32'}"
+    held_out = HeldOut(
+        losses,
+        valid,
+        tokenizer,
+        lambda: _autocast(config, runtime),
+        length=config.context_length,
+        documents=config.eval_documents,
+        prompts=config.sample_prompts,
+        sample_tokens=config.sample_tokens,
     )
-    for line in run_samples.described(config.max_steps * batch):
-        runtime.say(line)
-    flops = flops_per_token(model, config.context_length) * config.max_steps * batch * config.context_length
-    flops *= 2 / 3 if start.adapted else 1
-    runtime.say(compile_blocks(model, config.torch_compile, flops))
-    runtime.checkpoints.behind = True
-    try:
-        _train(config, loop, step, valid, tokenizer, runtime)
-    except TrainingError:  # of all ranks: the first to leave ends the others
-        runtime.checkpoints.wait()
-        runtime.barrier()
-        raise
-    finally:
-        loop.micro_steps.close()
-        runtime.checkpoints.wait()
+    flops = _compile(config, start, samples, runtime)
+    _train(config, steps, step, held_out, runtime)
 
     # 4. save, then evaluate
     if start.adapted is not None:
@@ -192,22 +185,12 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     if runtime.is_main:
         save_model(model, out / "model", tokens.model, *ends, state)
     runtime.barrier()
-    bits, samples = loop.evaluate(valid, tokenizer)
-    seen = config.max_steps * batch * config.context_length
-    by_source = loop.evaluate_sources(valid) if inputs.get("init") or len(valid.metadata.sources) > 1 else {}
-    before = read_known(out / "metrics.jsonl") if inputs.get("init") else {}
-    for line in forgetting(before, by_source):
-        runtime.say(line)
-    runtime.metrics.log(config.max_steps, seen, bits_per_byte=bits, **by_source, **samples)
+    base_metrics = out / "metrics.jsonl" if inputs.get("init") else None
     return {
-        "bits_per_byte": bits,
-        **by_source,
-        **{f"before/{name}": value for name, value in before.items()},
-        "epochs": epochs,
+        **_evaluate(config, held_out, base_metrics, runtime),
         "parameters": float(sum(p.numel() for p in model.parameters())),
         "flops": flops,
-        **{f"drawn_tokens/{source.label}": float(source.tokens) for source in drawn if len(drawn) > 1},
-        **{f"epochs/{source.label}": source.epochs for source in drawn if len(drawn) > 1},
+        **samples.figures(config.max_steps * _batch(config)),
     }
 
 
@@ -279,24 +262,6 @@ def preview(config: PretrainConfig, inputs: dict[str, Any], count: int) -> list[
     return [ShownRow(f"sample {place}", ids, [False, *is_target]) for place, (ids, is_target) in enumerate(rows, 1)]
 
 
-def _new_model(config: PretrainConfig, vocab: int, runtime: Runtime) -> PreTrainedModel:
-    """A new model with weights drawn from the seed."""
-    import torch
-
-    from pipeline.model.build import initialise
-    from pipeline.model.presets import PRESETS, build_model, shape_of
-    from pipeline.runtime import derive_seed
-
-    given = config.model
-    shape = shape_of(given.model_dump(exclude={"architecture", "config"}), config.context_length, vocab)
-    with torch.random.fork_rng(devices=[]):  # what is not a preset keeps the weights that transformers draws
-        torch.manual_seed(derive_seed(config.seed, "model"))
-        model = build_model(given.architecture, shape, given.config)
-    if given.architecture in PRESETS:
-        initialise(model, runtime.generator("model"))
-    return model
-
-
 def _start(
     config: PretrainConfig,
     inputs: dict[str, Any],
@@ -304,26 +269,26 @@ def _start(
     valid: TokenFile,
     runtime: Runtime,
 ) -> Start:
-    """The base model to go on from with what it knows, or a new one."""
-    from pipeline.model.adapters import adapt, lora
-    from pipeline.model.continued import Start, fit_vocabulary, load_base, measure_base
+    """The base model to go on from with what it knows, or a new one with weights drawn from the seed."""
+    from pipeline.model.continued import Start, start_from_base
+    from pipeline.model.presets import draw_model, shape_of
     from pipeline.runtime import derive_seed
 
-    adapters = lora(config.peft, "CAUSAL_LM")
     if inputs.get("init") is None:
-        return Start(_new_model(config, len(tokenizer), runtime))
-    model, own = load_base(inputs["init"].model, tokenizer, config.context_length)
-    known = {}
-    if runtime.checkpoints.peek() is None:
-        model.to(runtime.device)
-        with _autocast(config, runtime):
-            known = measure_base(model, own, tokenizer, valid, config.context_length, config.eval_documents)
-    new = fit_vocabulary(model, own, tokenizer)
-    if new:
-        runtime.say(f"{new:,} new tokens: rows for them from those of their parts")
-    if adapters is None:
-        return Start(model, None, known)
-    return Start(model, adapt(model, adapters, derive_seed(config.seed, "adapters"), train_rows=new > 0), known)
+        given = config.model
+        shape = shape_of(given.model_dump(exclude={"architecture", "config"}), config.context_length, len(tokenizer))
+        return Start(draw_model(given.architecture, shape, given.config, derive_seed(config.seed, "model")))
+    return start_from_base(
+        inputs["init"].model,
+        tokenizer,
+        valid,
+        config.peft,
+        length=config.context_length,
+        documents=config.eval_documents,
+        seed=derive_seed(config.seed, "adapters"),
+        autocast=lambda: _autocast(config, runtime),
+        runtime=runtime,
+    )
 
 
 def _teacher(config: PretrainConfig, inputs: dict[str, Any], runtime: Runtime) -> Teacher | None:
@@ -346,16 +311,106 @@ def _teacher(config: PretrainConfig, inputs: dict[str, Any], runtime: Runtime) -
     return load_teacher(given.model, dtype, runtime.device, config.context_length, alpha, temperature)
 
 
-def _rates(config: PretrainConfig, model: PreTrainedModel) -> tuple[float, float]:
-    """Peak rates of matrices and of embeddings. What goes on from a base takes a tenth of a new model's, but adapters
-    take it whole, as they bear some ten times the rate of the weights they stand for."""
-    from pipeline.model.optim import EMBEDDING_RATE, default_rate
+def _steps(config: PretrainConfig, losses: NextToken, order: Order, runtime: Runtime) -> OptimizerSteps:
+    """The steps of the run, from the first: the model placed, its micro-steps, optimizers, schedule and verdicts."""
+    from pipeline.model.loss_watch import Verdicts
+    from pipeline.model.micro_steps import MicroSteps
+    from pipeline.model.optim import learning_rate_share, warmup_steps
+    from pipeline.model.optimizer_steps import OptimizerSteps
+    from pipeline.model.placement import place
+    from pipeline.runtime import share_batch
 
-    width = model.get_input_embeddings().weight.shape[1]
-    share = 0.1 if config.init is not None and config.peft is None else 1.0
-    rate = config.learning_rate or share * default_rate(config.optimizer, width, _batch(config) * config.context_length)
-    whole = 0.1 * rate if config.peft is not None else rate  # beside adapters the embedding is trained as it is
-    return rate, config.embedding_learning_rate or EMBEDDING_RATE[config.optimizer] * whole
+    place(
+        losses,
+        length=config.context_length,
+        bf16=_is_bf16(config, runtime),
+        attention=config.attn_implementation,
+        apart=config.document_mask,
+        recomputes=config.gradient_checkpointing,
+        runtime=runtime,
+    )
+    whole, world_size = config.per_device_train_batch_size, runtime.world_size
+    where = "pretrain.per_device_train_batch_size"
+    rows, count = share_batch(whole, config.gradient_accumulation_steps, world_size, where)
+    batch, warmup = _batch(config), warmup_steps(config.warmup_steps, config.max_steps)
+    micro_steps = MicroSteps(
+        losses,
+        order,
+        steps=config.max_steps,
+        batch=batch,
+        length=config.context_length,
+        rows=rows,
+        count=count,
+        is_split=rows < whole,
+        rank=runtime.rank,
+        world_size=world_size,
+        device=runtime.device,
+        autocast=lambda: _autocast(config, runtime),
+        halves_on_out_of_memory=config.auto_find_batch_size,
+        say=runtime.say,
+    )
+    return OptimizerSteps(
+        micro_steps,
+        _optimizers(config, losses.model, runtime),
+        Verdicts(
+            lambda step: order.documents(range(step * batch, (step + 1) * batch)),
+            world_size,
+            config.skip_nonfinite,
+            runtime.say,
+        ),
+        lambda step: learning_rate_share(
+            step, config.max_steps, warmup, config.lr_scheduler_type, config.decay_share, config.min_lr_share
+        ),
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        runtime=runtime,
+    )
+
+
+def _optimizers(config: PretrainConfig, model: PreTrainedModel, runtime: Runtime) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon beside it, at the peak rates that are set or follow from the model."""
+    from pipeline.model.optim import build_optimizers, peak_rates
+
+    rate, embedding_rate = peak_rates(
+        model,
+        config.optimizer,
+        _batch(config) * config.context_length,
+        rate=config.learning_rate,
+        embedding_rate=config.embedding_learning_rate,
+        has_base=config.init is not None,
+        is_adapted=config.peft is not None,
+    )
+    if config.learning_rate is None:
+        runtime.say(f"learning rate {rate:.1e}, embedding {embedding_rate:.1e}, by the model's width and the batch")
+    return build_optimizers(
+        model,
+        kind=config.optimizer,
+        learning_rate=rate,
+        embedding_rate=embedding_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _compile(config: PretrainConfig, start: Start, samples: RunSamples, runtime: Runtime) -> float:
+    """Say what will be trained on what, and compile where that pays; the run's FLOPs."""
+    from pipeline.model.build import flops_per_token
+    from pipeline.model.compiling import compile_blocks
+
+    batch, model = _batch(config), start.model
+    drawn = config.max_steps * batch
+    runtime.say(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.max_steps:,} steps of "
+        f"{batch} × {config.context_length} tokens ({samples.epochs(drawn):.2f} epochs), "
+        f"{'bf16' if _is_bf16(config, runtime) else 'fp32'}"
+    )
+    for line in samples.described(drawn):
+        runtime.say(line)
+    flops = flops_per_token(model, config.context_length) * config.max_steps * batch * config.context_length
+    flops *= 2 / 3 if start.adapted else 1
+    runtime.say(compile_blocks(model, config.torch_compile, flops))
+    return flops
 
 
 def _batch(config: PretrainConfig) -> int:
@@ -375,33 +430,40 @@ def _autocast(config: PretrainConfig, runtime: Runtime) -> torch.autocast:
     return torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=cached)
 
 
-def _train(
-    config: PretrainConfig,
-    loop: _Loop,
-    step: int,
-    valid: TokenFile,
-    tokenizer: PreTrainedTokenizerFast,
-    runtime: Runtime,
-) -> None:
-    """Optimiser steps from `step` to the end, with metrics, evaluations, checkpoints and an ear for signals."""
+def _train(config: PretrainConfig, steps: OptimizerSteps, step: int, held_out: HeldOut, runtime: Runtime) -> None:
+    """Optimiser steps from `step` to the end; whatever ends them, what was saved is whole."""
+    runtime.checkpoints.behind = True
+    try:
+        _loop(config, steps, step, held_out, runtime)
+    except TrainingError:  # of all ranks: the first to leave ends the others
+        runtime.checkpoints.wait()
+        runtime.barrier()
+        raise
+    finally:
+        steps.micro_steps.close()
+        runtime.checkpoints.wait()
+
+
+def _loop(config: PretrainConfig, steps: OptimizerSteps, step: int, held_out: HeldOut, runtime: Runtime) -> None:
+    """Steps, with metrics, evaluations, checkpoints and an ear for signals."""
     from pipeline.model.build import flops_per_token
 
-    tokens_a_step = loop.batch * config.context_length
-    flops = flops_per_token(loop.model, config.context_length)
+    tokens_a_step = _batch(config) * config.context_length
+    flops = flops_per_token(steps.model, config.context_length)
     began, first = time.monotonic(), step
     with runtime.progress("pretrain", config.max_steps) as bar:
         bar.start_at(step)
         while step < config.max_steps:
             if step and step % config.eval_steps == 0:  # after its checkpoint, and again when resumed from it
-                bits, samples = loop.evaluate(valid, tokenizer)
+                bits, samples = held_out.look()
                 runtime.metrics.log(step, step * tokens_a_step, bits_per_byte=bits, **samples)
                 runtime.say(f"step {step:,}: {bits:.3f} bits per byte, held out")
                 for text in samples.values():
                     runtime.say(f"  {text!r}")
-            loop.step(step)
+            steps.step(step)
             step += 1
             if step % config.logging_steps == 0 or step == config.max_steps:
-                figures = loop.figures()
+                figures = steps.figures()
                 speed = (step - first) * tokens_a_step / (time.monotonic() - began)
                 shown = {"loss": figures["loss"], "lr": figures["learning_rate"], "tok/s": speed}
                 runtime.metrics.log(
@@ -410,185 +472,25 @@ def _train(
                 bar.advance(step - bar.done, **shown)
             stopping = runtime.stop_requested()
             if step % config.save_steps == 0 or stopping or step == config.max_steps:
-                loop.verdicts.check()
-                loop.save(step)
+                steps.save(step)
             if stopping and step < config.max_steps:
                 runtime.checkpoints.wait()
                 runtime.barrier()  # rank 0 has written it: the others' leaving may end it
                 runtime.stop(step)
 
 
-class _Loop:
-    """Model, optimizers and data of the loop, and what one step does with them."""
+def _evaluate(
+    config: PretrainConfig, held_out: HeldOut, base_metrics: Path | None, runtime: Runtime
+) -> dict[str, float]:
+    """Held-out figures of the model as it was saved, logged; with a base, a table of before and after: `base_metrics`
+    begin with what that knew."""
+    from pipeline.model.continued import forgetting, read_known
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        model: PreTrainedModel,
-        samples: Order,
-        teacher: Teacher | None,
-        runtime: Runtime,
-    ) -> None:
-        from pipeline.model.attention import choose_attention, keeps_documents_apart, use_plain_products
-        from pipeline.model.build import recompute_activations
-        from pipeline.model.compiling import blocks_of
-        from pipeline.model.loss_watch import Verdicts
-        from pipeline.model.micro_steps import MicroSteps
-        from pipeline.model.next_token import NextToken
-        from pipeline.model.optim import build_optimizers, warmup_steps
-        from pipeline.model.sharding import shard
-        from pipeline.runtime import share_batch
-
-        self.config, self.model, self.samples, self.runtime = config, model, samples, runtime
-        self.bf16 = _is_bf16(config, runtime)
-        self.losses = NextToken(model, teacher)
-        for each in [model, *([teacher.model] if teacher else [])]:
-            if not config.document_mask or keeps_documents_apart(each):
-                continue
-            raise ConfigError(
-                f"{type(each).__name__} does not keep the documents of a sample apart",
-                where="pretrain.document_mask",
-                mend="packing: document, or leave it out",
-            )
-        if config.auto_find_batch_size and self.losses.has_experts:
-            problem = "experts are balanced over a micro-step's rows, which smaller ones would change"
-            raise ConfigError(problem, where="pretrain.auto_find_batch_size", mend="leave it out")
-        if runtime.shards:  # of which nothing can be tried alone
-            runtime.say(shard(self.losses, blocks_of(model), runtime.device, runtime.world_size, evaluates="nats"))
-            use_plain_products(model, self.bf16, config.context_length)
-        else:
-            asked, apart = config.attn_implementation, config.document_mask
-            chosen = choose_attention(model, self.bf16, config.context_length, asked=asked, apart=apart)
-            if chosen:
-                runtime.say(chosen)
-        if config.gradient_checkpointing:
-            recompute_activations(model)
-        self.batch = _batch(config)
-        rows, count = share_batch(
-            config.per_device_train_batch_size,
-            config.gradient_accumulation_steps,
-            runtime.world_size,
-            "pretrain.per_device_train_batch_size",
-        )
-        self.micro_steps = MicroSteps(
-            self.losses,
-            samples,
-            steps=config.max_steps,
-            batch=self.batch,
-            length=config.context_length,
-            rows=rows,
-            count=count,
-            is_split=rows < config.per_device_train_batch_size,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            device=runtime.device,
-            autocast=lambda: _autocast(config, runtime),
-            halves_on_out_of_memory=config.auto_find_batch_size,
-            say=runtime.say,
-        )
-        self.warmup = warmup_steps(config.warmup_steps, config.max_steps)
-        rate, embedding_rate = _rates(config, model)
-        if config.learning_rate is None:
-            runtime.say(f"learning rate {rate:.1e}, embedding {embedding_rate:.1e}, by the model's width and the batch")
-        self.optimizers = build_optimizers(
-            model,
-            kind=config.optimizer,
-            learning_rate=rate,
-            embedding_rate=embedding_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
-        self.verdicts = Verdicts(self._documents, runtime.world_size, config.skip_nonfinite, runtime.say)
-
-    def resume(self) -> int:
-        """Put back the newest checkpoint; the step it was made at, 0 without one."""
-        from pipeline.checkpoint import load_optimizer
-        from pipeline.model.build import load_parameters
-
-        checkpoint = self.runtime.checkpoints.latest()
-        if checkpoint is None:
-            return 0
-        tensors = checkpoint.tensors()
-        load_parameters(self.model, tensors, "model")
-        for index, optimizer in enumerate(self.optimizers):
-            load_optimizer(optimizer, f"optimizer{index}", tensors, checkpoint.state["optimizers"][index])
-        self.verdicts.skipped = checkpoint.state["skipped"]
-        self.runtime.say(f"resumed at step {checkpoint.step:,}")
-        return checkpoint.step
-
-    def save(self, step: int) -> None:
-        """A checkpoint of `step`: weights and moments, never lost ones; the data's position is the step itself."""
-        from pipeline.checkpoint import optimizer_tensors
-        from pipeline.model.build import unique_parameters
-        from pipeline.model.sharding import whole
-
-        tensors = {f"model.{name}": tensor for name, tensor in unique_parameters(self.model).items()}
-        states = []
-        for index, optimizer in enumerate(self.optimizers):
-            moments, state = optimizer_tensors(optimizer, f"optimizer{index}")
-            tensors |= moments
-            states.append(state)
-        tensors = whole(tensors, keep=self.runtime.is_main)
-        self.runtime.checkpoints.save(step, tensors, {"optimizers": states, "skipped": self.verdicts.skipped})
-
-    def step(self, step: int) -> None:
-        """One optimiser step on this rank's share of the global batch."""
-        import torch
-
-        from pipeline.model.optim import learning_rate_share, set_learning_rate
-        from pipeline.model.sharding import clip_gradients, sum_gradients
-        from pipeline.runtime import derive_seed
-
-        config = self.config
-        torch.manual_seed(derive_seed(config.seed, "step", step, self.runtime.rank))  # of dropout, where there is any
-        set_learning_rate(
-            self.optimizers,
-            learning_rate_share(
-                step, config.max_steps, self.warmup, config.lr_scheduler_type, config.decay_share, config.min_lr_share
-            ),
-        )
-        loss = self.micro_steps.gradients(step)
-        parameters = list(self.model.parameters())
-        if self.runtime.world_size > 1 and not self.runtime.shards:
-            sum_gradients(parameters)
-        norm = clip_gradients(parameters, config.max_grad_norm)
-        steps_over = self.verdicts.steps_over(step, loss, norm)
-        for optimizer in self.optimizers:
-            if not steps_over:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    def figures(self) -> dict[str, float]:
-        """Of the steps since the last call: mean loss in nats a token, rate, gradient's norm, and what goes with them.
-        TrainingError for a loss that is not finite, with its step and documents."""
-        figures, steps = self.verdicts.figures()
-        rate = self.optimizers[0].param_groups[-1]["lr"]
-        parts = self.losses.teacher.look(self.runtime.world_size) if self.losses.teacher else {}
-        return {**figures, "learning_rate": rate, **parts, **self.micro_steps.look(steps)}
-
-    def _documents(self, step: int) -> list[int]:
-        return self.samples.documents(range(step * self.batch, (step + 1) * self.batch))
-
-    def evaluate(self, valid: TokenFile, tokenizer: PreTrainedTokenizerFast) -> tuple[float, dict[str, str]]:
-        """Held-out bits per UTF-8 byte, and what the model makes of the sample prompts (greedy)."""
-        from pipeline.model.build import evaluating
-        from pipeline.model.held_out import bits_per_byte, continuations
-        from pipeline.model.sharding import gathered
-
-        config = self.config
-        with _autocast(self.config, self.runtime), evaluating(self.model):
-            bits = bits_per_byte(self.losses, valid, config.context_length, config.eval_documents)
-            with gathered(self.losses):
-                texts = continuations(
-                    self.model, tokenizer, valid, config.sample_prompts, config.sample_tokens, config.context_length
-                )
-        return bits, {f"sample_{place}": text for place, text in enumerate(texts, 1)}
-
-    def evaluate_sources(self, valid: TokenFile) -> dict[str, float]:
-        """Held-out bits per byte of each source: `bits_per_byte/<label>`."""
-        from pipeline.model.build import evaluating
-        from pipeline.model.held_out import bits_by_source
-
-        with _autocast(self.config, self.runtime), evaluating(self.model):
-            return bits_by_source(self.losses, valid, self.config.context_length, self.config.eval_documents)
+    bits, samples = held_out.look()
+    by_source = held_out.by_source() if base_metrics or len(held_out.valid.metadata.sources) > 1 else {}
+    before = read_known(base_metrics) if base_metrics else {}
+    for line in forgetting(before, by_source):
+        runtime.say(line)
+    seen = config.max_steps * _batch(config) * config.context_length
+    runtime.metrics.log(config.max_steps, seen, bits_per_byte=bits, **by_source, **samples)
+    return {"bits_per_byte": bits, **by_source, **{f"before/{name}": value for name, value in before.items()}}

@@ -25,7 +25,7 @@ def test_an_ejected_stage_gives_the_same_weights(warm: Any, tokenized: Path, mad
     assert sha(warm.folder) == sha(made)
 
     file = warm.folder / "my_pretrain.py"
-    file.write_text(file.read_text().replace("config.max_grad_norm)", "2 * config.max_grad_norm)"))
+    file.write_text(file.read_text().replace("=config.max_grad_norm,", "=2 * config.max_grad_norm,"))
     (row,) = json.loads(warm("status", "tiny.yaml", "--json").stdout)["stages"][1:]
     assert (row["state"], row["reasons"]) == ("stale", ["code: my_pretrain.py"])
     assert warm("run", "tiny.yaml", "--set", "pretrain.max_grad_norm=1e9").code == 0

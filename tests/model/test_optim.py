@@ -1,6 +1,7 @@
 """Learning-rate schedules by hand, and which parameter gets which rate and decay."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from pipeline.model.optim import (
     build_optimizers,
     default_rate,
     learning_rate_share,
+    peak_rates,
     set_learning_rate,
     warmup_steps,
 )
+from pipeline.model.presets import Shape, build_model
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,24 @@ def test_the_rule_of_rates_by_hand():
     assert default_rate("muon", 256, 2048) == pytest.approx(5.4e-3)
     assert default_rate("adamw", 128, 2048) == pytest.approx(3.2e-3)
     assert default_rate("adamw", 256, 8 * 2048) == pytest.approx(3.2e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [
+        ("adamw", {}, (3.2e-3, 3.2e-3)),
+        ("muon", {}, (1.08e-2, 1.08e-1)),
+        ("adamw", {"has_base": True}, (3.2e-4, 3.2e-4)),
+        ("adamw", {"has_base": True, "is_adapted": True}, (3.2e-3, 3.2e-4)),
+        ("muon", {"rate": 0.02, "has_base": True}, (0.02, 0.2)),
+        ("adamw", {"rate": 0.02, "embedding_rate": 0.5}, (0.02, 0.5)),
+    ],
+)
+def test_peak_rates_by_hand(kind: str, given: dict[str, Any], expected: tuple[float, float]):
+    """128 wide at 2,048 tokens a step."""
+    shape = Shape(depth=1, width=128, heads=2, kv_heads=2, mlp_width=32, context=8, vocab=16, tied=True)
+    rates = {"rate": None, "embedding_rate": None, "has_base": False, "is_adapted": False, **given}
+    assert peak_rates(build_model("llama", shape, {}), kind, 2048, **rates) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("parameters", "width", "tokens"), [(85e6, 768, 10e9), (1e9, 2048, 26e9)])

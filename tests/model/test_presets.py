@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ConfigError
 from pipeline.model.build import count_parameters, flops_per_token, initialise
-from pipeline.model.presets import PRESETS, SIZES, Shape, build_config, build_model, shape_of
+from pipeline.model.presets import PRESETS, SIZES, Shape, build_config, build_model, draw_model, shape_of
 
 VOCABULARY = {"10m": 16_384, "30m": 32_768, "60m": 32_768, "124m": 50_304, "350m": 50_304, "774m": 50_304}
 
@@ -48,6 +48,21 @@ def test_a_preset_begins_as_the_identity_from_its_seed_alone(architecture: str) 
     ids = torch.arange(10)[None]
     states = model.base_model(ids, use_cache=False, output_hidden_states=True).hidden_states
     torch.testing.assert_close(states[1], states[0])  # after the first block what went into it
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"), [("llama", {}), ("bloom", {"hidden_size": 16, "n_layer": 1, "n_head": 2})]
+)
+def test_a_drawn_model_is_a_function_of_its_seed(architecture: str, fields: dict[str, Any]) -> None:
+    """Whatever torch's own state is, which stays what it was."""
+    shape = Shape(depth=1, width=16, heads=2, kv_heads=2, mlp_width=32, context=8, vocab=32, tied=True)
+    found = []
+    for seed in (7, 7, 8):
+        torch.manual_seed(len(found))
+        found.append(torch.nn.utils.parameters_to_vector(draw_model(architecture, shape, fields, seed).parameters()))
+        assert torch.initial_seed() == len(found) - 1
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("architecture", PRESETS)

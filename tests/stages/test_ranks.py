@@ -25,6 +25,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from pipeline.errors import Stopped
 from pipeline.model.next_token import NextToken
+from pipeline.model.optimizer_steps import OptimizerSteps
 from pipeline.recipe import field
 from stages import pretrain
 from stages.pretrain import PretrainConfig
@@ -35,37 +36,35 @@ class SpyConfig(PretrainConfig):
     poisoned: int = field(0, "the step whose loss is nan on the last rank", run_only=True)
 
 INPUTS, KIND, SHARDS = pretrain.INPUTS, pretrain.KIND, pretrain.SHARDS
-plain_step, plain_loss = pretrain._Loop.step, NextToken.loss_sum
+plain_step, plain_loss = OptimizerSteps.step, NextToken.loss_sum
 
 def is_cut(tensor):
     return isinstance(tensor, DTensor) and tensor.to_local().numel() < tensor.numel()
 
-def check(loop):
+def check(steps, expected):
     """The world, and what this worker holds of every parameter and moment."""
-    world = 1 if loop.config.expected == "none" else 2
-    assert loop.runtime.world_size == world
+    world = 1 if expected == "none" else 2
+    assert steps.runtime.world_size == world
     assert not torch.distributed.is_initialized() if world == 1 else torch.distributed.get_world_size() == 2
-    parameters = list(loop.model.parameters())
-    moments = [v for o in loop.optimizers for s in o.state.values() for v in s.values() if v.dim() > 0]
+    parameters = list(steps.model.parameters())
+    moments = [v for o in steps.optimizers for s in o.state.values() for v in s.values() if v.dim() > 0]
     assert len(moments) == 2 * len(parameters)
     for tensor in [*parameters, *moments]:
-        assert is_cut(tensor) is (loop.config.expected == "fsdp"), tensor
+        assert is_cut(tensor) is (expected == "fsdp"), tensor
     return sum((t.to_local() if isinstance(t, DTensor) else t).numel() for t in parameters)
 
-def step(loop, number):
-    config, runtime = loop.config, loop.runtime
-    def loss_sum(losses, *batch):
-        nats, routing = plain_loss(losses, *batch)
-        is_poisoned = number + 1 == config.poisoned and runtime.rank == runtime.world_size - 1
-        return (nats * math.nan if is_poisoned else nats), routing
-    NextToken.loss_sum = loss_sum
-    plain_step(loop, number)
-    (runtime.checkpoints.folder.parent / f"rank-{runtime.rank}").write_text(str(check(loop)))
-    if number + 1 == config.stop_at:
-        runtime.halt.asked = Stopped
-
 def run(config, inputs, out, runtime):
-    pretrain._Loop.step = step
+    def step(steps, number):
+        def loss_sum(losses, *batch):
+            nats, routing = plain_loss(losses, *batch)
+            is_poisoned = number + 1 == config.poisoned and runtime.rank == runtime.world_size - 1
+            return (nats * math.nan if is_poisoned else nats), routing
+        NextToken.loss_sum = loss_sum
+        plain_step(steps, number)
+        (out / f"rank-{runtime.rank}").write_text(str(check(steps, config.expected)))
+        if number + 1 == config.stop_at:
+            runtime.halt.asked = Stopped
+    OptimizerSteps.step = step
     return pretrain.run(config, inputs, out, runtime)
 '''
 RECIPE = """\

@@ -74,6 +74,14 @@ class RunSamples:
         whole = sum(predicted(samples, samples.count) for samples in self.streams)
         return sum(source.tokens for source in self.drawn(position)) / whole
 
+    def figures(self, position: int) -> dict[str, float]:
+        """`epochs` of the first `position` samples; of several sources `drawn_tokens/<label>` and `epochs/<label>`."""
+        found, drawn = {"epochs": self.epochs(position)}, self.drawn(position)
+        if len(drawn) > 1:
+            found |= {f"drawn_tokens/{source.label}": float(source.tokens) for source in drawn}
+            found |= {f"epochs/{source.label}": source.epochs for source in drawn}
+        return found
+
     def described(self, position: int) -> list[str]:
         """Lines on what the first `position` samples take from each stream, and on how full fitted rows are."""
         drawn = self.drawn(position)

@@ -111,6 +111,17 @@ def drawn(model: PreTrainedModel) -> Iterator[None]:
                 weight.zero_()
 
 
+def check_keeps_apart(models: Sequence[PreTrainedModel]) -> None:
+    """ConfigError for a model that `keeps_documents_apart` finds not to."""
+    for model in models:
+        if not keeps_documents_apart(model):
+            raise ConfigError(
+                f"{type(model).__name__} does not keep the documents of a sample apart",
+                where="pretrain.document_mask",
+                mend="packing: document, or leave it out",
+            )
+
+
 @torch.no_grad()
 def keeps_documents_apart(model: PreTrainedModel) -> bool:
     """Whether positions that begin again keep what stands before them out of sight: tried on two rows of eight tokens.

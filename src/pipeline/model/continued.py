@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from pipeline.data.extend import is_extension, pieces
 from pipeline.data.shards import TokenFile
 from pipeline.data.tokenizers import encode_text, load_tokenizer, separator_id
 from pipeline.errors import MismatchError
+from pipeline.model.adapters import adapt, lora
 from pipeline.model.build import check_reach, check_vocabulary, evaluating, head_weight, load_causal_lm
 from pipeline.model.held_out import bits_by_source
 from pipeline.model.next_token import NextToken
+from pipeline.recipe import PeftConfig
+from pipeline.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,35 @@ class Start:
     """The adapters on it, where only they are trained."""
     known: dict[str, float] = field(default_factory=dict)
     """`bits_per_byte/<label>` of the base on each source, where the run is not resumed."""
+
+
+def start_from_base(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    valid: TokenFile,
+    peft: PeftConfig | None,
+    *,
+    length: int,
+    documents: int,
+    seed: int,
+    autocast: Callable[[], torch.autocast],
+    runtime: Runtime,
+) -> Start:
+    """The base in `folder` with a row for every token of `tokenizer`, under adapters where `peft` is set (`seed` draws
+    them), and what it knows of `documents` of each source of `valid`, unless the run is resumed."""
+    adapters = lora(peft, "CAUSAL_LM")
+    model, own = load_base(folder, tokenizer, length)
+    known = {}
+    if runtime.checkpoints.peek() is None:
+        model.to(runtime.device)
+        with autocast():
+            known = measure_base(model, own, tokenizer, valid, length, documents)
+    new = fit_vocabulary(model, own, tokenizer)
+    if new:
+        runtime.say(f"{new:,} new tokens: rows for them from those of their parts")
+    if adapters is None:
+        return Start(model, None, known)
+    return Start(model, adapt(model, adapters, seed, train_rows=new > 0), known)
 
 
 def load_base(

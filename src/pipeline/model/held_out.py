@@ -22,9 +22,44 @@ from pipeline.model.build import evaluating
 from pipeline.model.generation import generate
 from pipeline.model.losses import IGNORED
 from pipeline.model.next_token import NextToken
+from pipeline.model.sharding import gathered
 
 TOKENS_A_BATCH = 8192
 Ids = Callable[[int], "np.ndarray[Any, Any]"]
+
+
+class HeldOut:
+    """What a model in training makes of held-out text: the figures of `documents` documents in windows of `length`
+    tokens, and continuations of `prompts` (see `continuations`) by `sample_tokens` tokens."""
+
+    def __init__(
+        self,
+        losses: NextToken,
+        valid: TokenFile,
+        tokenizer: PreTrainedTokenizerFast,
+        autocast: Callable[[], torch.autocast],
+        *,
+        length: int,
+        documents: int,
+        prompts: Sequence[str] | None,
+        sample_tokens: int,
+    ) -> None:
+        self.losses, self.valid, self.tokenizer, self.autocast = losses, valid, tokenizer, autocast
+        self.length, self.documents, self.prompts, self.sample_tokens = length, documents, prompts, sample_tokens
+
+    def look(self) -> tuple[float, dict[str, str]]:
+        """(bits per UTF-8 byte, `sample_1`, … -> what the model makes of a prompt, greedily)."""
+        model = self.losses.model
+        with self.autocast(), evaluating(model):
+            bits = bits_per_byte(self.losses, self.valid, self.length, self.documents)
+            with gathered(self.losses):
+                texts = continuations(model, self.tokenizer, self.valid, self.prompts, self.sample_tokens, self.length)
+        return bits, {f"sample_{place}": text for place, text in enumerate(texts, 1)}
+
+    def by_source(self) -> dict[str, float]:
+        """`bits_per_byte/<label>` of each source, over as many documents of its own."""
+        with self.autocast(), evaluating(self.losses.model):
+            return bits_by_source(self.losses, self.valid, self.length, self.documents)
 
 
 def choose_documents(valid: TokenFile, count: int, source: int | None = None) -> list[int]:

@@ -15,7 +15,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from pipeline.data.infilling import Order
-from pipeline.errors import MachineError
+from pipeline.errors import ConfigError, MachineError
 from pipeline.model.feed import Feed
 from pipeline.model.next_token import NextToken
 
@@ -28,7 +28,8 @@ class MicroSteps:
     """Forward and backward of a run's batches on this rank.
 
     `rows` and `count` are this rank's micro-step and how many of them a step has; `is_split`, that all ranks have a
-    part of each micro-step instead of some of them whole. `starts` is where they begin in a step's samples.
+    part of each micro-step instead of some of them whole. `starts` is where they begin in a step's samples. ConfigError
+    for a model of experts whose micro-steps were to be halved.
     """
 
     def __init__(
@@ -49,6 +50,9 @@ class MicroSteps:
         halves_on_out_of_memory: bool,
         say: Callable[[str], None],
     ) -> None:
+        if halves_on_out_of_memory and losses.has_experts:
+            problem = "experts are balanced over a micro-step's rows, which smaller ones would change"
+            raise ConfigError(problem, where="pretrain.auto_find_batch_size", mend="leave it out")
         self.losses, self.samples, self.steps, self.batch = losses, samples, steps, batch
         self.rows, self.world_size, self.device = rows, world_size, device
         share = rows * count

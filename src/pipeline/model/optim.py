@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from pipeline.model.build import embedding_parameters
 
@@ -44,6 +45,27 @@ def default_rate(kind: str, width: int, batch_tokens: int) -> float:
     batch's is chosen so that the rule stays within 1.6 times the step law (Li et al. 2025) at 124 M and at 1 B.
     """
     return float(BASE_RATE[kind] * 256 / width * (batch_tokens / 2048) ** (1 / 3))
+
+
+def peak_rates(
+    model: PreTrainedModel,
+    kind: str,
+    batch_tokens: int,
+    *,
+    rate: float | None,
+    embedding_rate: float | None,
+    has_base: bool,
+    is_adapted: bool,
+) -> tuple[float, float]:
+    """(peak rate of matrices and norms, of embeddings): as given, else by `default_rate` for `batch_tokens` a step.
+
+    What goes on from a base takes a tenth of a new model's, but adapters take it whole, as they bear some ten times the
+    rate of the weights they stand for; the embedding beside them is trained as it is, and takes the tenth.
+    """
+    share = 0.1 if has_base and not is_adapted else 1.0
+    peak = rate or share * default_rate(kind, model.get_input_embeddings().weight.shape[1], batch_tokens)
+    whole = 0.1 * peak if is_adapted else peak
+    return peak, embedding_rate or EMBEDDING_RATE[kind] * whole
 
 
 def warmup_steps(value: float, total: int) -> int:

@@ -13,10 +13,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pipeline.errors import ConfigError
+from pipeline.model.build import initialise
 from pipeline.reading import meant
 from pipeline.recipe import is_user_code
 from pipeline.usercode import load_member
@@ -214,6 +216,16 @@ def build_model(architecture: str, shape: Shape, fields: Mapping[str, Any]) -> P
         return _user_model(architecture, shape, fields)
     model = AutoModelForCausalLM.from_config(build_config(architecture, shape, fields), dtype="float32")
     assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def draw_model(architecture: str, shape: Shape, fields: Mapping[str, Any], seed: int) -> PreTrainedModel:
+    """A new model, its weights a function of `seed`: `initialise`'s for a preset, else those of `build_model`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(architecture, shape, fields)
+    if architecture in PRESETS:
+        initialise(model, torch.Generator().manual_seed(seed))
     return model
 
 
