@@ -138,7 +138,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     from pipeline.data.shards import TokenFile
     from pipeline.data.tokenizers import load_tokenizer
     from pipeline.model.build import save_model, save_without_weights
-    from pipeline.model.held_out import HeldOut
+    from pipeline.model.held_out import HeldOut, Ranks
     from pipeline.model.next_token import NextToken
     from pipeline.model.sharding import whole_state
 
@@ -170,6 +170,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
         valid,
         tokenizer,
         lambda: _autocast(config, runtime),
+        Ranks(runtime.rank, runtime.world_size),
         length=config.context_length,
         documents=config.eval_documents,
         prompts=config.sample_prompts,

@@ -1,8 +1,10 @@
 """Held-out bits per byte against a plain loop over documents with transformers' own loss."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,13 +42,13 @@ def model() -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def naive(model: LlamaForCausalLM, valid: TokenFile, documents: list[int]) -> float:
+def naive(model: LlamaForCausalLM, valid: TokenFile, documents: list[int], length: int = T) -> float:
     """Document by document, window by window: transformers' mean loss times its targets."""
     nats, size = 0.0, 0
     for index in documents:
         ids = [SEPARATOR, *valid.document(index)[:-1].tolist()]
-        for start in range(0, len(ids) - 1, T):
-            row = torch.tensor([ids[start : start + T + 1]])
+        for start in range(0, len(ids) - 1, length):
+            row = torch.tensor([ids[start : start + length + 1]])
             loss = model(input_ids=row, labels=row).loss
             nats += loss.item() * (row.shape[1] - 1)
         size += int(valid.document_bytes[index])
@@ -125,3 +127,92 @@ def test_a_sample_ends_at_the_separator(made: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(held_out, "generate", generate)
     assert continuations(model, tokenizer, valid, ("ka lo",), 6, 32) == ["ka lo mi"]
     assert asked == [[]]
+
+
+STAGE = """
+import json
+import torch
+from pathlib import Path
+from pipeline.data.shards import TokenFile
+from pipeline.data.tokenizers import load_tokenizer
+from pipeline.model import held_out
+from pipeline.model.build import load_causal_lm
+from pipeline.model.compiling import blocks_of
+from pipeline.model.next_token import NextToken
+from pipeline.model.sharding import shard
+from pipeline.recipe import StageConfig, field
+
+class LookConfig(StageConfig):
+    made: str = field(..., "x")
+    tokens_a_batch: int = field(..., "x")
+
+INPUTS, KIND, SHARDS = {}, "rows", True
+plain_nats, plain_generate = NextToken.nats, held_out.generate
+
+def run(config, inputs, out, runtime):
+    held_out.TOKENS_A_BATCH = config.tokens_a_batch
+    scored, generated = [], []
+    def nats(losses, inputs_BT, targets_BT):
+        found = plain_nats(losses, inputs_BT, targets_BT)
+        scored.append([len(targets_BT), int((targets_BT != -100).sum()), float(found.sum())])
+        return found
+    def generate(*given, **settings):
+        generated.append(1)
+        return plain_generate(*given, **settings)
+    NextToken.nats, held_out.generate = nats, generate
+    folder = Path(config.made)
+    model, valid = load_causal_lm(folder / "pretrain" / "model"), TokenFile(folder / "tokenize" / "valid.ds")
+    losses = NextToken(model)
+    if runtime.shards:
+        shard(losses, blocks_of(model), runtime.device, 2, evaluates="nats")
+    look = held_out.HeldOut(
+        losses, valid, load_tokenizer(folder / "pretrain" / "model"), lambda: torch.autocast("cpu", enabled=False),
+        held_out.Ranks(runtime.rank, runtime.world_size), length=31, documents=5, prompts=("ka lo",), sample_tokens=4,
+    )
+    bits, samples = look.look()
+    found = {"bits": bits, "scored": scored, "samples": samples, "generated": len(generated)}
+    (out / f"rank-{runtime.rank}.json").write_text(json.dumps(found))
+    return {}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("tokens_a_batch", [32, 8192])
+def test_two_ranks_share_the_rows_and_have_the_figure_of_one(
+    warm: Any, made: Path, tmp_path: Path, strategy: str, tokens_a_batch: int
+):
+    """An odd number of rows: the second rank has no part of the last batch of two, and runs it empty."""
+    folder = made / "artifacts" / "tiny"
+    (tmp_path / "look.py").write_text(STAGE)
+    fields = f"made: {folder}, tokens_a_batch: {tokens_a_batch}"
+    (tmp_path / "r.yaml").write_text(f"run: two\nstages:\n  it: {{stage: ./look.py, {fields}}}\n")
+    done = warm("run", "r.yaml", "--num-processes", "2", "--strategy", strategy)
+    assert done.code == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"artifacts/two/it/rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "pretrain" / "model").eval()
+    valid = TokenFile(folder / "tokenize" / "valid.ds")
+    chosen = choose_documents(valid, 5)
+    sizes = [len(row) - 1 for index in chosen for row in windows(valid.document(index), SEPARATOR, 31)]
+    expected = naive(model, valid, chosen, 31)
+    assert len(sizes) % 2 == 1
+    assert [found["bits"] for found in ranks] == pytest.approx([expected, expected], rel=1e-5)
+    assert len(ranks[0]["scored"]) == len(ranks[1]["scored"])
+    rows = [sum(count for count, _, _ in found["scored"]) for found in ranks]
+    nats = [sum(nats for _, _, nats in found["scored"]) for found in ranks]
+    targets = [sum(targets for _, targets, _ in found["scored"]) for found in ranks]
+    if tokens_a_batch == 32:  # one row a rank and batch, in order of their lengths; then the empty one
+        assert rows == [(len(sizes) + 1) // 2] * 2
+        assert targets == [sum(sorted(sizes)[0::2]), sum(sorted(sizes)[1::2]) + min(sizes)]
+        assert ranks[1]["scored"][-1][:2] == [1, min(sizes)]
+        nats[1] -= ranks[1]["scored"][-1][2]
+    else:
+        assert (len(ranks[0]["scored"]), rows) == (1, [len(sizes) // 2 + 1, len(sizes) // 2])
+        assert sum(targets) == sum(sizes)
+    size = sum(int(valid.document_bytes[index]) for index in chosen)
+    assert sum(nats) / math.log(2) / size == pytest.approx(expected, rel=1e-5)
+    assert min(nats) > 0.4 * sum(nats)
+    assert [found["generated"] for found in ranks] == ([1, 0] if strategy == "ddp" else [1, 1])
+    assert ranks[0]["samples"]["sample_1"].startswith("ka lo")
+    assert ranks[1]["samples"] == ({} if strategy == "ddp" else ranks[0]["samples"])

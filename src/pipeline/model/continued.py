@@ -24,7 +24,7 @@ from pipeline.data.tokenizers import encode_text, load_tokenizer, separator_id
 from pipeline.errors import MismatchError
 from pipeline.model.adapters import adapt, lora
 from pipeline.model.build import check_reach, check_vocabulary, evaluating, head_weight, load_causal_lm
-from pipeline.model.held_out import bits_by_source
+from pipeline.model.held_out import Ranks, bits_by_source
 from pipeline.model.next_token import NextToken
 from pipeline.recipe import PeftConfig
 from pipeline.runtime import Runtime
@@ -61,7 +61,8 @@ def start_from_base(
     if runtime.checkpoints.peek() is None:
         model.to(runtime.device)
         with autocast():
-            known = measure_base(model, own, tokenizer, valid, length, documents)
+            ranks = Ranks(runtime.rank, runtime.world_size)
+            known = measure_base(model, own, tokenizer, valid, length, documents, ranks)
     new = fit_vocabulary(model, own, tokenizer)
     if new:
         runtime.say(f"{new:,} new tokens: rows for them from those of their parts")
@@ -119,8 +120,10 @@ def measure_base(
     valid: TokenFile,
     length: int,
     documents: int,
+    ranks: Ranks,
 ) -> dict[str, float]:
-    """`bits_per_byte/<label>` of the base on each source, held out, the text in its `own` tokens, not the file's."""
+    """`bits_per_byte/<label>` of the base on each source, held out, the text in its `own` tokens, not the file's.
+    A collective."""
 
     def own_ids(index: int) -> np.ndarray[Any, Any]:
         text = tokenizer.decode(valid.document(index)[:-1])
@@ -130,7 +133,7 @@ def measure_base(
     is_other = separator != valid.metadata.separator_id or any(pieces(own, tokenizer).values())
     with evaluating(model):
         losses = NextToken(model)
-        return bits_by_source(losses, valid, length, documents, own_ids if is_other else None, separator)
+        return bits_by_source(losses, valid, length, documents, own_ids if is_other else None, separator, ranks)
 
 
 @torch.no_grad()

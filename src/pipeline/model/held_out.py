@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,15 +22,31 @@ from pipeline.model.build import evaluating
 from pipeline.model.generation import generate
 from pipeline.model.losses import IGNORED
 from pipeline.model.next_token import NextToken
-from pipeline.model.sharding import gathered
+from pipeline.model.sharding import gathered, is_sharded
 
 TOKENS_A_BATCH = 8192
 Ids = Callable[[int], "np.ndarray[Any, Any]"]
 
 
+class Ranks(NamedTuple):
+    """The processes that share the rows, and which of them this is."""
+
+    rank: int
+    world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+
+ALONE = Ranks(0, 1)
+
+
 class HeldOut:
     """What a model in training makes of held-out text: the figures of `documents` documents in windows of `length`
-    tokens, and continuations of `prompts` (see `continuations`) by `sample_tokens` tokens."""
+    tokens, shared over the ranks, and continuations of `prompts` (see `continuations`) by `sample_tokens` tokens, which
+    rank 0 makes, or all together where they share the model in shards."""
 
     def __init__(
         self,
@@ -38,6 +54,7 @@ class HeldOut:
         valid: TokenFile,
         tokenizer: PreTrainedTokenizerFast,
         autocast: Callable[[], torch.autocast],
+        ranks: Ranks,
         *,
         length: int,
         documents: int,
@@ -45,21 +62,26 @@ class HeldOut:
         sample_tokens: int,
     ) -> None:
         self.losses, self.valid, self.tokenizer, self.autocast = losses, valid, tokenizer, autocast
+        self.ranks = ranks
         self.length, self.documents, self.prompts, self.sample_tokens = length, documents, prompts, sample_tokens
 
     def look(self) -> tuple[float, dict[str, str]]:
-        """(bits per UTF-8 byte, `sample_1`, … -> what the model makes of a prompt, greedily)."""
-        model = self.losses.model
+        """(bits per UTF-8 byte, `sample_1`, … -> what the model makes of a prompt, greedily: {} on a rank that makes
+        none). A collective."""
+        model, texts = self.losses.model, []
         with self.autocast(), evaluating(model):
-            bits = bits_per_byte(self.losses, self.valid, self.length, self.documents)
-            with gathered(self.losses):
-                texts = continuations(model, self.tokenizer, self.valid, self.prompts, self.sample_tokens, self.length)
+            bits = bits_per_byte(self.losses, self.valid, self.length, self.documents, ranks=self.ranks)
+            if self.ranks.is_main or is_sharded(self.losses):
+                with gathered(self.losses):
+                    texts = continuations(
+                        model, self.tokenizer, self.valid, self.prompts, self.sample_tokens, self.length
+                    )
         return bits, {f"sample_{place}": text for place, text in enumerate(texts, 1)}
 
     def by_source(self) -> dict[str, float]:
-        """`bits_per_byte/<label>` of each source, over as many documents of its own."""
+        """`bits_per_byte/<label>` of each source, over as many documents of its own. A collective."""
         with self.autocast(), evaluating(self.losses.model):
-            return bits_by_source(self.losses, self.valid, self.length, self.documents)
+            return bits_by_source(self.losses, self.valid, self.length, self.documents, ranks=self.ranks)
 
 
 def choose_documents(valid: TokenFile, count: int, source: int | None = None) -> list[int]:
@@ -94,11 +116,12 @@ def bits_by_source(
     documents: int,
     ids_of: Ids | None = None,
     separator: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """`bits_per_byte/<label>` of each source, over `documents` of its own."""
     return {
         f"bits_per_byte/{source.label}": bits_per_byte(
-            losses, valid, length, documents, source=place, ids_of=ids_of, separator=separator
+            losses, valid, length, documents, source=place, ids_of=ids_of, separator=separator, ranks=ranks
         )
         for place, source in enumerate(valid.metadata.sources)
         if source.documents
@@ -115,11 +138,13 @@ def bits_per_byte(
     source: int | None = None,
     ids_of: Ids | None = None,
     separator: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Bits a UTF-8 byte over `documents` held-out documents, of one source or of all: Σ nats / (ln 2 · Σ bytes).
 
     `ids_of` gives a document's tokens, its separator last, where they are another tokenizer's than the file's;
-    `separator` is that one's then.
+    `separator` is that one's then. Each of `ranks` scores its share of the rows, in as many forwards as the others, so
+    that they may share the model in shards; the figure is that of all. A collective over several.
     """
     chosen = choose_documents(valid, documents, source)
     read = ids_of or valid.document
@@ -128,10 +153,17 @@ def bits_per_byte(
     rows.sort(key=len)
     nats, start = 0.0, 0
     while start < len(rows):
-        end = start + max(1, TOKENS_A_BATCH // len(rows[min(start + 16, len(rows) - 1)]))
-        inputs, targets = (part.to(losses.model.device) for part in padded(rows[start:end]))
-        nats += float(losses.nats(inputs, targets).double().sum())
+        share = max(1, TOKENS_A_BATCH // len(rows[min(start + 16, len(rows) - 1)]))
+        end = start + share * ranks.world_size
+        own = rows[start + ranks.rank : end : ranks.world_size]
+        inputs, targets = (part.to(losses.model.device) for part in padded(own or rows[:1]))
+        found = losses.nats(inputs, targets)
+        nats += float(found.double().sum()) if own else 0.0
         start = end
+    if ranks.world_size > 1:
+        over_all = torch.tensor(nats, dtype=torch.float64, device=losses.model.device)
+        torch.distributed.all_reduce(over_all)
+        nats = float(over_all)
     total_bytes = sum(int(valid.document_bytes[index]) for index in chosen)
     return nats / math.log(2) / total_bytes
 

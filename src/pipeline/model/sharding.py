@@ -35,6 +35,11 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], device: torch.device, wo
     return f"in {world_size} shards, {len(blocks)} blocks gathered one by one"
 
 
+def is_sharded(root: nn.Module) -> bool:
+    """Whether `shard` has cut it."""
+    return isinstance(root, FSDPModule)
+
+
 @contextmanager
 def gathered(root: nn.Module) -> Iterator[None]:
     """What no block owns whole on every rank for a while, so that the model inside `root` can be called by itself.
