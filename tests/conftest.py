@@ -104,8 +104,19 @@ class Cli:
         return path
 
     def __call__(self, *args: object, env: dict[str, str] | None = None) -> Result:
+        return self._fresh("-m", "pipeline", *map(str, args), env=env)
+
+    def python(self, code: str) -> Result:
+        """Run a piece of Python in a fresh process, in the folder."""
+        return self._fresh("-c", code)
+
+    def torchrun(self, *args: str) -> Result:
+        """`llmpipe` in two processes that torchrun starts."""
+        return self._fresh("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline", *args)
+
+    def _fresh(self, *args: str, env: dict[str, str] | None = None) -> Result:
         done = subprocess.run(
-            [sys.executable, "-m", "pipeline", *map(str, args)],
+            [sys.executable, *args],
             cwd=self.folder,
             env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,
@@ -113,13 +124,6 @@ class Cli:
             text=True,
             timeout=PATIENCE,
             check=False,
-        )
-        return Result(done.returncode, done.stdout, done.stderr)
-
-    def python(self, code: str) -> Result:
-        """Run a piece of Python in a fresh process, in the folder."""
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=self.folder, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
         return Result(done.returncode, done.stdout, done.stderr)
 

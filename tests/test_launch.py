@@ -218,17 +218,9 @@ def test_a_signal_stops_all_ranks(warm: Any, acts: Path, number: int, code: int)
 
 @pytest.mark.slow
 def test_torchrun_starts_the_ranks_from_outside(cli: Any, acts: Path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline"]
     for attempt in (1, 2):
-        done = subprocess.run(
-            [*command, "run", "r.yaml", "--set", "first.does=sum"],
-            cwd=cli.folder,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        done = cli.torchrun("run", "r.yaml", "--set", "first.does=sum")
+        assert done.code == 0, done.stderr
         assert done.stdout.count("next ") == done.stdout.count("llmpipe status r.yaml") == 1
         if attempt == 1:
             assert done.stderr.count("speaks") == 2  # rank 0, in either stage

@@ -1,4 +1,4 @@
-"""A tiny chat model, and rows for it: what the stages on TRL's trainers are tested with, in this very process."""
+"""What stages are tested with in this process: a tiny chat model and rows for it, and pretrain on a tiny corpus."""
 
 import json
 from collections.abc import Callable
@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from pipeline.artifacts import Artifact, outside_model
+from pipeline.artifacts import Artifact, Store, outside_model
 from pipeline.data.tokenizers import train_bpe
 from pipeline.model.build import initialise, save_model
 from pipeline.model.presets import Shape, build_config
 from pipeline.runtime import Runtime
+from stages import pretrain
+from stages.pretrain import ModelConfig, PretrainConfig
 from tests.stages.ppo_runs import Parts, make_parts
 
 ANIMALS = ("cat", "dog", "owl", "fox", "hen", "cow", "bee", "ant")
@@ -131,3 +133,43 @@ def small_run() -> dict[str, Any]:
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     """What the runs of ppo take."""
     return make_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="session")
+def tokens(made: Path) -> Artifact:
+    """The shards of the tiny run."""
+    return Store(made / "artifacts").artifact("tiny", "tokenize")
+
+
+@pytest.fixture(scope="session")
+def base(made: Path) -> Artifact:
+    """The model of the tiny run."""
+    return Store(made / "artifacts").artifact("tiny", "pretrain")
+
+
+@pytest.fixture
+def small() -> dict[str, Any]:
+    """A module's own fields for `train`."""
+    return {}
+
+
+@pytest.fixture
+def train(small: dict[str, Any]) -> Callable[..., dict[str, float]]:
+    """pretrain on two layers of 32 channels in this process; `out` as left by an earlier try is gone on from."""
+    given = {
+        "model": ModelConfig(depth=2, hidden_size=32, num_attention_heads=2),
+        "context_length": 32,
+        "learning_rate": 0.01,
+        "eval_documents": 20,
+        "logging_steps": 1,
+        "bf16": False,
+        **small,
+    }
+
+    def run(tokens: Artifact, out: Path, init: Any = None, *, teacher: Any = None, **fields: Any) -> dict[str, float]:
+        config = PretrainConfig(**{**given, "init": "its name" if init else None, **fields})
+        out.mkdir(exist_ok=True)
+        runtime = Runtime.start(out, seed=config.seed, threads=1)
+        return pretrain.run(config, {"tokens": tokens, "init": init, "teacher": teacher}, out, runtime)
+
+    return run

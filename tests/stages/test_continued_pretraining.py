@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.artifacts import Artifact, Store, outside_model
+from pipeline.artifacts import Artifact, outside_model
 from pipeline.data.infilling import NAMES
 from pipeline.data.shards import TokenFile
 from pipeline.data.tokenizers import load_tokenizer
@@ -23,35 +23,19 @@ from pipeline.model.next_token import NextToken
 from pipeline.model.unfinished import load_unfinished
 from pipeline.recipe import PeftConfig
 from pipeline.runtime import Runtime
-from stages import pretrain, tokenize
-from stages.pretrain import ModelConfig, PretrainConfig
+from stages import tokenize
+from stages.pretrain import ModelConfig
 from stages.tokenize import TokenizeConfig
 
 pytestmark = pytest.mark.slow
 
-SMALL = {
-    "model": ModelConfig(depth=2, hidden_size=32, num_attention_heads=2),
-    "context_length": 32,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 0.003,
-    "eval_documents": 20,
-    "logging_steps": 1,
-    "sample_tokens": 0,
-    "bf16": False,
-}
-
-
 WORDS = "garden window bright purple jungle yellow village horizon quick judge wizard boxing".split()  # noqa: SIM905
 
 
-@pytest.fixture(scope="module")
-def base(made: Path) -> Artifact:
-    return Store(made / "artifacts").artifact("tiny", "pretrain")
-
-
-@pytest.fixture(scope="module")
-def tokens(made: Path) -> Artifact:
-    return Store(made / "artifacts").artifact("tiny", "tokenize")
+@pytest.fixture
+def small() -> dict[str, Any]:
+    """Over the common fields: a rate for what has been learnt, so many samples a step, and no texts."""
+    return {"learning_rate": 0.003, "per_device_train_batch_size": 4, "sample_tokens": 0}
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +55,6 @@ def extended(tmp_path_factory: pytest.TempPathFactory, base: Artifact, corpus: P
     out.mkdir()
     tokenize.run(config, {"tokenizer": base}, out, Runtime.start(out, seed=0, threads=1, quiet=True))
     return Artifact("extended/tokenize", out, "tokens", "extended", {"stage": "tokenize"})
-
-
-def train(tokens: Artifact, out: Path, *, init: Any = None, teacher: Any = None, **fields: Any) -> dict[str, float]:
-    config = PretrainConfig(**{**SMALL, "init": "its name" if init else None, **fields})
-    out.mkdir(exist_ok=True)
-    runtime = Runtime.start(out, seed=config.seed, threads=1, quiet=False)
-    return pretrain.run(config, {"tokens": tokens, "init": init, "teacher": teacher}, out, runtime)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -102,6 +79,7 @@ def stop_after_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("peft", [None, PeftConfig(r=4)], ids=["all weights", "lora"])
 def test_a_base_learns_new_text_in_an_extended_vocabulary(
+    train: Any,
     extended: Artifact,
     base: Artifact,
     tmp_path: Path,
@@ -172,7 +150,7 @@ def nats_of(model: Any, own: Any, tokenizer: Any, valid: TokenFile, documents: r
 
 
 def test_dropout_is_resumed_to_the_same_bits(
-    tokens: Artifact, base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Any, tokens: Artifact, base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     fields = {"max_steps": 6, "save_steps": 2, "peft": PeftConfig(r=4, lora_dropout=0.3)}
     train(tokens, tmp_path / "whole", init=base, **fields)
@@ -187,7 +165,7 @@ def test_dropout_is_resumed_to_the_same_bits(
     assert sha(tmp_path / "dry") != sha(tmp_path / "whole")
 
 
-def test_a_base_is_measured_behind_its_own_separator(tmp_path: Path, base: Artifact, corpus: Path):
+def test_a_base_is_measured_behind_its_own_separator(train: Any, tmp_path: Path, base: Artifact, corpus: Path):
     """The base ends documents with a token of another name than the one that is added to it."""
     folder = tmp_path / "base"
     shutil.copytree(base.model, folder)
@@ -205,12 +183,14 @@ def test_a_base_is_measured_behind_its_own_separator(tmp_path: Path, base: Artif
     assert 0.5 < found["before/bits_per_byte/corpus"] < 2
 
 
-def test_adapters_need_a_base(tokens: Artifact, tmp_path: Path):
+def test_adapters_need_a_base(train: Any, tokens: Artifact, tmp_path: Path):
     with pytest.raises(ConfigError, match="adapters need a base model"):
         train(tokens, tmp_path / "out", peft=PeftConfig())
 
 
-def test_a_student_learns_from_its_teacher(tokens: Artifact, base: Artifact, tmp_path: Path, monkeypatch: Any):
+def test_a_student_learns_from_its_teacher(
+    train: Any, tokens: Artifact, base: Artifact, tmp_path: Path, monkeypatch: Any
+):
     """With the teacher alone to learn from, the divergence falls; resumed, the same bits."""
     fields = {
         "max_steps": 40,
@@ -236,7 +216,9 @@ NEW = 4.0
 """Bits a byte of a new model of the tiny run, about: 512 tokens of 2.2 bytes."""
 
 
-def test_the_first_loss_of_a_student_is_the_mix_that_was_asked_for(tokens: Artifact, base: Artifact, tmp_path: Path):
+def test_the_first_loss_of_a_student_is_the_mix_that_was_asked_for(
+    train: Any, tokens: Artifact, base: Artifact, tmp_path: Path
+):
     train(tokens, tmp_path / "out", teacher=base, max_steps=1, distill_alpha=0.3, init=base)
     (row,) = [line for line in lines(tmp_path / "out") if "loss" in line]
     assert row["teacher_kl"] == pytest.approx(0, abs=1e-4)
@@ -244,7 +226,9 @@ def test_the_first_loss_of_a_student_is_the_mix_that_was_asked_for(tokens: Artif
 
 
 @pytest.mark.parametrize("padded", ["student", "teacher"])
-def test_a_padded_vocabulary_on_either_side_is_no_matter(tokens: Artifact, base: Artifact, tmp_path: Path, padded: str):
+def test_a_padded_vocabulary_on_either_side_is_no_matter(
+    train: Any, tokens: Artifact, base: Artifact, tmp_path: Path, padded: str
+):
     """Rows beyond the tokenizer's: the divergence from itself is still nothing."""
     model = AutoModelForCausalLM.from_pretrained(base.model)
     model.resize_token_embeddings(544)
@@ -257,7 +241,7 @@ def test_a_padded_vocabulary_on_either_side_is_no_matter(tokens: Artifact, base:
     assert row["teacher_kl"] == pytest.approx(0, abs=1e-4)
 
 
-def test_a_teacher_that_looks_across_documents_is_refused(tokens: Artifact, tmp_path: Path):
+def test_a_teacher_that_looks_across_documents_is_refused(train: Any, tokens: Artifact, tmp_path: Path):
     bloom = ModelConfig(architecture="bloom", config={"hidden_size": 32, "n_layer": 1, "n_head": 2})
     train(tokens, tmp_path / "bloom", model=bloom, max_steps=1)
     shutil.copy(tokens.model / "tokenizer.json", tmp_path / "bloom" / "model")
@@ -266,13 +250,13 @@ def test_a_teacher_that_looks_across_documents_is_refused(tokens: Artifact, tmp_
         train(tokens, tmp_path / "out", teacher=teacher, document_mask=True)
 
 
-def test_a_teacher_of_other_tokens_is_refused(extended: Artifact, base: Artifact, tmp_path: Path):
+def test_a_teacher_of_other_tokens_is_refused(train: Any, extended: Artifact, base: Artifact, tmp_path: Path):
     with pytest.raises(MismatchError, match="the shards are of another tokenizer than"):
         train(extended, tmp_path / "out", teacher=base)
 
 
 def test_filling_in_the_middle_is_learnt_and_resumed(
-    extended: Artifact, base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Any, extended: Artifact, base: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """After it, the mark of the middle follows a suffix; without it, it never does."""
     fields = {"max_steps": 60, "save_steps": 25, "fim_rate": 0.9, "fim_spm_rate": 0.0, "learning_rate": 0.01}

@@ -24,30 +24,7 @@ from pipeline.model.held_out import bits_per_byte, choose_documents
 from pipeline.model.next_token import NextToken
 from pipeline.model.optim import learning_rate_share
 from pipeline.runtime import Runtime
-from stages import pretrain
-from stages.pretrain import ModelConfig, PretrainConfig
-
-SMALL = {
-    "model": ModelConfig(depth=2, hidden_size=32, num_attention_heads=2),
-    "context_length": 32,
-    "learning_rate": 0.01,
-    "eval_documents": 20,
-    "logging_steps": 1,
-    "bf16": False,
-}
-
-
-@pytest.fixture
-def tokens(made: Path) -> Artifact:
-    return Store(made / "artifacts").artifact("tiny", "tokenize")
-
-
-def train(tokens: Artifact, out: Path, base: Artifact | None = None, **fields: Any) -> dict[str, float]:
-    """Run the stage in this process; `out` as left by an earlier try is gone on from."""
-    config = PretrainConfig(**{**SMALL, **fields})
-    out.mkdir(exist_ok=True)
-    runtime = Runtime.start(out, seed=config.seed, threads=1, quiet=True)
-    return pretrain.run(config, {"tokens": tokens, "init": base}, out, runtime)
+from stages.pretrain import ModelConfig
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -105,7 +82,9 @@ ANY = {
 
 
 @pytest.mark.parametrize("architecture", ANY)
-def test_any_causal_model_of_transformers_trains_and_loads(architecture: str, tokens: Artifact, tmp_path: Path):
+def test_any_causal_model_of_transformers_trains_and_loads(
+    train: Any, architecture: str, tokens: Artifact, tmp_path: Path
+):
     """The loss falls; the folder loads and has the run's figure; a resumed run has the same bits."""
     model = ModelConfig(
         architecture=architecture, depth=2, hidden_size=32, num_attention_heads=2, config=ANY[architecture]
@@ -238,7 +217,7 @@ def test_metrics_tell_the_schedule_and_the_tokens(made: Path):
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
 
 
-def test_the_first_loss_is_that_of_a_model_that_knows_nothing(tokens: Artifact, tmp_path: Path):
+def test_the_first_loss_is_that_of_a_model_that_knows_nothing(train: Any, tokens: Artifact, tmp_path: Path):
     train(tokens, tmp_path / "out", max_steps=1)
     assert losses(tmp_path / "out")[0] == pytest.approx(math.log(512), rel=0.01)
 
@@ -246,7 +225,7 @@ def test_the_first_loss_is_that_of_a_model_that_knows_nothing(tokens: Artifact, 
 # The same, however it is split.
 
 
-def test_accumulated_micro_steps_are_one_batch(tokens: Artifact, tmp_path: Path):
+def test_accumulated_micro_steps_are_one_batch(train: Any, tokens: Artifact, tmp_path: Path):
     same = {"max_steps": 12, "adam_epsilon": 1e-3}  # Adam without it makes steps of noise
     train(tokens, tmp_path / "1x8", per_device_train_batch_size=8, gradient_accumulation_steps=1, **same)
     train(tokens, tmp_path / "8x1", per_device_train_batch_size=1, gradient_accumulation_steps=8, **same)
@@ -259,7 +238,7 @@ def test_accumulated_micro_steps_are_one_batch(tokens: Artifact, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_recomputed_activations_change_no_bit(architecture: str, tokens: Artifact, tmp_path: Path):
+def test_recomputed_activations_change_no_bit(train: Any, architecture: str, tokens: Artifact, tmp_path: Path):
     model = ModelConfig(architecture=architecture, depth=2, hidden_size=32, num_attention_heads=2)
     plain, recomputed = tmp_path / "plain", tmp_path / "recomputed"
     train(tokens, plain, model=model, max_steps=4)
@@ -275,7 +254,7 @@ def test_recomputed_activations_change_no_bit(architecture: str, tokens: Artifac
     assert distance(weights(plain), weights(recomputed)) == 0
 
 
-def test_samples_stand_beside_every_evaluation(tokens: Artifact, tmp_path: Path):
+def test_samples_stand_beside_every_evaluation(train: Any, tokens: Artifact, tmp_path: Path):
     train(tokens, tmp_path / "out", max_steps=4, eval_steps=2, sample_prompts=("ka lo",), sample_tokens=5)
     lines = [line for line in metrics(tmp_path / "out") if "bits_per_byte" in line]
     assert [line["step"] for line in lines] == [2, 4]
@@ -317,7 +296,7 @@ def die_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
     ids=["adamw", "muon", "accumulation", "bf16", "epochs"],
 )
 def test_a_resumed_run_is_the_undisturbed_one(
-    tokens: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+    train: Any, tokens: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
 ):
     fields = {"per_device_train_batch_size": 4, "max_steps": 20, "save_steps": 4, "eval_steps": 8, **fields}
     straight = train(tokens, tmp_path / "straight", **fields)
@@ -424,7 +403,7 @@ def test_a_signal_ends_the_step_saves_and_is_gone_on_from(
 # What it refuses.
 
 
-def test_a_loss_that_is_not_finite_ends_it_with_the_step(tokens: Artifact, tmp_path: Path):
+def test_a_loss_that_is_not_finite_ends_it_with_the_step(train: Any, tokens: Artifact, tmp_path: Path):
     with pytest.raises(TrainingError) as caught:
         train(tokens, tmp_path / "out", max_steps=50, learning_rate=1e30, warmup_steps=0, logging_steps=3)
     assert caught.value.what in ("the loss is nan", "the loss is inf")
@@ -460,7 +439,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_steps_that_are_not_finite_are_stepped_over_as_many_as_allowed(
-    tokens: Artifact, tmp_path: Path, poisoned: Any, capsys: pytest.CaptureFixture[str]
+    train: Any, tokens: Artifact, tmp_path: Path, poisoned: Any, capsys: pytest.CaptureFixture[str]
 ):
     """The steps around are trained as ever: weights stay finite, and what was stepped over is said and counted."""
     poisoned({3, 5})
@@ -477,7 +456,7 @@ def test_steps_that_are_not_finite_are_stepped_over_as_many_as_allowed(
 
 
 def test_a_gradient_that_is_not_finite_is_never_saved(
-    tokens: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Any, tokens: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
     with pytest.raises(TrainingError, match="the gradient's norm is inf"):
@@ -485,15 +464,15 @@ def test_a_gradient_that_is_not_finite_is_never_saved(
     assert not list((tmp_path / "out" / "checkpoints").glob("step-*"))
 
 
-def test_it_goes_on_from_a_base_model(tokens: Artifact, made: Path, tmp_path: Path):
-    base = Store(made / "artifacts").artifact("tiny", "pretrain")
+def test_it_goes_on_from_a_base_model(train: Any, tokens: Artifact, base: Artifact, tmp_path: Path):
     figures = train(tokens, tmp_path / "out", base, max_steps=5, learning_rate=1e-9)
     assert figures["bits_per_byte"] == pytest.approx(base.manifest["metrics"]["bits_per_byte"], rel=1e-2)
     assert distance(weights(tmp_path / "out"), weights(base.path)) < 1e-5
 
 
-def test_shards_of_another_tokenizer_than_the_bases_are_refused(tokens: Artifact, made: Path, tmp_path: Path):
-    base = Store(made / "artifacts").artifact("tiny", "pretrain")
+def test_shards_of_another_tokenizer_than_the_bases_are_refused(
+    train: Any, tokens: Artifact, base: Artifact, tmp_path: Path
+):
     shutil.copytree(base.model, tmp_path / "other")
     content = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
     content["model"]["merges"][0], content["model"]["merges"][1] = content["model"]["merges"][1::-1]
@@ -510,18 +489,19 @@ def test_shards_of_another_tokenizer_than_the_bases_are_refused(tokens: Artifact
         ({"model": ModelConfig(hidden_size=33, num_attention_heads=2)}, "hidden_size 33 over 2 heads"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(tokens: Artifact, tmp_path: Path, fields: dict[str, Any], what: str):
+def test_sizes_that_cannot_be_are_refused(
+    train: Any, tokens: Artifact, tmp_path: Path, fields: dict[str, Any], what: str
+):
     with pytest.raises(ConfigError, match=what):
         train(tokens, tmp_path / "out", **fields)
 
 
-def test_a_context_longer_than_the_bases_is_refused(tokens: Artifact, made: Path, tmp_path: Path):
-    base = Store(made / "artifacts").artifact("tiny", "pretrain")
+def test_a_context_longer_than_the_bases_is_refused(train: Any, tokens: Artifact, base: Artifact, tmp_path: Path):
     with pytest.raises(ConfigError, match="64 is more than the base's context of 32"):
         train(tokens, tmp_path / "out", base, context_length=64)
 
 
-def test_sizes_follow_from_the_depth(tokens: Artifact, tmp_path: Path):
+def test_sizes_follow_from_the_depth(train: Any, tokens: Artifact, tmp_path: Path):
     train(tokens, tmp_path / "out", model=ModelConfig(depth=1), max_steps=1, eval_documents=1)
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "tie_word_embeddings")

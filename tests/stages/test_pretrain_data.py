@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.artifacts import Artifact, Store
+from pipeline.artifacts import Artifact
 from pipeline.data.packing import cut
 from pipeline.data.shards import TokenFile
 from pipeline.errors import ConfigError
@@ -23,16 +23,11 @@ from stages.tokenize import TokenizeConfig
 
 pytestmark = pytest.mark.slow
 
-SMALL = {
-    "model": ModelConfig(depth=2, hidden_size=32, num_attention_heads=2),
-    "context_length": 32,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 0.01,
-    "eval_documents": 20,
-    "logging_steps": 1,
-    "sample_tokens": 0,
-    "bf16": False,
-}
+
+@pytest.fixture
+def small() -> dict[str, Any]:
+    """Over the common fields: so many samples a step, and no texts."""
+    return {"per_device_train_batch_size": 4, "sample_tokens": 0}
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +45,6 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Artifact:
     return Artifact("mixed/tokenize", out, "tokens", "mixed", {"stage": "tokenize"})
 
 
-def train(tokens: Artifact, out: Path, base: Artifact | None = None, **fields: Any) -> dict[str, float]:
-    config = PretrainConfig(**{**SMALL, **fields})
-    out.mkdir(exist_ok=True)
-    runtime = Runtime.start(out, seed=config.seed, threads=1, quiet=True)
-    return pretrain.run(config, {"tokens": tokens, "init": base}, out, runtime)
-
-
 def losses(out: Path) -> list[float]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
@@ -66,7 +54,7 @@ def sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_mixture_is_drawn_as_asked_and_what_it_leaves_out_is_not_learnt(mixed: Artifact, tmp_path: Path):
+def test_a_mixture_is_drawn_as_asked_and_what_it_leaves_out_is_not_learnt(train: Any, mixed: Artifact, tmp_path: Path):
     """40 steps of 4 samples of 32 tokens: 5,120, of which three quarters and one; then of one source alone."""
     both = train(mixed, tmp_path / "both", max_steps=40, mixture={"corpus": 1, "sums": 3})
     assert (both["drawn_tokens/corpus"], both["drawn_tokens/sums"]) == (1280, 3840)
@@ -81,7 +69,7 @@ def test_a_mixture_is_drawn_as_asked_and_what_it_leaves_out_is_not_learnt(mixed:
     assert alone["bits_per_byte/sums"] < 1.1 * both["bits_per_byte/sums"]
 
 
-def test_the_weights_of_the_data_are_the_mixture_unless_one_is_set(mixed: Artifact, tmp_path: Path):
+def test_the_weights_of_the_data_are_the_mixture_unless_one_is_set(train: Any, mixed: Artifact, tmp_path: Path):
     metadata = mixed.path / "train.ds.metadata"
     written = metadata.read_text()
     found = json.loads(written)
@@ -95,7 +83,7 @@ def test_the_weights_of_the_data_are_the_mixture_unless_one_is_set(mixed: Artifa
     assert drawn["drawn_tokens/corpus"] == pytest.approx(5120 * words / (words + sums), abs=32)
 
 
-def test_a_source_is_read_no_oftener_than_its_cap(mixed: Artifact, tmp_path: Path):
+def test_a_source_is_read_no_oftener_than_its_cap(train: Any, mixed: Artifact, tmp_path: Path):
     file = TokenFile(mixed.path / "train.ds")
     one = (file.metadata.sources[0].tokens - 1) // 32
     steps = one // 2  # 2 × one samples: half of them of each source, were it not for the cap
@@ -115,7 +103,7 @@ def test_a_source_is_read_no_oftener_than_its_cap(mixed: Artifact, tmp_path: Pat
 
 
 def test_a_second_phase_is_gone_on_with_to_the_same_bits(
-    mixed: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Any, mixed: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Ten steps of the first source, ten of the second; killed after the 8th and the 16th."""
     from pipeline.checkpoint import Checkpoints
@@ -148,11 +136,6 @@ def test_a_second_phase_is_gone_on_with_to_the_same_bits(
     assert found[10] > found[9] + 0.5  # the other language
 
 
-@pytest.fixture(scope="module")
-def base(made: Path) -> Artifact:
-    return Store(made / "artifacts").artifact("tiny", "pretrain")
-
-
 def nats_alone(model: Any, ids: list[int]) -> float:
     """−Σ ln p of all but the first, by transformers' own loss on this row alone."""
     row = torch.tensor([ids])
@@ -161,9 +144,10 @@ def nats_alone(model: Any, ids: list[int]) -> float:
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "document"])
-def test_the_loss_of_whole_documents_is_that_of_each_alone(packing: str, made: Path, base: Artifact, tmp_path: Path):
+def test_the_loss_of_whole_documents_is_that_of_each_alone(
+    train: Any, packing: str, tokens: Artifact, base: Artifact, tmp_path: Path
+):
     """One step over a whole epoch, at the rate of nothing: the mean over every document, each on its own."""
-    tokens = Store(made / "artifacts").artifact("tiny", "tokenize")
     file = TokenFile(tokens.path / "train.ds")
     model = AutoModelForCausalLM.from_pretrained(base.model).eval()
     length = 32
@@ -181,9 +165,8 @@ def test_the_loss_of_whole_documents_is_that_of_each_alone(packing: str, made: P
     assert samples.epochs(samples.order.count) == 1
 
 
-def test_documents_of_a_window_do_not_see_each_other(made: Path, base: Artifact, tmp_path: Path):
+def test_documents_of_a_window_do_not_see_each_other(train: Any, tokens: Artifact, base: Artifact, tmp_path: Path):
     """The loss of windows with the mask is that of their parts between separators, and not that without it."""
-    tokens = Store(made / "artifacts").artifact("tiny", "tokenize")
     file = TokenFile(tokens.path / "train.ds")
     model = AutoModelForCausalLM.from_pretrained(base.model).eval()
     fields = {"context_length": 32, "per_device_train_batch_size": 64, "max_steps": 1}
@@ -231,13 +214,13 @@ def test_shares_and_caps_are_sensible_numbers(fields: dict[str, Any]):
         PretrainConfig(**fields)
 
 
-def test_experts_do_not_go_with_smaller_micro_steps(mixed: Artifact, tmp_path: Path):
+def test_experts_do_not_go_with_smaller_micro_steps(train: Any, mixed: Artifact, tmp_path: Path):
     experts = ModelConfig(architecture="qwen3_moe", depth=1, hidden_size=32, num_attention_heads=2)
     with pytest.raises(ConfigError, match="experts are balanced over a micro-step's rows"):
         train(mixed, tmp_path / "out", model=experts, auto_find_batch_size=True, max_steps=1)
 
 
-def test_a_family_that_looks_across_documents_is_refused(mixed: Artifact, tmp_path: Path):
+def test_a_family_that_looks_across_documents_is_refused(train: Any, mixed: Artifact, tmp_path: Path):
     bloom = ModelConfig(architecture="bloom", config={"hidden_size": 32, "n_layer": 1, "n_head": 2})
     with pytest.raises(ConfigError, match="BloomForCausalLM does not keep the documents of a sample apart"):
         train(mixed, tmp_path / "out", model=bloom, document_mask=True)

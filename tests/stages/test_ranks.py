@@ -6,8 +6,6 @@ The stage is pretrain behind a spy, which asserts inside every worker what the w
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -236,17 +234,9 @@ def test_compiled_blocks_in_shards_are_plain_ones(ranks: Ranks):
 
 @pytest.mark.slow
 def test_torchrun_starts_the_ranks_of_a_model_in_shards(ranks: Ranks):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline", "pretrain"]
-    settings = ["--set", "pretrain.expected=fsdp", "--set", "pretrain.max_steps=2", "--strategy", "fsdp"]
-    done = subprocess.run(
-        [*command, "ranks.yaml", *settings],
-        cwd=ranks.folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    settings = ("--set", "pretrain.expected=fsdp", "--set", "pretrain.max_steps=2", "--strategy", "fsdp")
+    done = ranks.warm.torchrun("pretrain", "ranks.yaml", *settings)
+    assert done.code == 0, done.stderr
     made = Made(ranks.folder / "artifacts" / "tiny" / "pretrain")
     assert (made.manifest["processes"], made.manifest["shards"]) == (2, True)
     assert done.stderr.count("in 2 shards, 2 blocks gathered one by one") == 1

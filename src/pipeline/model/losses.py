@@ -5,6 +5,7 @@ Letters of shapes: N positions (n of a chunk), D width, E a teacher's width, V v
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,41 +20,47 @@ CPU_CHUNK = 512
 positions of 4,096 tokens)."""
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over positions of −log softmax(h Wᵀ)[target], with the gradients worked out chunk by chunk on the way.
-
-    d loss / d logits = softmax − onehot, so that both gradients are known as soon as a chunk's logits are; only they
-    are kept. Positions whose target is IGNORED count nothing.
-    """
+class _Known(torch.autograd.Function):
+    """A sum whose gradients to hidden_ND and weight_VD are known with it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int) -> Tensor:
-        grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        low_VD = weight_VD.to(hidden_ND.dtype)
-        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        some_ignored = hidden_ND.device.type != "cpu" or bool((target_N == IGNORED).any())  # no sync with a GPU
-        for start in range(0, len(hidden_ND), chunk):
-            here = slice(start, start + chunk)
-            h_nD, target_n = hidden_ND[here], target_N[here]
-            counted_n = target_n != IGNORED
-            safe_n1 = target_n.clamp(min=0)[:, None]
-            log_p_nV = F.log_softmax(h_nD @ low_VD.T, dim=-1, dtype=torch.float32)
-            total -= (log_p_nV.gather(1, safe_n1)[:, 0] * counted_n).sum()
-            grad_nV = log_p_nV.exp_()
-            grad_nV.scatter_add_(1, safe_n1, grad_nV.new_full(safe_n1.shape, -1.0))
-            low_nV = grad_nV.to(hidden_ND.dtype)
-            if some_ignored:
-                low_nV.mul_(counted_n[:, None])
-            grad_hidden_ND[here] = low_nV @ low_VD
-            grad_weight_VD += low_nV.T @ h_nD
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype))
-        return total
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, total: Tensor, grad_hidden_ND: Tensor, grad_weight_VD: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
+        return total.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
-        return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_weight_VD * grads[0], None, None
+        return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_weight_VD * grads[0], None, None, None
+
+
+OfChunk = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+"""(positions, the head's weight in the dtype of the products) -> (sums over them [k], d loss / d logits [n, V])."""
+
+
+@torch.no_grad()
+def _in_chunks(
+    hidden_ND: Tensor, weight_VD: Tensor, chunk: int | None, sums: int, of_chunk: OfChunk
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the sums over all positions [k], the loss's gradients to hidden_ND and weight_VD), chunk by chunk.
+
+    Both gradients are known as soon as a chunk's are to its logits; only they are kept.
+    """
+    chunk = chunk or (CPU_CHUNK if hidden_ND.device.type == "cpu" else CHUNK)
+    grad_hidden_ND = torch.empty_like(hidden_ND)
+    grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+    low_VD = weight_VD.to(hidden_ND.dtype)
+    total_k = torch.zeros(sums, dtype=torch.float32, device=hidden_ND.device)
+    for start in range(0, len(hidden_ND), chunk):
+        here = slice(start, start + chunk)
+        sums_k, grad_nV = of_chunk(here, low_VD)
+        total_k += sums_k
+        low_nV = grad_nV.to(hidden_ND.dtype)
+        grad_hidden_ND[here] = low_nV @ low_VD
+        grad_weight_VD += low_nV.T @ hidden_ND[here]
+    return total_k, grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype)
 
 
 def cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int | None = None) -> Tensor:
@@ -61,62 +68,24 @@ def cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, ch
 
     hidden_ND: the trunk's output; weight_VD: the head's; target_N: ids. Equal to
     `F.cross_entropy(hidden @ weight.T, target, reduction="sum")` up to float order, without [N, V] logits.
+
+        d loss / d logits = softmax − onehot
     """
-    chunk = chunk or (CPU_CHUNK if hidden_ND.device.type == "cpu" else CHUNK)
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, target_N, chunk)  # type: ignore[no-untyped-call]
+    some_ignored = hidden_ND.device.type != "cpu" or bool((target_N == IGNORED).any())  # no sync with a GPU
+
+    def of_chunk(here: slice, low_VD: Tensor) -> tuple[Tensor, Tensor]:
+        counted_n = target_N[here] != IGNORED
+        safe_n1 = target_N[here].clamp(min=0)[:, None]
+        log_p_nV = F.log_softmax(hidden_ND[here] @ low_VD.T, dim=-1, dtype=torch.float32)
+        sum_1 = -(log_p_nV.gather(1, safe_n1)[:, 0] * counted_n).sum()[None]
+        grad_nV = log_p_nV.exp_()
+        grad_nV.scatter_add_(1, safe_n1, grad_nV.new_full(safe_n1.shape, -1.0))
+        low_nV = grad_nV.to(hidden_ND.dtype)
+        return sum_1, low_nV.mul_(counted_n[:, None]) if some_ignored else low_nV
+
+    (total,), *gradients = _in_chunks(hidden_ND, weight_VD, chunk, 1, of_chunk)
+    loss: Tensor = _Known.apply(hidden_ND, weight_VD, total, *gradients)  # type: ignore[no-untyped-call]
     return loss
-
-
-class _ChunkedDistillation(torch.autograd.Function):
-    """Sum over positions of (1 − α) · −log p[target] + α τ² · KL(q_τ ‖ p_τ), with p the student's probabilities, q the
-    teacher's, and _τ at temperature τ; the gradients worked out chunk by chunk on the way.
-
-    d loss / d logits = (1 − α)(p − onehot) + α τ (p_τ − q_τ). Also returns the two sums, without gradients.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        target_N: Tensor,
-        teacher_NE: Tensor,
-        teacher_VE: Tensor,
-        alpha: float,
-        temperature: float,
-        chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        low_VD = weight_VD.to(hidden_ND.dtype)
-        cross_entropy, divergence = hidden_ND.new_zeros(2, dtype=torch.float32)
-        for start in range(0, len(hidden_ND), chunk):
-            here = slice(start, start + chunk)
-            h_nD, target_n = hidden_ND[here], target_N[here]
-            counted_n1 = (target_n != IGNORED)[:, None]
-            safe_n1 = target_n.clamp(min=0)[:, None]
-            logits_nV = (h_nD @ low_VD.T).float()
-            log_p_nV = logits_nV.log_softmax(dim=-1)
-            soft_log_p_nV = (logits_nV / temperature).log_softmax(dim=-1)
-            teacher_nV = (teacher_NE[here] @ teacher_VE.T).float()
-            soft_log_q_nV = (teacher_nV / temperature).log_softmax(dim=-1)
-            q_nV = soft_log_q_nV.exp()
-            cross_entropy -= (log_p_nV.gather(1, safe_n1) * counted_n1).sum()
-            divergence += temperature**2 * ((q_nV * (soft_log_q_nV - soft_log_p_nV)).sum(-1, True) * counted_n1).sum()
-            hard_nV = log_p_nV.exp().scatter_add(1, safe_n1, -torch.ones_like(safe_n1, dtype=torch.float32))
-            grad_nV = (1 - alpha) * hard_nV + alpha * temperature * (soft_log_p_nV.exp() - q_nV)
-            low_nV = (grad_nV * counted_n1).to(hidden_ND.dtype)
-            grad_hidden_ND[here] = low_nV @ low_VD
-            grad_weight_VD += low_nV.T @ h_nD
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype))
-        ctx.mark_non_differentiable(cross_entropy, divergence)
-        return (1 - alpha) * cross_entropy + alpha * divergence, cross_entropy, divergence
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
-        given = (grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_weight_VD * grads[0])
-        return (*given, None, None, None, None, None, None)
 
 
 def distillation_sum(
@@ -133,13 +102,32 @@ def distillation_sum(
     target is not IGNORED, float32; only the first has gradients, to hidden_ND and weight_VD (Hinton et al. 2015).
 
     hidden_ND and teacher_NE: the trunks' outputs; weight_VD and teacher_VE: the heads', over the same tokens. `alpha`
-    is the share of the teacher's part, `temperature` τ of both sides in it.
+    is the share of the teacher's part, `temperature` τ of both sides in it. With p the student's probabilities, q the
+    teacher's, and _τ at temperature τ:
+
+        loss = (1 − α) · −log p[target] + α τ² · KL(q_τ ‖ p_τ)
+        d loss / d logits = (1 − α)(p − onehot) + α τ (p_τ − q_τ)
     """
-    chunk = chunk or (CPU_CHUNK if hidden_ND.device.type == "cpu" else CHUNK)
-    found: tuple[Tensor, Tensor, Tensor] = _ChunkedDistillation.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, target_N, teacher_NE, teacher_VE, alpha, temperature, chunk
-    )
-    return found
+
+    def of_chunk(here: slice, low_VD: Tensor) -> tuple[Tensor, Tensor]:
+        counted_n1 = (target_N[here] != IGNORED)[:, None]
+        safe_n1 = target_N[here].clamp(min=0)[:, None]
+        logits_nV = (hidden_ND[here] @ low_VD.T).float()
+        log_p_nV = logits_nV.log_softmax(dim=-1)
+        soft_log_p_nV = (logits_nV / temperature).log_softmax(dim=-1)
+        teacher_nV = (teacher_NE[here] @ teacher_VE.T).float()
+        soft_log_q_nV = (teacher_nV / temperature).log_softmax(dim=-1)
+        q_nV = soft_log_q_nV.exp()
+        hard = -(log_p_nV.gather(1, safe_n1) * counted_n1).sum()
+        soft = temperature**2 * ((q_nV * (soft_log_q_nV - soft_log_p_nV)).sum(-1, True) * counted_n1).sum()
+        hard_nV = log_p_nV.exp().scatter_add(1, safe_n1, -torch.ones_like(safe_n1, dtype=torch.float32))
+        grad_nV = (1 - alpha) * hard_nV + alpha * temperature * (soft_log_p_nV.exp() - q_nV)
+        return torch.stack([hard, soft]), grad_nV * counted_n1
+
+    (cross_entropy, divergence), *gradients = _in_chunks(hidden_ND, weight_VD, chunk, 2, of_chunk)
+    total = (1 - alpha) * cross_entropy + alpha * divergence
+    loss: Tensor = _Known.apply(hidden_ND, weight_VD, total, *gradients)  # type: ignore[no-untyped-call]
+    return loss, cross_entropy, divergence
 
 
 @torch.no_grad()
