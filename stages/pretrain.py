@@ -110,6 +110,7 @@ class PretrainConfig(StageConfig):
         "auto", "sdpa, eager, flash_attention_2, flex_attention, …; auto: what runs here and pays"
     )
     torch_compile: bool | None = field(None, "compile the repeated blocks; where that pays unless set")
+    use_liger_kernel: bool = field(False, "head and loss by Liger's fused kernel: on CUDA, with the extra `gpu`")
     skip_nonfinite: int = field(
         0, "step over so many steps whose loss or gradient is not finite; the next one ends the run", unit="steps", ge=0
     )
@@ -155,7 +156,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     model = start.model
     if not runtime.shards:  # shards go there one by one
         model.to(runtime.device)
-    losses = NextToken(model, _teacher(config, inputs, runtime))
+    losses = NextToken(model, _teacher(config, inputs, runtime), is_fused=config.use_liger_kernel)
     ends = ([train.metadata.separator_id], tokenizer.pad_token_id)
     if runtime.is_main:
         save_without_weights(model, out / "model", tokens.model, *ends)
@@ -196,7 +197,11 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
 
 
 def _check(config: PretrainConfig, runtime: Runtime) -> None:
-    """ConfigError for fields that do not go together, before anything is loaded."""
+    """ConfigError for fields that do not go together, before anything is loaded; MachineError for what is not here."""
+    from pipeline.model.liger import check_liger
+
+    if config.use_liger_kernel:
+        check_liger(runtime.device)
     refused = {
         "peft": (config.peft and not config.init, "adapters need a base model", "set pretrain.init, or leave it out"),
         "fim_rate": (

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifacts import Artifact, Store
 from pipeline.data.shards import TokenFile
-from pipeline.errors import ConfigError, MismatchError, TrainingError
+from pipeline.errors import ConfigError, MachineError, MismatchError, TrainingError
 from pipeline.model.held_out import bits_per_byte, choose_documents
 from pipeline.model.next_token import NextToken
 from pipeline.model.optim import learning_rate_share
@@ -494,6 +494,12 @@ def test_sizes_that_cannot_be_are_refused(
 ):
     with pytest.raises(ConfigError, match=what):
         train(tokens, tmp_path / "out", **fields)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, where it runs")
+def test_ligers_kernel_is_refused_without_a_gpu(train: Any, tokens: Artifact, tmp_path: Path):
+    with pytest.raises(MachineError, match="need a CUDA device, and this one is cpu"):
+        train(tokens, tmp_path / "out", use_liger_kernel=True)
 
 
 def test_a_context_longer_than_the_bases_is_refused(train: Any, tokens: Artifact, base: Artifact, tmp_path: Path):

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from pipeline.errors import ConfigError
 from pipeline.model.build import count_experts, evaluating
 from pipeline.model.distillation import Teacher
+from pipeline.model.liger import fused_cross_entropy_sum
 from pipeline.model.losses import IGNORED, cross_entropy_sum, distillation_sum, token_nats
 
 
@@ -39,16 +40,17 @@ SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_hea
 
 
 class NextToken(nn.Module):
-    """A model's next-token losses. `is_chunked` says whether whole logits are avoided; `splits_rows`, that every rank
-    has a part of the same rows, over which together experts are balanced.
+    """A model's next-token losses. `is_chunked` says whether whole logits are avoided, `is_fused` that Liger's kernel
+    does so; `splits_rows`, that every rank has a part of the same rows, over which together experts are balanced.
 
     A module, so that the weights of a sharded model are gathered around its forward, the head's with them.
     """
 
-    def __init__(self, model: PreTrainedModel, teacher: Teacher | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, teacher: Teacher | None = None, *, is_fused: bool = False) -> None:
         super().__init__()
         self.model = model
         self.teacher = teacher
+        self.is_fused = is_fused
         self.config = model.config.get_text_config()
         self.balance_weight = float(getattr(self.config, "router_aux_loss_coef", 0.0) or 0.0)
         self.has_experts = self.balance_weight > 0 and count_experts(self.config) > 1
@@ -60,6 +62,9 @@ class NextToken(nn.Module):
                 where="pretrain.teacher",
                 mend="another architecture, or no teacher",
             )
+        if is_fused and (teacher is not None or not self.is_chunked):
+            problem = "Liger's kernel takes logits that are the head's plain product, neither scaled nor capped, and no"
+            raise ConfigError(f"{problem} teacher", where="pretrain.use_liger_kernel", mend="leave it out")
 
     def forward(
         self, inputs_BT: Tensor, targets_BT: Tensor, positions_BT: Tensor | None = None
@@ -95,7 +100,8 @@ class NextToken(nn.Module):
         self, hidden_ND: Tensor, inputs_BT: Tensor, target_N: Tensor, positions_BT: Tensor | None
     ) -> Tensor:
         if self.teacher is None:
-            return cross_entropy_sum(hidden_ND, self._head(), target_N)
+            sum_of = fused_cross_entropy_sum if self.is_fused else cross_entropy_sum
+            return sum_of(hidden_ND, self._head(), target_N)
         teacher, head_VD = self.teacher, self._head()
         teacher_NE, teacher_VE = teacher.hidden(inputs_BT, positions_BT), teacher.head()
         shared = min(len(head_VD), len(teacher_VE))  # a padded vocabulary has more rows than there are tokens
