@@ -140,8 +140,8 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     from pipeline.data.tokenizers import load_tokenizer
     from pipeline.model.build import save_model, save_without_weights
     from pipeline.model.held_out import HeldOut, Ranks
-    from pipeline.model.next_token import NextToken
-    from pipeline.model.sharding import whole_state
+    from pipeline.model.next_token import NextToken, has_plain_head
+    from pipeline.model.sharding import first_finds, whole_state
 
     # 1. data
     _check(config, runtime)
@@ -156,7 +156,12 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     model = start.model
     if not runtime.shards:  # shards go there one by one
         model.to(runtime.device)
-    losses = NextToken(model, _teacher(config, inputs, runtime), is_fused=config.use_liger_kernel)
+    losses = NextToken(
+        model,
+        _teacher(config, inputs, runtime),
+        is_fused=config.use_liger_kernel,
+        is_chunked=first_finds(lambda: has_plain_head(model), runtime.device) if runtime.shards else None,
+    )
     ends = ([train.metadata.separator_id], tokenizer.pad_token_id)
     if runtime.is_main:
         save_without_weights(model, out / "model", tokens.model, *ends)
@@ -283,7 +288,9 @@ def _start(
     if inputs.get("init") is None:
         given = config.model
         shape = shape_of(given.model_dump(exclude={"architecture", "config"}), config.context_length, len(tokenizer))
-        return Start(draw_model(given.architecture, shape, given.config, derive_seed(config.seed, "model")))
+        on_meta = runtime.shards and not runtime.is_main  # rank 0 deals its weights out
+        seed = derive_seed(config.seed, "model")
+        return Start(draw_model(given.architecture, shape, given.config, seed, on_meta=on_meta))
     return start_from_base(
         inputs["init"].model,
         tokenizer,

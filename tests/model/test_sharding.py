@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.model.presets import PRESETS
 from pipeline.model.sharding import clip_gradients, cut_like, gathered, whole, whole_state
 
 STAGE = """
@@ -189,3 +190,52 @@ def test_where_nothing_is_sharded_all_stays_as_it_is():
     weight.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     assert clip_gradients([weight], 1.0).item() == pytest.approx(5.0)
     assert weight.grad.norm().item() == pytest.approx(1.0, rel=1e-5)
+
+
+DRAWN = """
+import torch
+from pipeline.model.compiling import blocks_of
+from pipeline.model.next_token import NextToken, has_plain_head
+from pipeline.model.presets import PRESETS, Shape, draw_model
+from pipeline.model.sharding import first_finds, shard, whole_state
+from pipeline.recipe import StageConfig
+
+class DrawnConfig(StageConfig):
+    pass
+
+INPUTS, KIND, SHARDS = {}, "rows", True
+
+def run(config, inputs, out, runtime):
+    for name in PRESETS:
+        for tied in (True, False):
+            shape = Shape(depth=2, width=32, heads=2, kv_heads=1, mlp_width=33, context=16, vocab=51, tied=tied)
+            model = draw_model(name, shape, {}, 7, on_meta=not runtime.is_main)
+            on_meta = {part.is_meta for part in [*model.parameters(), *model.buffers()]}
+            assert on_meta == {not runtime.is_main}, name
+            is_plain = first_finds(lambda: has_plain_head(model), runtime.device)
+            losses = NextToken(model, is_chunked=is_plain)
+            shard(losses, blocks_of(model), runtime.device, 2, evaluates="nats")
+            alone = draw_model(name, shape, {}, 7)
+            assert is_plain is has_plain_head(alone), name
+            state = whole_state(model, keep=True)
+            assert state.keys() == alone.state_dict().keys()
+            for key, tensor in alone.state_dict().items():
+                assert torch.equal(state[key], tensor), (name, key)
+            for (key, found), (other, buffer) in zip(model.named_buffers(), alone.named_buffers(), strict=True):
+                assert key == other and torch.equal(found, buffer), (name, key)
+            ids_BT = torch.arange(16)[None]
+            expected = NextToken(alone).nats(ids_BT[:, :-1], ids_BT[:, 1:])
+            torch.testing.assert_close(losses.nats(ids_BT[:, :-1], ids_BT[:, 1:]), expected)
+            (out / f"{name}, {tied}, {runtime.rank}").write_text("")
+    return {}
+"""
+
+
+@pytest.mark.slow
+def test_what_rank_0_draws_is_dealt_out_to_ranks_without_weights(warm: Any, tmp_path: Path):
+    """Of every preset, tied and not: shards, buffers and outputs have the bits of one process's draw."""
+    (tmp_path / "drawn.py").write_text(DRAWN)
+    (tmp_path / "r.yaml").write_text("run: two\nstages:\n  it: {stage: ./drawn.py}\n")
+    done = warm("run", "r.yaml", "--num-processes", "2", "--strategy", "fsdp")
+    assert done.code == 0, done.stderr
+    assert len(list((tmp_path / "artifacts" / "two" / "it").glob("*, *, [01]"))) == len(PRESETS) * 2 * 2

@@ -43,10 +43,18 @@ class NextToken(nn.Module):
     """A model's next-token losses. `is_chunked` says whether whole logits are avoided, `is_fused` that Liger's kernel
     does so; `splits_rows`, that every rank has a part of the same rows, over which together experts are balanced.
 
-    A module, so that the weights of a sharded model are gathered around its forward, the head's with them.
+    A module, so that the weights of a sharded model are gathered around its forward, the head's with them. Given, the
+    word `is_chunked` is taken for it; else it is found out by `has_plain_head`.
     """
 
-    def __init__(self, model: PreTrainedModel, teacher: Teacher | None = None, *, is_fused: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: Teacher | None = None,
+        *,
+        is_fused: bool = False,
+        is_chunked: bool | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.teacher = teacher
@@ -54,7 +62,7 @@ class NextToken(nn.Module):
         self.config = model.config.get_text_config()
         self.balance_weight = float(getattr(self.config, "router_aux_loss_coef", 0.0) or 0.0)
         self.has_experts = self.balance_weight > 0 and count_experts(self.config) > 1
-        self.is_chunked = has_plain_head(model)
+        self.is_chunked = has_plain_head(model) if is_chunked is None else is_chunked
         self.splits_rows = False
         if teacher is not None and not (self.is_chunked and has_plain_head(teacher.model)):
             raise ConfigError(

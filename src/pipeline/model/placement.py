@@ -20,7 +20,8 @@ def place(
     """
     model = losses.model
     if apart:
-        check_keeps_apart([model, *([losses.teacher.model] if losses.teacher else [])])
+        models = [model, *([losses.teacher.model] if losses.teacher else [])]
+        check_keeps_apart([each for each in models if each.device.type != "meta"])  # rank 0 has the weights, and asks
     if runtime.shards:  # of which nothing can be tried alone
         runtime.say(shard(losses, blocks_of(model), runtime.device, runtime.world_size, evaluates="nats"))
         use_plain_products(model, bf16, length)

@@ -219,8 +219,16 @@ def build_model(architecture: str, shape: Shape, fields: Mapping[str, Any]) -> P
     return model
 
 
-def draw_model(architecture: str, shape: Shape, fields: Mapping[str, Any], seed: int) -> PreTrainedModel:
-    """A new model, its weights a function of `seed`: `initialise`'s for a preset, else those of `build_model`."""
+def draw_model(
+    architecture: str, shape: Shape, fields: Mapping[str, Any], seed: int, *, on_meta: bool = False
+) -> PreTrainedModel:
+    """A new model, its weights a function of `seed`: `initialise`'s for a preset, else those of `build_model`.
+
+    `on_meta`: a preset without its weights, on the meta device, where another process is to give them.
+    """
+    if on_meta and architecture in PRESETS:
+        with torch.device("meta"):
+            return build_model(architecture, shape, fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(architecture, shape, fields)

@@ -7,7 +7,7 @@ a CPU. Losses are divided by the whole batch's tokens before their backward: gra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(root: nn.Module, blocks: Sequence[nn.Module], device: torch.device, world_size: int, evaluates: str) -> str:
-    """Cut the parameters of `root` (on any device) into shards on `device`, in place; says what was done.
+    """Cut the parameters of `root` (on any device) into shards on `device`, in place; says what was done. They are rank
+    0's: the others, which may have theirs on the meta device, get them block by block.
 
     Each of `blocks` is gathered by itself; what no block owns (embeddings, last norm, head) as one for the forward of
     `root`, and for its method `evaluates`. Gradients are reduced at every backward, also of a micro-step: one that
@@ -26,6 +27,7 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], device: torch.device, wo
     """
     mesh = init_device_mesh(device.type, (world_size,))
     for module in [*reversed(blocks), root]:  # those inside another first
+        take_from_first(module, device)
         sharded = fully_shard(module, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # a factor of one's own is else a product that gloo lacks
@@ -33,6 +35,30 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], device: torch.device, wo
     if not blocks:
         return f"in {world_size} shards, gathered whole at every step: the model names no repeated block"
     return f"in {world_size} shards, {len(blocks)} blocks gathered one by one"
+
+
+@torch.no_grad()
+def take_from_first(module: nn.Module, device: torch.device) -> None:
+    """Every parameter and buffer of `module` as rank 0 has it, on `device`, in place; tied ones stay one, those already
+    in shards as they are. A collective."""
+    taken: dict[int, tuple[Tensor, Tensor]] = {}  # the old beside the new, so that no id comes twice
+    for part in module.modules():
+        for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            if isinstance(tensor, DTensor):
+                continue
+            if id(tensor) not in taken:
+                given = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+                torch.distributed.broadcast(given, src=0)
+                is_weight = isinstance(tensor, nn.Parameter)
+                taken[id(tensor)] = (tensor, nn.Parameter(given, tensor.requires_grad) if is_weight else given)
+            setattr(part, name, taken[id(tensor)][1])
+
+
+def first_finds(find: Callable[[], bool], device: torch.device) -> bool:
+    """What `find` gives on rank 0, on every rank: for what only a model with weights can tell. A collective."""
+    found = torch.tensor(float(find()) if torch.distributed.get_rank() == 0 else 0.0, device=device)
+    torch.distributed.broadcast(found, src=0)
+    return bool(found)
 
 
 def is_sharded(root: nn.Module) -> bool:
