@@ -211,7 +211,7 @@ def test_the_command_prints_every_stage_and_as_json(road: Path, warm: Any) -> No
         assert word in shown.stdout
     assert "best for 1e+19 FLOPs" in shown.stdout
     assert "262 M parameters on 6.36 B tokens" in shown.stdout
-    printed = json.loads(warm("plan", road, "--json").stdout)
+    printed = json.loads(warm("plan", road, "--json", "--on", "h100").stdout)
     assert [each["stage"] for each in printed["stages"]] == [
         line.split(":")[0].strip() for line in ROAD.split("\n")[2:9]
     ]
@@ -228,18 +228,18 @@ def test_the_command_prints_every_stage_and_as_json(road: Path, warm: Any) -> No
     ],
 )
 def test_what_is_no_budget_and_no_run_is_refused(road: Path, warm: Any, words: list[str], message: str) -> None:
-    refused = warm("plan", road, *words)
+    refused = warm("plan", road, *words, "--on", "h100")  # nothing to measure
     assert refused.code != 0
     assert message in refused.stderr
 
 
 def test_a_fit_wants_three_models_from_scratch(trained: Path, warm: Any) -> None:
-    refused = warm("plan", trained, "--fit", "tiny", "--fit", "tiny/pretrain")
+    refused = warm("plan", trained, "--on", "h100", "--fit", "tiny", "--fit", "tiny/pretrain")
     assert refused.code == 2
     assert "--fit has 2 runs" in refused.stderr
-    refused = warm("plan", trained, "--fit", "tiny/tokenize")
+    refused = warm("plan", trained, "--on", "h100", "--fit", "tiny/tokenize")
     assert "not a model pretrained from scratch" in refused.stderr
-    fitted = warm("plan", trained, *["--fit", "tiny"] * 3)
+    fitted = warm("plan", trained, "--on", "h100", *["--fit", "tiny"] * 3)
     assert "fitted to 3 runs" in fitted.stdout
     assert "bits per byte, " in fitted.stdout
 

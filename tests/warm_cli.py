@@ -19,8 +19,9 @@ import pipeline.cli.run
 import pipeline.cli.session
 import pipeline.data.encoding
 import pipeline.data.tokenizers
-import pipeline.model.build
-import pipeline.runtime  # noqa: F401
+import pipeline.model.continued
+import pipeline.runtime
+import pipeline.trainer  # noqa: F401
 from pipeline.cli import main
 
 

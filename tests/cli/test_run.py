@@ -95,6 +95,7 @@ def test_force_runs_again_what_stands(warm: Any, trained: Path):
     assert sha(warm.folder) == before
 
 
+@pytest.mark.slow
 def test_what_was_kept_and_is_forced_is_made_anew(warm: Any, trained: Path):
     changed = ("--set", "pretrain.learning_rate=0.001")
     kept = warm("run", "tiny.yaml", "--keep", "pretrain", *changed)
@@ -130,6 +131,7 @@ def test_two_runs_at_once_make_each_stage_once(warm: Any, tiny: Path, made: Path
     assert left == {"tokenize", "pretrain", ".tokenize.lock", ".pretrain.lock"}
 
 
+@pytest.mark.slow
 def test_two_runs_of_other_recipes_at_once_do_not_hurt_each_other(warm: Any, tokenized: Path):
     """They fight for one name: each makes its own in turn, and what stands at the end is whole."""
     both = [warm.start("run", "tiny.yaml", "--set", f"pretrain.learning_rate={rate}") for rate in (0.01, 0.001)]

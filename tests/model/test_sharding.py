@@ -149,7 +149,7 @@ ROWS = [
 """The first dimension, 7, 5 or 6, cut into two: the first rank has the larger part."""
 
 
-@pytest.mark.parametrize(("kind", "moments"), [("adamw", 18), ("muon", 14)])
+@pytest.mark.parametrize(("kind", "moments"), [("adamw", 18), pytest.param("muon", 14, marks=pytest.mark.slow)])
 def test_two_ranks_in_shards_are_one_model(warm: Any, tmp_path: Path, kind: str, moments: int):
     """Gradients, norm, update and evaluation are those of the whole model, and every rank keeps its rows alone."""
     (tmp_path / "shards.py").write_text(STAGE)

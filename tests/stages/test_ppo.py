@@ -49,6 +49,7 @@ def test_the_reward_rises(parts: Parts, tmp_path: Path, reward: str):
     assert done.summary["reward"] == pytest.approx(sum(line["reward"] for line in lines[-10:]) / 10)
 
 
+@pytest.mark.slow
 def test_a_price_on_kl_holds_the_policy_back(parts: Parts, tmp_path: Path):
     kls = []
     for kl_coef in (0.0, 1.0):
@@ -386,6 +387,7 @@ def test_target_kl_ends_a_steps_updates(parts: Parts, tmp_path: Path):
     assert furthest(held.policy(), start(parts)) < furthest(free.policy(), start(parts))
 
 
+@pytest.mark.slow
 def test_every_variant_of_the_losses_runs(parts: Parts, tmp_path: Path):
     base = run(parts, tmp_path / "base", num_ppo_epochs=2)
     changes: list[dict[str, Any]] = [

@@ -133,6 +133,7 @@ def own(tiny: Path, tmp_path: Path) -> Path:
     return tmp_path / "own.yaml"
 
 
+@pytest.mark.slow
 def test_a_class_of_the_users_own_goes_on_to_sft_and_loads_by_itself(own: Path, warm: Any):
     ran = warm("run", own)
     assert ran.code == 0, ran.stderr
@@ -291,7 +292,8 @@ def die_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
         {"optimizer": "muon", "lr_scheduler_type": "wsd", "embedding_learning_rate": 0.02},
         {"gradient_accumulation_steps": 3},
         {"bf16": True, "model": ModelConfig(depth=1, hidden_size=32, tie_word_embeddings=False)},
-        {"per_device_train_batch_size": 100},  # the corpus ends, and begins anew, between the two
+        # the corpus ends, and begins anew, between the two
+        pytest.param({"per_device_train_batch_size": 100}, marks=pytest.mark.slow),
     ],
     ids=["adamw", "muon", "accumulation", "bf16", "epochs"],
 )
@@ -377,7 +379,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(warm: Any, tokenized:
     assert steps == [5, 10, 15, 20, 25, 30]
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["the command alone", "its whole group"])
+@pytest.mark.parametrize(
+    "group", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["the command alone", "its whole group"]
+)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_step_saves_and_is_gone_on_from(
     warm: Any, tokenized: Path, made: Path, number: int, code: int, group: bool
