@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.artifacts import Artifact, outside_model
@@ -24,6 +25,7 @@ from pipeline.rl.rollouts import Rollout
 from pipeline.rl.scoring import Responses, Scorer
 from pipeline.runtime import Runtime
 from stages import ppo as stage
+from tests.stages.ppo_runs import Done, same
 
 if TYPE_CHECKING:
     from tests.conftest import Warm
@@ -94,8 +96,10 @@ def every_kind(parts: Parts) -> tuple[RewardTerm, ...]:
 
 
 def run(parts: Parts, out: Path, reward: Any, *, stop_at: int = 0, **values: Any) -> list[dict[str, Any]]:
-    """Run the stage; metrics.jsonl without what a clock measured."""
-    small: dict[str, Any] = {"total_episodes": 24, "batch_size": 8, "response_length": 12, "learning_rate": 3e-3}
+    """Run the stage; its metrics without what a clock measured."""
+    small: dict[str, Any] = {
+        "total_episodes": 24, "batch_size": 8, "response_length": 12, "learning_rate": 3e-3, "eval_steps": 0
+    }  # fmt: skip
     data = (DataEntry(source=str(parts.folder / "rows.jsonl")),)
     config = stage.PPOConfig(reward=reward, **{"data": data, **small, **values})
     out.mkdir(parents=True, exist_ok=True)
@@ -121,18 +125,7 @@ def run(parts: Parts, out: Path, reward: Any, *, stop_at: int = 0, **values: Any
         "reward.models": [by_name[name] for term in terms for name in term.models or ()],
         "reward.judge": [by_name[term.judge] for term in terms if term.judge],
     }
-    stage.run(config, inputs, out, runtime)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time", "seconds_", "samples_per", "tokens_per", "mfu")
-    return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in lines]
-
-
-def policy(out: Path) -> dict[str, Tensor]:
-    return load_file(out / "model" / "model.safetensors")
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(left[key].equal(right[key]) for key in left)
+    return Done(out, stage.run(config, inputs, out, runtime)).lines()
 
 
 class Spy:
@@ -202,7 +195,7 @@ def test_one_reward_model_as_a_term_is_the_reward_model(parts: Parts, tmp_path: 
     term = run(parts, tmp_path / "term", (RewardTerm(model="reward-0"),))
     assert [line.pop("reward_model") for line in term] == [line["score"] for line in plain]
     assert term == plain
-    assert same(policy(tmp_path / "plain"), policy(tmp_path / "term"))
+    assert same(Done(tmp_path / "plain", {}).policy(), Done(tmp_path / "term", {}).policy())
 
 
 @pytest.mark.parametrize(
@@ -243,11 +236,11 @@ def test_the_critic_starts_from_a_reward_model_that_is_alone(
 
 def test_stopped_and_resumed_with_terms_gives_the_same_bits(parts: Parts, tmp_path: Path):
     terms = every_kind(parts)
-    whole = run(parts, tmp_path / "whole", terms)
+    whole = run(parts, tmp_path / "whole", terms, eval_steps=2)
     with pytest.raises(Stopped, match="stopped at step 2"):
-        run(parts, tmp_path / "parts", terms, stop_at=2)
-    assert run(parts, tmp_path / "parts", terms) == whole
-    assert same(policy(tmp_path / "whole"), policy(tmp_path / "parts"))
+        run(parts, tmp_path / "parts", terms, stop_at=2, eval_steps=2)
+    assert run(parts, tmp_path / "parts", terms, eval_steps=2) == whole
+    assert same(Done(tmp_path / "whole", {}).policy(), Done(tmp_path / "parts", {}).policy())
 
 
 @pytest.mark.parametrize(
@@ -280,6 +273,45 @@ def test_groups_are_scored_and_logged_over_all_answers(parts: Parts, tmp_path: P
     every = torch.cat([figures["reward_repetition"] for _, _, figures in spy.seen])
     assert len(every) == 16
     assert first["reward_repetition"] == pytest.approx(every.mean().item(), abs=1e-6)
+
+
+class Grader(BaseHTTPRequestHandler):
+    """An OpenAI-compatible judge that grades an answer by its letters a, and says nothing of one with an o."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = body["messages"][0]["content"].split("Answer:\n")[1].split("\n\nGrade the answer")[0]
+        said = "well" if "o" in answer else str(1 + min(8, answer.count("a")))
+        payload = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_judge_behind_an_address(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its mean and the share of replies without a grade are logged; such an answer scores 0."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    spy = Spy(monkeypatch)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Grader)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        term = RewardTerm(judge_url=url, judge_model="m", constitution=parts.constitution)
+        first = run(parts, tmp_path, (term,), total_episodes=16, batch_size=16)[0]
+    finally:
+        server.shutdown()
+        server.server_close()
+    texts = spy.seen[0][0].texts
+    unread = ["o" in text for text in texts]
+    assert 0 < sum(unread) < 16
+    scores = [0.0 if "o" in text else min(8, text.count("a")) / 8 for text in texts]
+    assert sum(scores) > 0
+    assert first["reward_judge"] == first["score"] == pytest.approx(sum(scores) / 16)
+    assert first["reward_judge_unread"] == sum(unread) / 16
 
 
 RECIPE = """\
