@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.artifacts import Artifact, outside_model
 from pipeline.data.chat import stop_token_id
 from pipeline.data.tokenizers import load_tokenizer, train_bpe
-from pipeline.errors import DataError, MismatchError, PipelineError, Stopped, TrainingError
+from pipeline.errors import ConfigError, DataError, MismatchError, PipelineError, Stopped, TrainingError
 from pipeline.model.reward import build_reward_model, save_reward_model
 from pipeline.recipe import DataEntry, PeftConfig
 from pipeline.reward_config import RewardTerm
@@ -386,6 +386,20 @@ def test_a_member_of_another_tokenizer_is_refused(parts: Parts, tmp_path: Path):
     refused(mixed, tmp_path / "out", MismatchError, "another tokenizer", (term,))
 
 
+def test_a_member_of_another_template_is_refused(parts: Parts, tmp_path: Path):
+    other = tmp_path / "other"
+    shutil.copytree(parts.rewards[1].path, other)
+    template = other / "model/chat_template.jinja"
+    template.write_text(template.read_text() + "\n")
+    stranger = Artifact("tiny/other", other, "reward-model", "other", {"stage": "other"})
+    settings = json.loads((other / "model/reward.json").read_text())
+    settings["template_hash"] = stranger.template_hash
+    (other / "model/reward.json").write_text(json.dumps(settings))
+    mixed = replace(parts, rewards=(parts.rewards[0], stranger, parts.rewards[2]))
+    terms = (RewardTerm(function="number"), RewardTerm(model="reward-1"))
+    refused(mixed, tmp_path / "out", MismatchError, "another chat template", terms)
+
+
 def test_a_function_that_is_wrong_is_named_with_its_term(parts: Parts, tmp_path: Path):
     terms = (RewardTerm(function="exact"), RewardTerm(function=parts.function("nan"), name="mine"))
     error = refused(parts, tmp_path, TrainingError, "gave nan for the response", terms)
@@ -415,6 +429,14 @@ def test_a_judge_of_too_short_a_context_is_refused(parts: Parts, tmp_path: Path)
     (tmp_path / "long.md").write_text("An answer is short. " * 40)
     term = RewardTerm(judge="init", constitution=tmp_path / "long.md")
     refused(parts, tmp_path / "out", TrainingError, "reads 96 tokens", (term,))
+
+
+@pytest.mark.parametrize(("content", "what"), [(b" \n", "the constitution is empty"), (b"\xff\xfe", "not UTF-8 text")])
+def test_a_constitution_that_says_nothing_is_refused(parts: Parts, tmp_path: Path, content: bytes, what: str):
+    (tmp_path / "rules.md").write_bytes(content)
+    term = RewardTerm(judge="judge", constitution=tmp_path / "rules.md")
+    error = refused(parts, tmp_path / "out", ConfigError, what, (term,))
+    assert error.where == str(tmp_path / "rules.md")
 
 
 def test_every_key_of_a_term_is_in_the_docs():

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -214,9 +215,7 @@ def _function(term: RewardTerm, function: str) -> Callable[[Responses], Tensor]:
 
 def _judge(term: RewardTerm, held: Mapping[str, Iterator[Artifact]], loading: Loading) -> Callable[[Responses], Tensor]:
     assert term.constitution is not None
-    constitution = term.constitution.read_text(encoding="utf-8")
-    if not constitution.strip():
-        raise ConfigError("the constitution is empty", where=str(term.constitution), mend="write what a judge goes by")
+    constitution = _text_in(term.constitution)
     if term.judge_url is not None:
         assert term.judge_model is not None
         remote = RemoteJudge(term.judge_url, term.judge_model, constitution)
@@ -225,6 +224,17 @@ def _judge(term: RewardTerm, held: Mapping[str, Iterator[Artifact]], loading: Lo
         next(held["judge"]), constitution, batch_size=loading.batch_size, bf16=loading.bf16, runtime=loading.runtime
     )
     return lambda said: judge.score([row["prompt"] for row in said.rows], said.texts)
+
+
+def _text_in(constitution: Path) -> str:
+    """ConfigError where the file holds none."""
+    try:
+        text = constitution.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8 text ({error.reason})", where=str(constitution)) from error
+    if not text.strip():
+        raise ConfigError("the constitution is empty", where=str(constitution), mend="write what a judge goes by")
+    return text
 
 
 def check_references(reward: str | tuple[RewardTerm, ...], rows: Sequence[Row]) -> None:
