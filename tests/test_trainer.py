@@ -127,6 +127,7 @@ sys.exit(sum(os.waitpid(pid, 0)[1] for pid in children) != 0)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     """The same rows a step, split over two gloo ranks: weights equal to 1e-6 after 11 steps, the epoch's tail too."""
     with socket.socket() as probe:

@@ -70,7 +70,7 @@ def test_the_run_ends_early_and_the_best_is_written(parts: Parts, tmp_path: Path
     assert same(done.policy(), start(parts))
 
 
-@pytest.mark.parametrize("peft", [None, PeftConfig(r=4, lora_alpha=8)])
+@pytest.mark.parametrize("peft", [None, pytest.param(PeftConfig(r=4, lora_alpha=8), marks=pytest.mark.slow)])
 def test_the_best_policy_is_the_one_of_its_step(parts: Parts, tmp_path: Path, peft: PeftConfig | None):
     """What is written is what a run that ends at the best step writes; stopped and resumed too."""
     values = {**DOWN, "reward": "vowels", "learning_rate": 1e-2, "lr_scheduler_type": "constant", "peft": peft}
