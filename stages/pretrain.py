@@ -139,7 +139,6 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
     from pipeline.data.shards import TokenFile
     from pipeline.data.tokenizers import load_tokenizer
     from pipeline.model.build import save_model, save_without_weights
-    from pipeline.model.held_out import HeldOut, Ranks
     from pipeline.model.next_token import NextToken, has_plain_head
     from pipeline.model.sharding import first_finds, whole_state
 
@@ -171,17 +170,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
         runtime.metrics.log(0, 0, **start.known)
 
     # 3. train
-    held_out = HeldOut(
-        losses,
-        valid,
-        tokenizer,
-        lambda: _autocast(config, runtime),
-        Ranks(runtime.rank, runtime.world_size),
-        length=config.context_length,
-        documents=config.eval_documents,
-        prompts=config.sample_prompts,
-        sample_tokens=config.sample_tokens,
-    )
+    held_out = _held_out(config, losses, valid, tokenizer, runtime)
     flops = _compile(config, start, samples, runtime)
     _train(config, steps, step, held_out, runtime)
 
@@ -403,6 +392,25 @@ def _optimizers(config: PretrainConfig, model: PreTrainedModel, runtime: Runtime
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
+    )
+
+
+def _held_out(
+    config: PretrainConfig, losses: NextToken, valid: TokenFile, tokenizer: PreTrainedTokenizerFast, runtime: Runtime
+) -> HeldOut:
+    """What the model is measured by while it is trained, shared over the ranks."""
+    from pipeline.model.held_out import HeldOut, Ranks
+
+    return HeldOut(
+        losses,
+        valid,
+        tokenizer,
+        lambda: _autocast(config, runtime),
+        Ranks(runtime.rank, runtime.world_size),
+        length=config.context_length,
+        documents=config.eval_documents,
+        prompts=config.sample_prompts,
+        sample_tokens=config.sample_tokens,
     )
 
 
