@@ -9,22 +9,25 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    DynamicCache,
     GenerationConfig,
     PreTrainedModel,
+    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from pipeline.model import generation
+from pipeline.model import decoding, generation
+from pipeline.model.decoding import pad_left
 from pipeline.model.generation import (
+    GREEDY,
+    Generation,
     Sampling,
     draw_uniforms,
     generate,
-    pad_left,
-    probabilities,
-    sample,
     stream,
 )
+from pipeline.model.sampling import choose, probabilities, sample
 
 VOCAB, PAD, STOP = 61, 0, 1
 
@@ -35,8 +38,20 @@ TINY = {
     "mistral": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                 "num_key_value_heads": 2, "sliding_window": 5},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 64},
+    "opt": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "max_position_embeddings": 64, "word_embed_proj_dim": 32},
+    "qwen3": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "head_dim": 8},
+    "gemma3_text": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+                    "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5,
+                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, 
                "state_size": 8, "n_groups": 1},
+    "qwen3_next": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                   "num_key_value_heads": 2, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+                   "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 0,
+                   "layer_types": ["linear_attention", "full_attention"]},
 }  # fmt: skip
 
 
@@ -67,13 +82,48 @@ def hf_greedy(model: PreTrainedModel, prompts: list[list[int]], new: int) -> lis
 
 
 @pytest.mark.parametrize("architecture", TINY)
-def test_greedy_is_the_greedy_of_transformers(architecture: str):
+def test_greedy_is_the_greedy_of_transformers(architecture: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decoding, "BLOCK", 8)  # some prompts are longer, and the cache grows three times
     model, prompts = tiny(architecture), ragged_prompts(12)
-    ours = generate(model, prompts, max_new_tokens=16, stop_ids=[STOP], pad_id=PAD)
-    expected = hf_greedy(model, prompts, 16)
+    ours = generate(model, prompts, max_new_tokens=20, stop_ids=[STOP], pad_id=PAD)
+    expected = hf_greedy(model, prompts, 20)
     assert ours.responses() == expected
     assert ours.is_ended_B.tolist() == [answer[-1] == STOP for answer in expected]
     assert len({tuple(answer) for answer in expected}) > 1
+
+
+@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("batch_size", [64, 5])
+def test_samples_that_share_a_prompt_are_those_of_prompts_apart(architecture: str, batch_size: int):
+    """Read once and copied, or read for every sample: the same tokens, log-probs up to float order.
+
+    Five rows a batch cut the groups of four apart; ended rows leave; left padding and sliding windows are in it.
+    """
+    model = tiny(architecture)
+    prompts = [prompt for prompt in ragged_prompts(5, seed=4) for _ in range(4)]
+    passed = []
+
+    def count(module: torch.nn.Module, arguments: tuple[()], given: dict[str, torch.Tensor]) -> None:
+        passed.append(given["input_ids"].numel())
+
+    def answers(group: int) -> Generation:
+        passed.clear()
+        with model.register_forward_pre_hook(count, with_kwargs=True):
+            return generate(
+                model, prompts, max_new_tokens=12, stop_ids=[STOP, 5, 9, 13], pad_id=PAD, sampling=Sampling(0.9),
+                uniforms_BT=draw_uniforms(20, 12, torch.Generator().manual_seed(8)), batch_size=batch_size,
+                samples_per_prompt=group,
+            )  # fmt: skip
+
+    apart = answers(1)
+    read_apart = passed[0]
+    shared = answers(4)
+    assert shared.responses() == apart.responses()
+    assert shared.is_ended_B.tolist() == apart.is_ended_B.tolist()
+    torch.testing.assert_close(shared.logprobs_BT, apart.logprobs_BT, atol=1e-4, rtol=1e-4)
+    assert len({tuple(answer) for answer in apart.responses()}) > 12
+    if batch_size == 64:
+        assert read_apart == 4 * passed[0]  # 20 rows against 5
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -139,6 +189,97 @@ def test_logprobs_are_those_of_a_forward_over_the_whole_text(architecture: str):
         logprobs_LV = (logits_LV / 0.7).log_softmax(-1)
         expected = [logprobs_LV[len(prompt) - 1 + t, token].item() for t, token in enumerate(answer)]
         assert result.logprobs_BT[row, : len(answer)].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_greedy_tells_the_models_own_logprobs():
+    model, prompts = tiny("llama"), ragged_prompts(6)
+    result = generate(model, prompts, max_new_tokens=8, stop_ids=[STOP, 5, 9], pad_id=PAD)
+    assert (result.logprobs_BT == 0).all()  # a greedy choice is certain
+    for row, (prompt, answer) in enumerate(zip(prompts, result.responses(), strict=True)):
+        with torch.no_grad():
+            logprobs_LV = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        expected = [logprobs_LV[len(prompt) - 1 + t, token].item() for t, token in enumerate(answer)]
+        assert result.whole_logprobs_BT[row, : len(answer)].tolist() == pytest.approx(expected, abs=1e-4)
+        assert (result.whole_logprobs_BT[row, len(answer) :] == 0).all()
+
+
+def test_both_logprobs_of_a_cut_distribution():
+    """Under the nucleus as transformers' warpers cut it, and under the whole distribution at the temperature."""
+    model, prompts = tiny("gpt2"), ragged_prompts(8)
+    result = generate(
+        model, prompts, max_new_tokens=8, stop_ids=[STOP], pad_id=PAD, sampling=Sampling(1.5, top_k=20, top_p=0.7),
+        uniforms_BT=draw_uniforms(8, 8, torch.Generator().manual_seed(3)),
+    )  # fmt: skip
+    for row, (prompt, answer) in enumerate(zip(prompts, result.responses(), strict=True)):
+        with torch.no_grad():
+            logits_TV = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        whole_TV = TemperatureLogitsWarper(1.5)(None, logits_TV)
+        cut_TV = TopPLogitsWarper(0.7)(None, TopKLogitsWarper(20)(None, whole_TV))
+        places = list(range(len(answer)))
+        for ours_BT, expected_TV in ((result.logprobs_BT, cut_TV), (result.whole_logprobs_BT, whole_TV)):
+            expected = expected_TV.log_softmax(-1)[places, answer].tolist()
+            assert ours_BT[row, : len(answer)].tolist() == pytest.approx(expected, abs=1e-4)
+    assert (result.whole_logprobs_BT <= result.logprobs_BT + 1e-6).all()
+    assert (result.whole_logprobs_BT < result.logprobs_BT - 0.1).any()
+
+
+def test_a_draw_by_hand():
+    """p = 1/2, 1/4, 1/8, 1/8 and u = 0.7: the second token, as 0.5 <= 0.7 < 0.75; of the nucleus 2/3, 1/3 too."""
+    logits_BV, u_B = torch.tensor([[4.0, 2.0, 1.0, 1.0]]).log(), torch.tensor([0.7], dtype=torch.float64)
+    for sampling, drawn in ((Sampling(), 1 / 4), (Sampling(top_p=0.6), 1 / 3), (Sampling(top_k=2), 1 / 3)):
+        ids_B, drawn_B, whole_B = choose(logits_BV, sampling, u_B)
+        assert ids_B.tolist() == [1]
+        assert [drawn_B.item(), whole_B.item()] == pytest.approx([math.log(drawn), math.log(1 / 4)])
+    cold_B = choose(logits_BV, Sampling(temperature=0.5, top_k=2), torch.tensor([0.81], dtype=torch.float64))
+    assert cold_B[0].tolist() == [1]  # 16 / 20 = 0.8 < 0.81
+    assert [cold_B[1].item(), cold_B[2].item()] == pytest.approx([math.log(4 / 20), math.log(4 / 22)])
+    greedy = choose(logits_BV, GREEDY, None)
+    assert [part.item() for part in greedy] == pytest.approx([0, 0, math.log(1 / 2)])
+
+
+def test_rows_end_at_stop_strings():
+    """Every token is a letter of an alphabet in which "ab" or "ccc" are soon said; a naive search is the measure."""
+    model, prompts = tiny("llama"), ragged_prompts(24)
+    decode = "".join
+    letters = ["abcd", "b", "cc", "", "ca", "é", "a"]
+
+    def text(ids: list[int]) -> str:
+        return decode(letters[token % 7] for token in ids)
+
+    given = {"max_new_tokens": 16, "stop_ids": [STOP], "pad_id": PAD, "sampling": Sampling(1.0)}
+    uniforms_BT = draw_uniforms(24, 16, torch.Generator().manual_seed(2))
+    free = generate(model, prompts, uniforms_BT=uniforms_BT, **given)
+    found = generate(
+        model, prompts, uniforms_BT=uniforms_BT, stop_strings=["dab", "ccca", "éa"], decode=text, batch_size=7, **given
+    )
+
+    def naive(ids: list[int]) -> list[int]:
+        ends = (end for end in range(1, len(ids)) if any(s in text(ids[:end]) for s in ("dab", "ccca", "éa")))
+        return ids[: next(ends, len(ids))]
+
+    assert found.responses() == [naive(ids) for ids in free.responses()]
+    assert 6 < sum(map(int.__lt__, found.lengths_B.tolist(), free.lengths_B.tolist())) < 24
+    for ids, is_ended in zip(found.responses(), found.is_ended_B.tolist(), strict=True):
+        assert is_ended == (ids[-1] == STOP or any(string in text(ids) for string in ("dab", "ccca", "éa")))
+
+
+def test_keys_in_the_dtype_of_the_products_change_nothing():
+    """Under autocast the keys are kept as they are multiplied; transformers' cache keeps them wider and casts."""
+    model, prompts = tiny("llama"), ragged_prompts(8)
+    ids_BP, is_real_BP = pad_left(prompts, PAD)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        decoder = decoding.Decoder(model, ids_BP, is_real_BP)
+        decoder.decode_one(torch.arange(8) + 3)
+        cache = DynamicCache(config=model.config)
+        positions_BP = (is_real_BP.long().cumsum(1) - 1).clamp(min=0)
+        mask_BL = torch.nn.functional.pad(is_real_BP.long(), (0, 1), value=1)
+        model(input_ids=ids_BP, attention_mask=mask_BL[:, :-1], position_ids=positions_BP, past_key_values=cache)
+        expected_BV = model(
+            input_ids=torch.arange(8)[:, None] + 3, attention_mask=mask_BL, position_ids=positions_BP[:, -1:] + 1,
+            past_key_values=cache,
+        ).logits[:, -1]  # fmt: skip
+    assert {layer.keys.dtype for layer in decoder.cache.layers} == {torch.bfloat16}
+    torch.testing.assert_close(decoder.logits_BV.float(), expected_BV.float(), atol=2e-2, rtol=2e-2)
 
 
 def test_stream_is_generate_without_the_stop_token():
