@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pipeline.model import decoding, generation
+from pipeline.model import decode_attention, decoding, generation
 from pipeline.model.decoding import pad_left
 from pipeline.model.generation import (
     GREEDY,
@@ -48,6 +48,8 @@ TINY = {
                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, 
                "state_size": 8, "n_groups": 1},
+    "gemma2": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+               "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5, "attn_logit_softcapping": 2.0},
     "qwen3_next": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                    "num_key_value_heads": 2, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
                    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 0,
@@ -263,6 +265,39 @@ def test_rows_end_at_stop_strings():
         assert is_ended == (ids[-1] == STOP or any(string in text(ids) for string in ("dab", "ccca", "éa")))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma3_text", "opt", "gemma2"])
+@pytest.mark.parametrize("before", ["sdpa", "eager"])
+def test_products_of_decoding_are_the_familys_own_attention(architecture: str, before: str):
+    """In float32, where both are exact: prompts padded on the left, groups of heads, windows, capped scores."""
+    model, prompts = tiny(architecture), ragged_prompts(6)
+    ids_BP, is_real_BP = pad_left(prompts, PAD)
+    found = []
+    for name in ("eager" if architecture == "gemma2" else before, decode_attention.NAME):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            decoder = decoding.Decoder(model, ids_BP, is_real_BP)
+            prompt_BV = decoder.logits_BV
+            for _ in range(3):
+                decoder.decode_one(decoder.logits_BV.argmax(-1))
+        found.append(torch.stack([prompt_BV, decoder.logits_BV]))
+    torch.testing.assert_close(found[1], found[0], atol=2e-4, rtol=2e-4)
+
+
+def test_decoding_in_bf16_attends_by_products_and_gives_the_attention_back():
+    model, prompts = tiny("llama"), ragged_prompts(4)
+    called = []
+
+    def note(module: torch.nn.Module, arguments: tuple[()]) -> None:
+        called.append(module.config._attn_implementation)
+
+    for enabled, expected in ((True, decode_attention.NAME), (False, "sdpa")):
+        called.clear()
+        with model.model.layers[0].self_attn.register_forward_pre_hook(note), torch.autocast("cpu", enabled=enabled):
+            generate(model, prompts, max_new_tokens=3, stop_ids=[], pad_id=PAD)
+        assert called == [expected] * 3
+        assert model.config._attn_implementation == "sdpa"
+
+
 def test_keys_in_the_dtype_of_the_products_change_nothing():
     """Under autocast the keys are kept as they are multiplied; transformers' cache keeps them wider and casts."""
     model, prompts = tiny("llama"), ragged_prompts(8)
@@ -340,3 +375,22 @@ def test_sample_inverts_the_distribution():
     assert torch.bincount(ids_B, minlength=6).tolist() == [0, 100, 0, 250, 650, 0]
     edges = sample(torch.tensor([probs, probs]), torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64))
     assert edges.tolist() == [1, 4]
+
+
+@pytest.mark.parametrize("vocab", [5, 128, 700, 1024])
+def test_sampling_by_chunks_is_the_inverse_of_the_whole_cumulative_sum(vocab: int):
+    """Peaked and flat rows, with and without zeros, chunks of nothing among them, numbers at the very ends."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits_BV = torch.randn(600, vocab, generator=generator) * torch.tensor([0.1, 3.0, 20.0]).repeat(200)[:, None]
+    logits_BV[::2, : vocab // 3] = -torch.inf
+    logits_BV[1::4, -vocab // 3 :] = -torch.inf
+    probs_BV = logits_BV.softmax(-1)
+    uniforms_B = torch.rand(600, dtype=torch.float64, generator=generator)
+    uniforms_B[:50], uniforms_B[-50:] = 0.0, math.nextafter(1.0, 0.0)
+    ids_B = sample(probs_BV, uniforms_B)
+    cumulative_BV = probs_BV.double().cumsum(-1)
+    targets_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
+    below_B = torch.where(ids_B > 0, cumulative_BV.gather(1, (ids_B - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    assert (probs_BV.gather(1, ids_B[:, None]) > 0).all()
+    assert (below_B <= targets_B1[:, 0] + 1e-12).all()
+    assert (cumulative_BV.gather(1, ids_B[:, None]) >= targets_B1 - 1e-12).all()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.model.decode_attention import fast_decoding
 from pipeline.model.decoding import Decoder, pad_left
 from pipeline.model.sampling import GREEDY, Sampling, choose, draw_uniforms
 from pipeline.model.stop_strings import StopStrings
@@ -171,21 +172,22 @@ def generate(
     stops = None if not stop_strings or decode is None else StopStrings(stop_strings, decode)
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # stable: samples stay together
     parts = []
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        distinct = list(dict.fromkeys(row // group for row in chunk))
-        part = generate_batch(
-            model,
-            [prompts[number * group] for number in distinct],
-            [distinct.index(row // group) for row in chunk],
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-            stop_strings=stops,
-            pad_id=pad_id,
-            sampling=sampling,
-            uniforms_BT=None if uniforms_BT is None else uniforms_BT[chunk],
-        )
-        parts.append(part)
+    with fast_decoding(model):
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            distinct = list(dict.fromkeys(row // group for row in chunk))
+            part = generate_batch(
+                model,
+                [prompts[number * group] for number in distinct],
+                [distinct.index(row // group) for row in chunk],
+                max_new_tokens=max_new_tokens,
+                stop_ids=stop_ids,
+                stop_strings=stops,
+                pad_id=pad_id,
+                sampling=sampling,
+                uniforms_BT=None if uniforms_BT is None else uniforms_BT[chunk],
+            )
+            parts.append(part)
     place = torch.tensor(order).argsort()
     joined = (torch.cat([getattr(part, field.name) for part in parts])[place] for field in fields(Generation))
     return Generation(*joined)
