@@ -28,8 +28,11 @@ class Asking:
     temperature: float
     batch_size: int
 
-    def answers(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], uniforms_BT: Tensor | None) -> Rollout:
-        """What the model says to each prompt (ids); the likeliest where there are no random numbers."""
+    def answers(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], uniforms_BT: Tensor | None, samples: int = 1
+    ) -> Rollout:
+        """What the model says to each prompt (ids); the likeliest where there are no random numbers. Each prompt stands
+        there `samples` times in a row, and is read once."""
         with precision(self.place.device, self.place.bf16):
             return roll_out(
                 model,
@@ -40,6 +43,7 @@ class Asking:
                 pad_id=self.pad_id,
                 temperature=self.temperature,
                 batch_size=self.batch_size,
+                samples=samples,
             )
 
 

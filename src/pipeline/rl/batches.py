@@ -77,7 +77,7 @@ class Batches:
 
     def _roll_out(self, prompts: Sequence[int], samples: int, uniforms_BT: Tensor | None) -> Rollout:
         ids = [self.prompts.ids[row] for row in prompts for _ in range(samples)]
-        return self.asking.answers(self.models.policy.model, ids, uniforms_BT)
+        return self.asking.answers(self.models.policy.model, ids, uniforms_BT, samples)
 
     def _uniforms(self, number: tuple[int, ...]) -> Tensor:
         """This rank's random numbers. They are drawn for the whole batch, so that a row's do not depend on how many

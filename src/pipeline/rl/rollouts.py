@@ -109,8 +109,10 @@ def roll_out(
     pad_id: int,
     temperature: float,
     batch_size: int,
+    samples: int = 1,
 ) -> Rollout:
-    """The policy's responses to `prompts`, of at most `longest` tokens.
+    """The policy's responses to `prompts`, of at most `longest` tokens. Each prompt stands there `samples` times in a
+    row, and is read once.
 
     `uniforms_BT` [B, longest] is all the randomness; None takes the likeliest token. Precision is that of the caller's
     autocast.
@@ -124,6 +126,7 @@ def roll_out(
         sampling=GREEDY if uniforms_BT is None else Sampling(temperature),
         uniforms_BT=uniforms_BT,
         batch_size=batch_size,
+        samples_per_prompt=samples,
     )
     device, used = policy.device, int(written.lengths_B.max())
     ids_BT, lengths_B = written.ids_BT[:, :used].to(device), written.lengths_B.to(device)
