@@ -33,6 +33,8 @@ DEMONSTRATIONS = {
     "multi-turn": ({"messages": [Q, A, Q, A]}, [Q, A, Q, A]),
     "prompt_completion": ({"prompt": "Q", "completion": "A"}, [Q, A]),
     "prompt_completion messages": ({"prompt": [S, Q], "completion": [A]}, [S, Q, A]),
+    "question_answer": ({"question": "Q", "answer": "A"}, [Q, A]),
+    "question_answer with system": ({"question": "Q", "answer": "A", "system": "S"}, [S, Q, A]),
     "alpaca": ({"instruction": "Q", "input": "", "output": "A"}, [Q, A]),
     "alpaca with input": (
         {"instruction": "I", "input": "X", "output": "A"},
@@ -107,6 +109,12 @@ def test_a_bad_demonstration_is_named_by_file_and_line(name: str, tmp_path: Path
 
 
 BAD_ROWS = {
+    "question_answer": (
+        {"question": "Q", "answer": "A"},
+        {"question": "Q", "answer": ["A"]},
+        "messages",
+        "field `answer` holds list, not text",
+    ),
     "alpaca": (
         {"instruction": "Q", "output": "A"},
         {"instruction": "Q", "output": 4},
@@ -184,8 +192,8 @@ def test_a_format_can_be_forced_and_must_exist(tmp_path: Path) -> None:
 
 
 def test_unknown_fields_are_refused_with_the_formats_there_are(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no known format has the fields question, answer") as caught:
-        read_rows([written(tmp_path / "rows.jsonl", {"question": "Q", "answer": "A"})], "messages")
+    with pytest.raises(DataError, match="no known format has the fields query, reply") as caught:
+        read_rows([written(tmp_path / "rows.jsonl", {"query": "Q", "reply": "A"})], "messages")
     assert caught.value.where.endswith("rows.jsonl:1")
     assert "alpaca: instruction, output" in caught.value.mend
 

@@ -2,6 +2,7 @@
 
     messages            {"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}
     prompt_completion   {"prompt": …, "completion": …}        texts or lists of messages
+    question_answer     {"question": …, "answer": …}          texts, as in GSM8K; and optionally "system"
     alpaca              {"instruction": …, "input": …, "output": …}       and optionally "system"
     sharegpt            {"conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}   "system"
     likewise preference          {"prompt": …, "chosen": …, "rejected": …}    texts or messages; the prompt
@@ -35,6 +36,7 @@ KEYS = {
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
+    "question_answer": ("question", "answer"),
 }
 PREFERENCES = ("sharegpt_preference", "preference")
 
@@ -199,6 +201,9 @@ def demonstration(row: Row, chosen: str, where: str) -> list[Message]:
             question,
             {"role": "assistant", "content": text_in(row, "output", where)},
         ]
+    if chosen == "question_answer":
+        said = [("user", text_in(row, "question", where)), ("assistant", text_in(row, "answer", where))]
+        return [*system_of(row, where), *({"role": role, "content": text} for role, text in said)]
     return side(row, "prompt", "user", where) + side(row, "completion", "assistant", where)
 
 
