@@ -35,6 +35,31 @@ def test_without_gold_the_win_rate_is_of_the_reward():
     assert figures["eval_win_rate"] == 0.5
 
 
+def test_a_gain_that_length_accounts_for_is_none_at_the_same_length():
+    # Gains 1, 2, 3 at 10, 20, 30 tokens more: all of it is length. With 1 more each, 1 is not: the intercept.
+    start, ones_B = marks([0.0, 0.0, 0.0]), torch.ones(3)
+    for more in (0.0, 1.0):
+        longer = Marks(
+            torch.tensor([1.0, 2.0, 3.0]) + more, None, ones_B, torch.tensor([20.0, 30.0, 40.0]), ones_B, ones_B
+        )
+        figures = report(longer, start, alone)
+        assert figures["eval_gain"] == pytest.approx(2.0 + more)
+        assert figures["eval_gain_same_length"] == pytest.approx(more, abs=1e-6)
+
+
+def test_the_gain_at_the_same_length_is_the_intercept_of_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    lengths_B = torch.randint(5, 40, (50,), generator=generator).float()
+    gains_B = 0.05 * lengths_B + torch.randn(50, generator=generator)
+    zeros_B = torch.zeros(50)
+    start = Marks(zeros_B, None, zeros_B, torch.full((50,), 12.0), zeros_B, zeros_B)
+    figures = report(Marks(gains_B, None, zeros_B, lengths_B, zeros_B, zeros_B), start, alone)
+    design = torch.stack([torch.ones(50), lengths_B - 12], dim=1)
+    intercept = torch.linalg.lstsq(design, gains_B[:, None]).solution[0].item()
+    assert figures["eval_gain_same_length"] == pytest.approx(intercept, abs=1e-4)
+    assert not {"longer", "both"} & set(figures)
+
+
 def test_the_error_of_a_mean_is_that_of_textbooks():
     values = [0.3, -1.2, 2.2, 0.9, 0.1]
     figures = report(marks(values), marks(values), alone)

@@ -266,7 +266,7 @@ def test_two_processes_keep_the_groups_that_one_does(parts: Parts, tmp_path: Pat
         assert [left[name] for name in names] == pytest.approx([right[name] for name in names], abs=1e-4, rel=1e-3)
     assert max(line["sampling_rounds"] for line in one) > 1
     evaluated = [name for name in one[-1] if name.startswith("eval_")]
-    assert len(evaluated) == 9
+    assert len(evaluated) == 11
     assert [one[-1][name] for name in evaluated] == pytest.approx([two[-1][name] for name in evaluated], abs=1e-4)
     left, right = (load_file(f / "model/model.safetensors") for f in folders)
     assert furthest(left, right) < 1e-4

@@ -37,7 +37,12 @@ class Marks:
 
 
 def report(marks: Marks, start: Marks, reduce: Reduce) -> dict[str, float]:
-    """Means over all ranks, with the standard errors that the warning takes; `start` are the start's marks."""
+    """Means over all ranks, with the standard errors that the warning takes; `start` are the start's marks.
+
+    The gain is what the policy's answers are worth more than the start's to the same prompts; at the same length, the
+    part of it that their lengths do not account for: the intercept of gain over difference of lengths, by least squares
+    over the prompts (after the length-controlled win rates of Dubois et al. 2024).
+    """
     gain_B = (marks.measure_B > start.measure_B).float() + 0.5 * (marks.measure_B == start.measure_B).float()
     rows = {
         "eval_reward": marks.reward_B,
@@ -49,6 +54,8 @@ def report(marks: Marks, start: Marks, reduce: Reduce) -> dict[str, float]:
     }
     if marks.gold_B is not None:
         rows["eval_gold"] = marks.gold_B
+    gains_B, longer_B = marks.measure_B - start.measure_B, (marks.length_B - start.length_B).float()
+    rows |= {"eval_gain": gains_B, "longer": longer_B, "both": gains_B * longer_B}
     values = torch.stack([column.float() for column in rows.values()]).double()
     ones = torch.ones(1, values.shape[1], dtype=torch.float64, device=values.device)
     sums = reduce(torch.cat([ones, values, values.square()]).sum(dim=1)).tolist()
@@ -58,6 +65,9 @@ def report(marks: Marks, start: Marks, reduce: Reduce) -> dict[str, float]:
         if name in ("eval_reward", "eval_gold", "eval_win_rate"):
             variance = max(0.0, square / count - (total / count) ** 2)
             figures[f"{name}_se"] = math.sqrt(variance / max(1.0, count - 1))
+    spread = squares[list(rows).index("longer")] / count - figures["longer"] ** 2
+    slope = (figures.pop("both") - figures["eval_gain"] * figures["longer"]) / spread if spread > 1e-9 else 0.0
+    figures["eval_gain_same_length"] = figures["eval_gain"] - slope * figures.pop("longer")
     figures["eval_sqrt_kl"] = math.sqrt(max(0.0, figures["eval_kl"]))
     return figures
 
