@@ -8,9 +8,9 @@ drawn.
 
 Both sides have the same policy (a Llama of 5.5 M: 256 wide, 6 layers, vocabulary 4,096), reference, reward model and
 critic (of that size), prompts of exactly 32 tokens and answers of up to 64, batches of 64, one epoch of one minibatch,
-AdamW, rates, clips, KL price and missing-EOS rule. What TRL lacks is off in ours (gradient clipping, the clip of scores,
-a rate of the critic's own) and a wrapper has TRL's reward model read a cut-off answer as ours does, with the stop token
-put on. TRL's pad is an id that the policy cannot write, since TRL takes a pad for the end.
+AdamW, rates, clips, KL price and missing-EOS rule. What TRL lacks is off in ours (gradient clipping, the clip of
+scores, a rate of the critic's own), and a wrapper has TRL's reward model read a cut-off answer as ours does, with the
+stop token put on. TRL's pad is an id that the policy cannot write, since TRL takes a pad for the end.
 
 Each side is a process; they take turns step by step, so that a step of one stands beside a step of the other, and
 their ratio is a median of pairs. Part 1: every way to run TRL, and ours in bf16 and fp32. Part 2: the fastest of TRL's
@@ -41,14 +41,14 @@ RATE, KL_COEF, WARM_UP = 1e-4, 0.05, 2
 TRL_SIDES: dict[str, dict[str, Any]] = {
     "trl": {},
     "trl, microbatches of 16": {"micro": 16},
-    "trl, rollouts of 16": {"rollout": 16},
     "trl, plain attention": {"attention": "eager"},
-    "trl, bf16": {"bf16": True},
+    "trl, launched with bf16": {"mixed": True},
     "trl, all in bf16": {"autocast": True},
     "trl, all in bf16, plain attention": {"autocast": True, "attention": "eager"},
     "trl, compiled": {"compile": True},
 }
-"""`bf16` is TRL's own flag, which holds for the training forward only; `autocast` is around the whole loop."""
+"""`mixed` is `accelerate launch --mixed_precision bf16`, which holds for the training forward only (the flag `bf16` of
+its config reaches nothing); `autocast` is a context around its whole loop, which a user would have to think of."""
 OUR_SIDES: dict[str, dict[str, Any]] = {"llmpipe": {}, "llmpipe, fp32": {"bf16": False}}
 
 
@@ -89,7 +89,8 @@ def prepare(folder: Path) -> None:
         ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
         if len(ids) == PROMPT:
             rows.append((text, ids))
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text, "completion": "."}) + "\n" for text, _ in rows))
+    lines = [json.dumps({"prompt": text, "completion": "."}) for text, _ in rows]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     init = Artifact("policy", folder / "policy", "causal-lm", "", {})
     reward = normalised(folder / "trunk", pad_id, stop_id, [ids for _, ids in rows])
     save_reward_model(reward, folder / "reward", init, mean=0.0, std=1.0, suffix_ids=[stop_id])
@@ -185,10 +186,14 @@ def ours(folder: Path, out: Path, steps: int, seed: int, threads: int, bf16: boo
 
 def trl(
     folder: Path, out: Path, steps: int, seed: int, threads: int, micro: int = BATCH, rollout: int = BATCH,
-    attention: str = "sdpa", bf16: bool = False, autocast: bool = False, compile: bool = False,
+    attention: str = "sdpa", mixed: bool = False, autocast: bool = False, compile: bool = False,
 ) -> None:  # fmt: skip
     """TRL's trainer. Runs in its own environment: nothing of llmpipe can be imported here."""
     turns = Turns()
+    if mixed:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    if compile:
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
     import torch
     from datasets import Dataset
     from transformers import (
@@ -214,7 +219,9 @@ def trl(
         logged: dict[str, float] = {}
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            turns.wait({"dtype": named(bf16, autocast), "threads": torch.get_num_threads(), "compiled": compile})
+            is_compiled = hasattr(trainer.model, "_orig_mod")
+            dtype = named(trainer.accelerator.mixed_precision == "bf16", autocast)
+            turns.wait({"dtype": dtype, "threads": torch.get_num_threads(), "compiled": is_compiled})
 
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
             self.logged = logs
@@ -228,7 +235,7 @@ def trl(
         temperature=1.0, learning_rate=RATE, lr_scheduler_type="constant", adam_epsilon=1e-5, weight_decay=0.0,
         num_ppo_epochs=1, num_mini_batches=1, kl_coef=KL_COEF, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1,
         gamma=1.0, lam=0.95, missing_eos_penalty=1.0, stop_token="eos", whiten_rewards=False, seed=seed,
-        num_sample_generations=0, bf16=bf16, torch_compile=compile, gradient_checkpointing=False, use_cpu=True,
+        num_sample_generations=0, bf16=False, gradient_checkpointing=False, use_cpu=True,
         save_strategy="no", logging_steps=1, report_to="none", disable_tqdm=True,
     )  # fmt: skip
     assert tokenizer.eos_token_id == told["stop"]
@@ -242,9 +249,9 @@ def trl(
         trainer.train()
 
 
-def named(bf16: bool, autocast: bool) -> str:
+def named(mixed: bool, autocast: bool) -> str:
     """What is computed in which precision."""
-    return "bf16 autocast" if autocast else "fp32, bf16 autocast in training" if bf16 else "fp32"
+    return "bf16 autocast" if autocast else "fp32, bf16 autocast in training" if mixed else "fp32"
 
 
 def closing(model: Any, stop_id: int) -> Any:
@@ -315,7 +322,8 @@ class Side:
 
     def end(self) -> None:
         """It has done its steps."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()

@@ -140,3 +140,24 @@ def test_chunks_of_logits_give_what_whole_ones_do(monkeypatch: pytest.MonkeyPatc
         gradients.append([*found, *(p.grad for p in model.parameters() if p.grad is not None)])
     for ours, theirs in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_a_sweep_on_a_cpu_is_in_parts_that_stay_in_its_cache(monkeypatch: pytest.MonkeyPatch):
+    """Rows and logits cut small give what whole ones do; log-probs alone are those that come with entropies."""
+    model = policy("llama")
+    whole = sweep(rollout(), Cut(4), 2, lambda part: logprobs_and_entropies(model, part, READING))
+    monkeypatch.setattr("pipeline.rl.logprobs.CPU_CHUNK_LOGITS", 3 * 40)
+    monkeypatch.setattr("pipeline.rl.rollouts.CACHED_TOKENS", 14)
+    rows: list[int] = []
+
+    def small(part: Rollout) -> tuple[Tensor, ...]:
+        rows.append(len(part.lengths_B))
+        return logprobs_and_entropies(model, part, Reading(TEMPERATURE, plain_head=True))
+
+    for ours, theirs in zip(sweep(rollout(), Cut(4), 2, small), whole, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert rows == [2, 2]  # of 7 tokens at most
+    (alone_BT,) = sweep(
+        rollout(), Cut(4), 1, lambda part: (token_logprobs(model, part, Reading(TEMPERATURE, plain_head=True)),)
+    )
+    torch.testing.assert_close(alone_BT, whole[0], atol=1e-5, rtol=1e-4)

@@ -35,12 +35,16 @@ def test_a_loss_without_entropy_has_the_gradient_of_cross_entropy():
     generator = torch.Generator().manual_seed(1)
     hidden_ND = torch.randn(6, 4, generator=generator, requires_grad=True)
     weight_VD, target_N = torch.randn(9, 4, generator=generator), torch.arange(6)
-    logprobs_of_hidden(hidden_ND, weight_VD, target_N, 1.0, 2)[0].sum().backward()
-    assert hidden_ND.grad is not None
-    found = hidden_ND.grad.clone()
-    hidden_ND.grad = None
+    found = []
+    for has_entropy in (True, False):
+        logprobs_N, entropies_N = logprobs_of_hidden(hidden_ND, weight_VD, target_N, 1.0, 2, has_entropy=has_entropy)
+        assert bool(entropies_N.any()) == has_entropy
+        logprobs_N.sum().backward()
+        assert hidden_ND.grad is not None
+        found.append(hidden_ND.grad.clone())
+        hidden_ND.grad = None
     torch.nn.functional.cross_entropy(hidden_ND @ weight_VD.T, target_N, reduction="sum").neg().backward()
-    torch.testing.assert_close(found, hidden_ND.grad)
+    torch.testing.assert_close(found, [hidden_ND.grad, hidden_ND.grad])
 
 
 def test_products_are_in_the_dtype_of_autocast():
@@ -54,4 +58,5 @@ def test_products_are_in_the_dtype_of_autocast():
 
 def test_a_chunk_holds_at_least_one_token():
     assert chunk_of(4096) == 4096
+    assert chunk_of(4096, is_cached=True) == 256
     assert chunk_of(2**30) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.rl.rollouts import assemble, closed_rows, concatenate, microbatches
+from pipeline.rl.rollouts import assemble, closed_rows, concatenate, in_cache, microbatches
 
 PROMPTS = [[5, 6, 7], [8]]
 IDS_BT = torch.tensor([[20, 9, 0], [30, 31, 32]])
@@ -36,6 +36,15 @@ def test_select_keeps_the_response_columns():
 
 def test_a_cut_row_is_closed_before_it_is_scored():
     assert closed_rows(ROLLOUT, [9]) == [[5, 6, 7, 20, 9], [8, 30, 31, 32, 9]]
+
+
+def test_forwards_without_gradients_are_cut_to_a_cpus_cache():
+    lengths_B = torch.tensor([600, 700, 3000, 10])
+    parts = in_cache(microbatches(lengths_B, 3), lengths_B)
+    assert [part.tolist() for part in parts] == [[2], [1], [0], [3]]  # 2,048 tokens: less than one row of 3,000
+    parts = in_cache(microbatches(lengths_B, 3, torch.tensor([0, 1, 3])), lengths_B)
+    assert [part.tolist() for part in parts] == [[1, 0], [3]]  # two rows of 700
+    assert in_cache([torch.tensor([0])], torch.ones(1, device="meta"))[0].tolist() == [0]  # no CPU: as it is
 
 
 def test_microbatches_hold_rows_of_like_length():

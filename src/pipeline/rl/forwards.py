@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from pipeline.rl.logprobs import chunk_of, logprobs_of_hidden
 from pipeline.rl.losses import entropy
-from pipeline.rl.rollouts import Rollout, microbatches
+from pipeline.rl.rollouts import Rollout, in_cache, microbatches
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def precision(device: torch.device, bf16: bool) -> torch.autocast:
 def token_logprobs(policy: PreTrainedModel, rollout: Rollout, reading: Reading) -> Tensor:
     """log pi(token | what stands before it) of the response tokens, [B, T], zero elsewhere."""
     if _in_chunks(policy, rollout, reading):
-        return rollout.spread(_chunked(policy, rollout, reading)[0])
+        return rollout.spread(_chunked(policy, rollout, reading, has_entropy=False)[0])
     logits_NV = response_logits(policy, rollout, reading.temperature)
     return rollout.spread(-F.cross_entropy(logits_NV, rollout.targets_N, reduction="none"))
 
@@ -60,7 +60,7 @@ def token_logprobs(policy: PreTrainedModel, rollout: Rollout, reading: Reading) 
 def logprobs_and_entropies(policy: PreTrainedModel, rollout: Rollout, reading: Reading) -> tuple[Tensor, Tensor]:
     """As `token_logprobs`, with the entropy in nats of the distribution of each token, [B, T] each."""
     if _in_chunks(policy, rollout, reading):
-        logprobs_N, entropies_N = _chunked(policy, rollout, reading)
+        logprobs_N, entropies_N = _chunked(policy, rollout, reading, has_entropy=True)
     else:
         all_NV = response_logits(policy, rollout, reading.temperature).log_softmax(dim=-1)
         logprobs_N, entropies_N = all_NV.gather(1, rollout.targets_N[:, None])[:, 0], entropy(all_NV)
@@ -68,16 +68,19 @@ def logprobs_and_entropies(policy: PreTrainedModel, rollout: Rollout, reading: R
 
 
 def _in_chunks(policy: PreTrainedModel, rollout: Rollout, reading: Reading) -> bool:
-    """Whether the logits of all response tokens are too many to be held."""
+    """Whether the logits of all response tokens are too many to be held, or to stay in a CPU's cache."""
     vocabulary = policy.get_output_embeddings().weight.shape[0]
-    return reading.plain_head and int(rollout.response_mask_BT.sum()) > chunk_of(vocabulary)
+    is_cached = rollout.ids_BL.device.type == "cpu" and not torch.is_grad_enabled()
+    return reading.plain_head and int(rollout.response_mask_BT.sum()) > chunk_of(vocabulary, is_cached=is_cached)
 
 
-def _chunked(policy: PreTrainedModel, rollout: Rollout, reading: Reading) -> tuple[Tensor, Tensor]:
+def _chunked(
+    policy: PreTrainedModel, rollout: Rollout, reading: Reading, *, has_entropy: bool
+) -> tuple[Tensor, Tensor]:
     hidden_BLD = policy.base_model(input_ids=rollout.ids_BL, use_cache=False).last_hidden_state
     hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, rollout.before_N)
     head_VD = policy.get_output_embeddings().weight
-    return logprobs_of_hidden(hidden_ND, head_VD, rollout.targets_N, reading.temperature)
+    return logprobs_of_hidden(hidden_ND, head_VD, rollout.targets_N, reading.temperature, has_entropy=has_entropy)
 
 
 def response_logits(policy: PreTrainedModel, rollout: Rollout, temperature: float) -> Tensor:
@@ -118,7 +121,8 @@ def sweep(
     """`function` over all rows, some of like length at a time: `count` tensors of [rows, T] each, together [B, T]."""
     shape, device = rollout.response_ids_BT.shape, rollout.ids_BL.device
     totals = tuple(torch.zeros(shape, device=device) for _ in range(count))
-    for rows in cut.parts(rollout):
+    lengths_B = rollout.prompt_lengths_B + rollout.lengths_B
+    for rows in in_cache(cut.parts(rollout), lengths_B):
         for total, part in zip(totals, function(rollout.select(rows)), strict=True):
             total[rows] = part
     return totals

@@ -27,7 +27,7 @@ from pipeline.rl import terms as math_of
 from pipeline.rl import verifiable
 from pipeline.rl.judge import load_judge
 from pipeline.rl.judge_api import RemoteJudge
-from pipeline.rl.rollouts import Rollout, closed_rows, microbatches, pad_right
+from pipeline.rl.rollouts import Rollout, closed_rows, in_cache, microbatches, pad_right
 from pipeline.runtime import Runtime
 from pipeline.usercode import load_member
 
@@ -295,7 +295,7 @@ def model_scores(reward: RewardModel, rollout: Rollout, *, pad_id: int, batch_si
     texts = closed_rows(rollout, reward.suffix_ids)
     lengths_B = torch.tensor([len(text) for text in texts])
     scores_B = torch.zeros(len(texts))
-    for rows in microbatches(lengths_B, batch_size):
+    for rows in in_cache(microbatches(lengths_B, batch_size), lengths_B.to(reward.model.device)):
         ids_BL = pad_right([texts[row] for row in rows.tolist()], pad_id)
         scores_B[rows] = reward.score(ids_BL, lengths_B[rows]).cpu()
     if not scores_B.isfinite().all():
