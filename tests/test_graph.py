@@ -458,3 +458,45 @@ def test_set_reaches_into_a_term(folder: Path):
     text = with_terms(folder, "{judge: sft, constitution: rules.md}")
     term = recipe(folder, text, "ppo.reward.0.constitution=mine.md").nodes["ppo"].config.reward[0]  # type: ignore[attr-defined]
     assert term.constitution == folder / "elsewhere" / "mine.md"
+
+
+LABEL = """\
+from pipeline.recipe import StageConfig
+class LabelConfig(StageConfig): ...
+INPUTS = {}
+KIND = "rows"
+def run(config, inputs, out, runtime): ...
+"""
+LABELLED = """\
+run: labelled
+stages:
+  ppo: {init: sft, reward: reward}
+  sft: {init: ./model, data: [{source: label, limit: 9}, rows.jsonl]}
+  reward: {init: sft, data: rows.jsonl}
+  label: {stage: ./label.py}
+"""
+
+
+def test_the_rows_that_a_stage_writes_are_data_by_its_name(folder: Path):
+    (folder / "label.py").write_text(LABEL)
+    hugging_face_folder(folder / "model", "LlamaForCausalLM")
+    nodes = recipe(folder, LABELLED).nodes
+    rows = str(folder / "artifacts" / "labelled" / "label" / "rows.jsonl")
+    assert list(nodes) == ["label", "sft", "reward", "ppo"]
+    sources = [(entry.source, entry.limit) for entry in nodes["sft"].config.data]  # type: ignore[attr-defined]
+    assert sources == [(rows, 9), (str(folder / "rows.jsonl"), None)]
+    assert nodes["sft"].parents(nodes) == ["label"]
+    assert nodes["ppo"].parents(nodes) == ["sft", "reward", "label"], "its data are sft's"
+
+
+def test_a_name_that_is_a_stage_and_a_file_is_refused_as_data(folder: Path):
+    (folder / "label.py").write_text(LABEL)
+    (folder / "label").write_text("{}\n")
+    hugging_face_folder(folder / "model", "LlamaForCausalLM")
+    error = refused(folder, LABELLED)
+    assert error.what == "`label` is a stage of the recipe and a file beside it"
+    assert error.mend.startswith("./label for the file")
+    assert line(error) == 4
+    plain = recipe(folder, LABELLED.replace("source: label", "source: ./label")).nodes["sft"]
+    assert plain.config.data[0].source == str(folder / "label")  # type: ignore[attr-defined]
+    assert not plain.rows

@@ -160,3 +160,15 @@ def test_a_begun_stage_is_known_by_its_folder(toy: Toy):
     toy.store.partial("toy", "first", standing.planned)
     assert toy.survey()["first"].is_begun
     assert not toy.survey("first.size=2")["first"].is_begun
+
+
+def test_rows_that_a_stage_writes_count_by_that_stage(tmp_path: Path):
+    toy = Toy(tmp_path)
+    reads = ("aside.data=first",)
+    toy.make(*reads)
+    assert toy.states(*reads) == ["stands"] * 4
+    other = toy.survey(*reads, "first.size=2")["aside"]
+    assert (other.state, other.reasons[-1]) == ("stale", "input: data (first)")
+    limited = toy.survey('aside.data={"source": "first", "limit": 1}')["aside"]
+    assert limited.reasons[0].startswith("data: data (")
+    assert len(limited.reasons) == 1

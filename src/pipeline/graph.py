@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,7 +31,7 @@ from pipeline.recipe import (
     is_section_list,
     preset_of,
 )
-from pipeline.roles import NO_TOKENIZER, TOKENIZER, fits, input_of
+from pipeline.roles import NO_TOKENIZER, TOKENIZER, fits, input_of, rows_of
 
 LoadStage = Callable[[str, Path], Stage]
 """(type as the recipe wrote it, folder its path starts at) -> the stage; raises RecipeError's parents."""
@@ -56,10 +57,13 @@ class Node:
     is_list: Mapping[str, bool]
     origins: Mapping[str, str]
     """Field -> where its value came from: `default`, `recipe.yaml:7`, `--set …`, `LLMPIPE_SET …`."""
+    rows: Mapping[str, str] = dataclass_field(default_factory=dict)
+    """Source of a data entry -> the stage of this recipe that writes the rows there (`data: [{source: label}]`)."""
 
     def parents(self, names: Mapping[str, Any]) -> list[str]:
         """The stages of the recipe that this one takes, each once."""
-        return list(dict.fromkeys(ref for refs in self.inputs.values() for ref in refs if ref in names))
+        refs = [ref for refs in self.inputs.values() for ref in refs if ref in names]
+        return list(dict.fromkeys([*refs, *self.rows.values()]))
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,9 @@ def build(document: Document, load_stage: LoadStage, store: Store) -> Recipe:
     stages = {name: _stage(document, name, values or {}, load_stage) for name, values in top.stages.items()}
     if not stages:
         raise RecipeError("no stages", where=document.place("stages"))
-    nodes = {name: _node(document, name, stages, top.seed, store) for name in stages}
-    nodes = _inherit(document, nodes)
+    rows = {name: str(rows_of(store, top.run, name)) for name, stage in stages.items() if stage.kind == "rows"}
+    nodes = {name: _node(document, name, stages, top.seed, store, rows) for name in stages}
+    nodes = {name: replace(node, rows=_written(node, rows)) for name, node in _inherit(document, nodes).items()}
     recipe = Recipe(document.name, top.run, top.seed, _ordered(document, nodes))
     for node in recipe.nodes.values():
         _check_tokenizers(document, recipe, node, store)
@@ -117,7 +122,9 @@ def _stage(document: Document, name: str, values: Mapping[str, Any], load_stage:
         raise type(error)(error.what, where=error.where or document.place(*key), mend=error.mend) from error
 
 
-def _node(document: Document, name: str, stages: Mapping[str, Stage], seed: int, store: Store) -> Node:
+def _node(
+    document: Document, name: str, stages: Mapping[str, Stage], seed: int, store: Store, rows: Mapping[str, str]
+) -> Node:
     stage = stages[name]
     key = ("stages", name)
     values = {k: v for k, v in (document.values["stages"][name] or {}).items() if k != "stage"}
@@ -155,7 +162,7 @@ def _node(document: Document, name: str, stages: Mapping[str, Stage], seed: int,
             inputs[role] = tuple(ref for ref in resolved if not USER_CODE.fullmatch(ref))
             updates[role] = resolved if is_list[role] else (resolved[0] if resolved else None)
     config = config.model_copy(update=updates)
-    config = config.model_copy(update=_paths(document, key, config, stage.inputs))
+    config = config.model_copy(update=_paths(document, key, config, rows, stage.inputs))
     return Node(name, stage, config, inputs, is_list, origins)
 
 
@@ -250,21 +257,32 @@ def _check_kind(what: str, found: str, kind: str, where: str) -> None:
         raise RecipeError(f"{what} {found}", where=where, mend=NO_TOKENIZER if kind == TOKENIZER else "")
 
 
-def _paths(document: Document, key: Key, config: BaseModel, roles: Collection[str] = ()) -> dict[str, Any]:
+def _written(node: Node, rows: Mapping[str, str]) -> dict[str, str]:
+    """Of the node's data sources those that a stage writes, with that stage; `rows`: stage -> the file it writes."""
+    stage_of = {path: name for name, path in rows.items()}
+    fields = [name for name in type(node.config).model_fields if is_data(type(node.config), name)]
+    sources = [entry.source for name in fields for entry in getattr(node.config, name) or ()]
+    return {source: stage_of[source] for source in sources if source in stage_of}
+
+
+def _paths(
+    document: Document, key: Key, config: BaseModel, rows: Mapping[str, str], roles: Collection[str] = ()
+) -> dict[str, Any]:
     """The config's data entries and user files, those of its sections too, with absolute paths.
 
-    Raises MissingInputError where nothing is there.
+    `rows`: stage of the recipe -> the file of rows that it writes. Raises MissingInputError where nothing is there.
     """
     updates: dict[str, Any] = {}
     for name in type(config).model_fields:
         value, place = getattr(config, name), (*key, name)
         if is_data(type(config), name) and value:
-            updates[name] = tuple(_entry(document, (*place, i), entry) for i, entry in enumerate(value))
+            updates[name] = tuple(_entry(document, (*place, i), entry, rows) for i, entry in enumerate(value))
         elif isinstance(value, BaseModel):
-            updates[name] = value.model_copy(update=_paths(document, place, value))
+            updates[name] = value.model_copy(update=_paths(document, place, value, rows))
         elif is_section_list(value):
             updates[name] = tuple(
-                section.model_copy(update=_paths(document, (*place, i), section)) for i, section in enumerate(value)
+                section.model_copy(update=_paths(document, (*place, i), section, rows))
+                for i, section in enumerate(value)
             )
         elif isinstance(value, str) and USER_CODE.fullmatch(value) and name not in roles:
             file, _, member = value.rpartition(":")
@@ -282,12 +300,17 @@ def _file(document: Document, key: Key, file: str) -> Path:
     return path
 
 
-def _entry(document: Document, key: Key, entry: DataEntry) -> DataEntry:
+def _entry(document: Document, key: Key, entry: DataEntry, rows: Mapping[str, str]) -> DataEntry:
     if entry.source == "pydocs" or entry.source.startswith("hub:"):
         return entry
     where = document.place(*key, "source")
     base = Path.cwd() if document.is_set(*key, "source") else document.base
     path = str((base / Path(entry.source).expanduser()).absolute())
+    if entry.source in rows:
+        if Path(path).exists():
+            what = f"`{entry.source}` is a stage of the recipe and a file beside it"
+            raise RecipeError(what, where=where, mend=f"./{entry.source} for the file, or another name for the stage")
+        return entry.model_copy(update={"source": rows[entry.source]})
     if not Path(path).exists() and not glob.glob(path, recursive=True):
         mend = f"hub:{entry.source} for a dataset of the hub" if entry.source.count("/") == 1 else ""
         raise MissingInputError(f"no file or folder {path}", where=where, mend=mend)
@@ -312,7 +335,7 @@ def _inherit(document: Document, nodes: dict[str, Node]) -> dict[str, Node]:
                 value = getattr(giver.config, "data")  # noqa: B009
                 config = filled[node.name].config.model_copy(update={name: value})
                 origins = {**filled[node.name].origins, name: f"default: the data of `{giver.name}`"}
-                filled[node.name] = Node(node.name, node.stage, config, node.inputs, node.is_list, origins)
+                filled[node.name] = replace(filled[node.name], config=config, origins=origins)
     return filled
 
 

@@ -273,6 +273,9 @@ def _manifest(
         role: [{"reference": a.reference, "fingerprint": a.fingerprint} for a in _each(value)]
         for role, value in inputs.items()
     }
+    if node.rows:
+        writers = zip(dict.fromkeys(node.rows.values()), standing.parts["inputs"]["data"], strict=True)
+        parents["data"] = [{"reference": f"{run}/{name}", "fingerprint": fingerprint} for name, fingerprint in writers]
     return {
         "stage": node.stage.type,
         "name": node.name,

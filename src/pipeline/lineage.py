@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,7 +54,10 @@ def _standing(
         for role, refs in node.inputs.items()
         for kind in [node.stage.inputs[role]]
     }
-    parts = stage_parts(node.stage, node.config, _data(node), inputs)
+    writers = dict.fromkeys(node.rows.values())
+    if writers:
+        inputs["data"] = [found[name].fingerprint for name in writers]
+    parts = stage_parts(node.stage, node.config, _data(node, found), inputs)
     planned = fingerprint(parts)
     artifact = store.find(recipe.run, node.name)
     is_begun = (store.folder(recipe.run, node.name).parent / f".{node.name}.{planned[:16]}.partial").exists()
@@ -74,22 +77,27 @@ def _reasons(node: Node, artifact: Artifact, parts: dict[str, Any]) -> list[str]
     if artifact.stage != node.stage.type:
         return [f"{node.name}.stage {artifact.stage} → {node.stage.type}"]
     reasons = differences(node.name, artifact.manifest["parts"], parts, defaults(node.stage.config))
-    refs = {f"input: {role}": ", ".join(names) for role, names in node.inputs.items()}
+    refs = {f"input: {role}": ", ".join(names) for role, names in {**node.inputs, "data": node.rows.values()}.items()}
     for field in parts["data"]:
         refs[f"data: {field}"] = ", ".join(entry.source for entry in getattr(node.config, field))
     return [f"{reason} ({refs[reason]})" if refs.get(reason) else reason for reason in reasons]
 
 
-def _data(node: Node) -> dict[str, Any]:
-    """Field -> what its sources hold, by content; a source's path does not count, its other options do."""
+def _data(node: Node, parents: Mapping[str, Standing]) -> dict[str, Any]:
+    """Field -> what its sources hold, by content; a source's path does not count, its other options do.
+
+    What a stage of the recipe writes counts by that stage's fingerprint, since it need not stand yet.
+    """
     found = {}
     for name in node.stage.config.model_fields:
         entries = getattr(node.config, name)
         if is_data(node.stage.config, name) and entries:
-            found[name] = [_entry(entry) for entry in entries]
+            made = [parents[node.rows[e.source]].fingerprint if e.source in node.rows else None for e in entries]
+            found[name] = [_entry(entry, fingerprint) for entry, fingerprint in zip(entries, made, strict=True)]
     return found
 
 
-def _entry(entry: DataEntry) -> str:
+def _entry(entry: DataEntry, made: str | None) -> str:
     options = entry.model_dump(exclude={"source"}, exclude_defaults=True)
-    return digest({"content": source_fingerprint(entry, hash_file=sha256), "options": options})
+    content = source_fingerprint(entry, hash_file=sha256) if made is None else {"rows": made}
+    return digest({"content": content, "options": options})

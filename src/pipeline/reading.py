@@ -47,7 +47,7 @@ class Document:
         return self.place(*key).startswith(("--set", "LLMPIPE_SET"))
 
 
-def read_recipe(path: Path, overrides: Iterable[str] = (), *, base: Path | None = None) -> Document:
+def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Document:
     """The recipe at `path`, with `LLMPIPE_SET` and then `overrides` (`stage.field=value`) laid over it.
 
     Raises RecipeError (file and line) for what is no YAML, a duplicate key, or a `--set` that leads nowhere.
@@ -58,7 +58,7 @@ def read_recipe(path: Path, overrides: Iterable[str] = (), *, base: Path | None 
         raise MissingInputError(f"no recipe there ({error.strerror})", where=str(path)) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"not UTF-8 text ({error.reason})", where=str(path)) from error
-    document = Document(name=_shown(path), base=base or path.resolve().parent, values={})
+    document = Document(name=_shown(path), base=path.resolve().parent, values={})
     tree = _parse(text, document.name)
     if not isinstance(tree, dict):
         raise RecipeError("a recipe is a mapping with the key `stages`", where=f"{document.name}:1")

@@ -16,6 +16,7 @@ from pipeline.errors import MissingInputError
 from pipeline.hub import hub_folder
 
 TOKENIZER = "tokenizer"
+ROWS = "rows.jsonl"
 HOLD_A_TOKENIZER = ("tokens", "causal-lm", "reward-model")
 
 VOCABULARY = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
@@ -24,6 +25,11 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 CONFIG = "config.json"  # of the model; says of which class the tokenizer is where its own settings don't
 
 NO_TOKENIZER = "name what holds one: a folder with tokenizer.json, a model, a tokenize stage, hub:org/name"
+
+
+def rows_of(store: Store, run: str, stage: str) -> Path:
+    """The file that a stage of kind `rows` writes: what another stage's `data: [{source: STAGE}]` reads."""
+    return store.folder(run, stage) / ROWS
 
 
 def fits(kind: str, found: str) -> bool:

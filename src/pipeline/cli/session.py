@@ -45,8 +45,7 @@ def open_session(
     launch: Launch | None = None,
 ) -> Session:
     """Read and validate the recipe; raises RecipeError or MissingInputError before anything heavy loads."""
-    path, base = find_recipe(recipe)
-    document = read_recipe(path, overrides, base=base)
+    document = read_recipe(find_recipe(recipe), overrides)
     if run is not None:
         document.values["run"] = run
         document.places["run",] = f"--run {run}"

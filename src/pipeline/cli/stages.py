@@ -49,11 +49,11 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
 
 
-def find_recipe(name: str) -> tuple[Path, Path | None]:
-    """The recipe's file, and the folder its relative paths start at (None: the file's own)."""
+def find_recipe(name: str) -> Path:
+    """The file of a recipe by its bare name, where it ships with llmpipe, or by its path."""
     shipped = shipped_recipes()
     if name in shipped:
-        return shipped[name], Path.cwd()
+        return shipped[name]
     path = Path(name)
     if not path.exists():
         raise MissingInputError(
@@ -61,7 +61,7 @@ def find_recipe(name: str) -> tuple[Path, Path | None]:
             where=str(Path.cwd()),
             mend="llmpipe recipes lists those that ship",
         )
-    return path, None
+    return path
 
 
 def first_comment(path: Path) -> str:
