@@ -229,4 +229,4 @@ def in_cache(parts: list[Tensor], lengths_B: Tensor) -> list[Tensor]:
     if lengths_B.device.type != "cpu":
         return parts
     sizes = [max(1, CACHED_TOKENS // int(lengths_B[part[0]])) for part in parts]  # the first row is the longest
-    return [piece for part, size in zip(parts, sizes, strict=True) for piece in part.split(size)]
+    return [piece for part, size in zip(parts, sizes, strict=True) for piece in torch.split(part, size)]
