@@ -55,21 +55,37 @@ def road(tmp_path: Path) -> Path:
 
 
 def test_ppo_counts_what_scores(road: Path) -> None:
-    """Three forwards and an update of two models, and a forward for each model of the reward, a judge included."""
+    """Decode, policy, reference, critic, an update of two models; a forward for each model of the reward or judge."""
     (road.parent / "rules.md").write_text("Be kind.")
     one = planned(road)["ppo"]
     assert one.flops is not None
     for reward, forwards in (
-        ("[{function: exact}]", 3),
-        ("[{model: reward}]", 4),
-        ("[{models: [reward, reward-b]}]", 5),
-        (f"[{{model: reward}}, {{judge: pretrain, constitution: {road.parent / 'rules.md'}}}]", 5),
+        ("[{function: exact}]", 4),
+        ("[{model: reward}]", 5),
+        ("[{models: [reward, reward-b]}]", 6),
+        (f"[{{model: reward}}, {{judge: pretrain, constitution: {road.parent / 'rules.md'}}}]", 6),
     ):
         text = ROAD + "  reward-b: {stage: reward, data: pairs.jsonl, max_steps: 2}\n"
         (road.parent / "terms.yaml").write_text(text)
         found = planned(road.parent / "terms.yaml", CPU, f"ppo.reward={reward}")["ppo"]
-        assert found.flops == pytest.approx(one.flops * (forwards / 3 + 2) / (4 / 3 + 2))
-        assert (found.peak > one.peak) == (forwards > 4)
+        assert found.flops == pytest.approx(one.flops * (forwards / 3 + 2) / (5 / 3 + 2))
+        assert (found.peak > one.peak) == (forwards > 5)
+
+
+def test_ppo_without_a_critic_and_with_adapters(road: Path) -> None:
+    """GRPO: no critic's forward, update, weights; adapters: two thirds of an update, one model beside the policy."""
+    ppo = planned(road)["ppo"]
+    grpo = planned(road, CPU, "ppo.algorithm=grpo")["ppo"]
+    lora = planned(road, CPU, "ppo.peft={r: 4}")["ppo"]
+    assert ppo.flops is not None
+    assert grpo.flops == pytest.approx(ppo.flops * (4 / 3 + 1) / (5 / 3 + 2))
+    assert lora.flops == pytest.approx(ppo.flops * (5 / 3 + 2 * 2 / 3) / (5 / 3 + 2))
+    parts = [dict(each.memory) for each in (ppo, grpo, lora)]
+    total = ppo.parameters
+    assert total is not None
+    assert [part["weights"] for part in parts] == [4 * total * 4, 4 * total * 3, 4 * total * 2]
+    assert parts[1]["optimizer"] == parts[0]["optimizer"] / 2
+    assert parts[2]["optimizer"] < 0.5 * parts[0]["optimizer"]
 
 
 def test_every_stage_by_hand(road: Path) -> None:

@@ -271,32 +271,43 @@ class Planner:
         )
 
     def _ppo(self, node: Node, found: Estimate) -> Estimate:
-        """Generation, four forwards and the training of policy and critic on prompts and full-length responses."""
+        """Generation, the forwards that score and compare, and the training of policy and, where there is one, critic,
+        on prompts and full-length responses."""
         config: Any = node.config
         model = model_of(self.recipe, self.store, node.inputs["init"][0])
         if model is None:
             return replace(found, notes=("not estimated: what it starts from is not known",))
         rows = read_rows(config.data, "prompt", held_out=config.held_out)
         prompt = mean_length(rows[:SAMPLED_ROWS], self._bytes_a_token())
-        episodes = config.total_episodes or round(config.num_train_epochs * len(rows))
+        episodes = config.total_episodes or round(config.num_train_epochs * len(rows) * config.num_generations)
         length = prompt + config.response_length
         tokens = episodes * length
         total, _ = count_parameters(model)
         refs_of = node.inputs.items()
-        rewards = sum(len(refs) for role, refs in refs_of if node.stage.inputs[role] == "reward-model")
+        rewards = sum(
+            len(refs) for role, refs in refs_of if node.stage.inputs[role] == "reward-model" and role[:4] != "gold"
+        )
         judges = sum(self._size_of([ref]) for ref in node.inputs.get("reward.judge", ()))
-        passes = 1 / 3 * (3 + rewards + judges / total) + 2 * config.num_ppo_epochs
+        critics = int(config.advantage_estimator == "gae")
+        # Forwards: decode, policy, reference, critic, what scores. Frozen weights have no gradients to work out.
+        forwards = 3 + critics + rewards + judges / total
+        updates = (1 + critics) * config.num_ppo_epochs * (2 / 3 if config.peft else 1.0)
         on_device = max(1, config.per_device_train_batch_size // self.processes)
         bf16 = self.device.bf16 if config.bf16 is None else config.bf16
-        others = total * (2 + rewards) + judges  # reference, critic, reward models, judges
-        load = Load(on_device, round(length), 2.0 * total, 8.0, bf16, False, on_device * config.response_length, others)
+        trained = (1 + critics) * (adapter_parameters(model, config.peft.r) if config.peft else float(total))
+        copies = critics + 1 + rewards  # beside the policy: critic, reference, reward models
+        if config.peft:  # the reference is the policy without adapters, the reward model the critic without its own
+            copies = max(critics, rewards)
+        others = total * copies + judges
+        logits = on_device * config.response_length
+        load = Load(on_device, round(length), trained, 8.0, bf16, False, logits, others)
         return replace(
             found,
             parameters=total,
             tokens=tokens,
-            flops=tokens * flops_per_token(model, round(length)) * passes,
+            flops=tokens * flops_per_token(model, round(length)) * (forwards / 3 + updates),
             memory=memory_of(model, load),
-            disk=4 * total + 3 * 12 * 2 * total,
+            disk=4 * total + 3 * 12 * trained,
             notes=(f"{episodes:,} responses of up to {config.response_length} tokens",),
         )
 
