@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class TokenizeConfig(StageConfig):
     """What `tokenize` can be told."""
 
-    data: Data = field(..., "the text: files, folders, globs, `pydocs`, or `hub:org/name`")
+    data: Data = field(..., "the text: files, folders, globs, `pydocs`, `arithmetic`, or `hub:org/name`")
     tokenizer: Ref | None = field(
         None, "taken instead of training one: a folder or hub name that holds a tokenizer, a tokenize stage, a model"
     )

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from pipeline.artifacts import Store, tokenizer_hash
+from pipeline.data.sources import BUILT_IN, HUB
 from pipeline.errors import ArtifactError, MissingInputError, RecipeError
 from pipeline.reading import Document, Key, meant, validate
 from pipeline.recipe import (
@@ -301,7 +302,7 @@ def _file(document: Document, key: Key, file: str) -> Path:
 
 
 def _entry(document: Document, key: Key, entry: DataEntry, rows: Mapping[str, str]) -> DataEntry:
-    if entry.source == "pydocs" or entry.source.startswith("hub:"):
+    if entry.source in BUILT_IN or entry.source.startswith(HUB):
         return entry
     where = document.place(*key, "source")
     base = Path.cwd() if document.is_set(*key, "source") else document.base

@@ -33,6 +33,7 @@ from pipeline.model.scaling import CHINCHILLA
 from pipeline.roles import TOKENIZER, input_of
 
 GIB = 2**30
+BUILT_IN_BYTES = {"pydocs": 30e6, "arithmetic": 1.1e6}
 BYTES_A_TOKEN = 3.5
 """Of text, under a vocabulary of some thousand, until a tokenize stage stands and says better."""
 UTILISATION = {"cpu": 0.3, "cuda": 0.4}
@@ -173,8 +174,8 @@ class Planner:
     def _tokenize(self, node: Node, found: Estimate) -> Estimate:
         size = 0.0
         for entry in node.config.data:  # type: ignore[attr-defined]
-            if entry.source == "pydocs":
-                size += 30e6
+            if entry.source in BUILT_IN_BYTES:
+                size += BUILT_IN_BYTES[entry.source]
             elif entry.source.startswith("hub:"):
                 return replace(found, notes=("not estimated: the size of a hub dataset is known once it is here",))
             else:

@@ -64,7 +64,7 @@ class StageConfig(Section):
 class DataEntry(Section):
     """One source of documents or rows."""
 
-    source: str = field(..., "a path, a glob, `pydocs`, or `hub:org/name`")
+    source: str = field(..., "a path, a glob, `pydocs`, `arithmetic`, or `hub:org/name`")
     split: str | None = field(None, "split of a hub dataset, such as `train`")
     name: str | None = field(None, "configuration of a hub dataset")
     revision: str | None = field(None, "revision of a hub dataset")

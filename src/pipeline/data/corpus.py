@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.data.sources import PYDOCS, copies, is_few_documents, read_documents, share
+from pipeline.data.sources import BUILT_IN, copies, is_few_documents, read_documents, share
 from pipeline.recipe import DataEntry
 
 FEW = 100
@@ -122,7 +122,7 @@ def pieces(
 
 def divided(entry: DataEntry, is_few: bool, held_out: float, held_out_tail: float) -> Iterator[tuple[str, bool]]:
     """The documents of one entry, each with whether it is held out."""
-    if entry.source == PYDOCS:
+    if entry.source in BUILT_IN:
         for document in read_documents(entry, split="train"):
             yield document.text, False
         for document in read_documents(entry, split="held_out"):

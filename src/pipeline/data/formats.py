@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pipeline.data.files import Row
-from pipeline.data.sources import PYDOCS, Split, check_entry, copies, read_source_rows, share
+from pipeline.data.sources import ARITHMETIC, BUILT_IN, PYDOCS, Split, check_entry, copies, read_source_rows, share
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import DataEntry
 
@@ -68,7 +68,7 @@ def read_rows(
     layout "prompt":     {"prompt": [...], "reference": str}; the reference is the assistant's answer, or ""
 
     `split` is "train", "held_out" or "all". Rows of files and of the hub are held out by a hash of their
-    prompt, a share `held_out` of them, the same ones in every stage; pydocs has a split of its own. `say` is
+    prompt, a share `held_out` of them, the same ones in every stage; what is built in has a split of its own. `say` is
     told the format of each source. Raises DataError (file and line) for a bad row, ConfigError for a format
     that can't be used here, for a source without rows to train on, and where nothing at all is held out.
     """
@@ -95,8 +95,8 @@ def entry_rows(
     check_entry(entry)
     for count, (row, _) in enumerate(canonical_rows(entry, layout, split, say), start=1):
         key = prompt_key(row)
-        is_held_out = entry.source != PYDOCS and share(key) < held_out
-        if split == "all" or entry.source == PYDOCS or is_held_out == (split == "held_out"):
+        is_held_out = entry.source not in BUILT_IN and share(key) < held_out
+        if split == "all" or entry.source in BUILT_IN or is_held_out == (split == "held_out"):
             for _ in range(copies(key, weight)):
                 yield row
         if count == entry.limit:
@@ -109,6 +109,9 @@ def canonical_rows(
     """The rows of one entry in the layout, with where each stands."""
     if entry.source == PYDOCS:
         yield from pydocs_rows(layout, split)
+        return
+    if entry.source == ARITHMETIC:
+        yield from arithmetic_rows(layout, split)
         return
     chosen = entry.format
     if chosen is not None and chosen not in KEYS:
@@ -146,6 +149,15 @@ def pydocs_rows(layout: str, split: Split) -> Iterator[tuple[Row, str]]:
     for number, row in enumerate(rows, start=1):
         where = f"pydocs {split} row {number}"
         yield to_layout(row, chosen, layout, where), where
+
+
+def arithmetic_rows(layout: str, split: Split) -> Iterator[tuple[Row, str]]:
+    """Questions and answers, divided as `arithmetic` divides itself; it has no preferences."""
+    from pipeline.data import arithmetic
+
+    for number, row in enumerate(arithmetic.instruction_rows(split), start=1):
+        where = f"arithmetic {split} row {number}"
+        yield to_layout(row, "messages", layout, where), where
 
 
 def to_layout(row: Row, chosen: str, layout: str, where: str) -> Row:

@@ -1,4 +1,4 @@
-"""Where documents and rows come from: files, folders, globs, the embedded pydocs, the hub.
+"""Where documents and rows come from: files, folders, globs, what is built in, the hub.
 
 A folder stands for every file below it that `pipeline.data.files` reads, in the order of their names;
 `hub:org/name[@revision]` is a dataset of the Hugging Face hub, taken from the local cache where it is there.
@@ -20,6 +20,9 @@ from pipeline.errors import ConfigError, DataError, MissingInputError
 from pipeline.recipe import DataEntry
 
 PYDOCS = "pydocs"
+ARITHMETIC = "arithmetic"
+BUILT_IN = (PYDOCS, ARITHMETIC)
+"""Sources that are no files; they come divided into what is trained on and what is held out."""
 HUB = "hub:"
 
 Split = Literal["train", "held_out", "all"]
@@ -36,7 +39,7 @@ class Document:
 def read_documents(entry: DataEntry, *, split: Split = "train") -> Iterator[Document]:
     """The documents of one source, in a fixed order, `entry.limit` of them at most; empty texts are left out.
 
-    `split` is for pydocs, which comes divided; everything else is divided by the caller. Raises
+    `split` is for what is built in, which comes divided; everything else is divided by the caller. Raises
     MissingInputError for what is not there and DataError (file and line) for what can't be read.
     """
     check_entry(entry)
@@ -77,7 +80,8 @@ def check_entry(entry: DataEntry) -> None:
     """ConfigError where an entry says what its kind of source has no use for."""
     for name in ("split", "name", "revision"):
         if getattr(entry, name) is not None and not entry.source.startswith(HUB):
-            own = "pydocs is divided by llmpipe itself" if entry.source == PYDOCS else "this is a local source"
+            built_in = entry.source in BUILT_IN
+            own = f"{entry.source} is divided by llmpipe itself" if built_in else "this is a local source"
             raise ConfigError(
                 f"`{name}` is for datasets of the hub; {own}", where=entry.source, mend=f"take `{name}` out"
             )
@@ -89,6 +93,11 @@ def _documents(entry: DataEntry, split: Split) -> Iterator[Document]:
 
         for index, text in enumerate(pydocs.corpus(split)):
             yield Document(text, f"pydocs {split} document {index + 1}")
+    elif entry.source == ARITHMETIC:
+        from pipeline.data import arithmetic
+
+        for index, text in enumerate(arithmetic.corpus(split)):
+            yield Document(text, f"arithmetic {split} document {index + 1}")
     elif entry.source.startswith(HUB):
         for row, where in hub_rows(entry):
             yield Document(text_of(row, entry.text_field, where), where)
@@ -118,7 +127,7 @@ def read_source_rows(entry: DataEntry) -> Iterator[tuple[Row, str]]:
 
 def is_few_documents(entry: DataEntry, few: int) -> bool:
     """Whether local files hold fewer than `few` documents; text files are counted without reading them."""
-    if entry.source.startswith(HUB) or entry.source == PYDOCS:
+    if entry.source.startswith(HUB) or entry.source in BUILT_IN:
         return False
     if entry.limit is not None and entry.limit < few:
         return True
@@ -211,6 +220,10 @@ def source_fingerprint(entry: DataEntry, hash_file: Callable[[Path], str]) -> di
         from pipeline.data import pydocs
 
         return {"pydocs": pydocs.fingerprint()}
+    if entry.source == ARITHMETIC:
+        from pipeline.data import arithmetic
+
+        return {"arithmetic": arithmetic.VERSION}
     if entry.source.startswith(HUB):
         name, revision = hub_name(entry)
         return {"hub": name, "revision": revision or "main"}

@@ -1,0 +1,92 @@
+"""Sums made here: a small world in which right and wrong can be computed, for reinforcement learning on any machine.
+
+A problem is a number of two digits and two, three or four digits to add to it, in whatever order. There is a corpus of
+sums, two thirds of them done in steps; questions, of which one in five is answered in steps and the others at once; and
+questions that are held out. Every sum is right. What a small model can't do is to add them all in its head: after
+fine-tuning it answers at once, as most of its demonstrations do, and is mostly wrong. In steps it is nearly always
+right, so a reward for right answers can teach it to take the steps that it knows.
+
+One split, by a hash of the numbers of a problem in ascending order, serves every view: what is held out stands in no
+training document and in no training question, in no order and wording. Everything is chosen by hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+from typing import Literal
+
+Split = Literal["train", "held_out", "all"]
+Numbers = tuple[int, ...]
+
+VERSION = 1
+"""Raised when anything here changes what comes out."""
+HELD_OUT = 0.1
+DOCUMENTS = 100_000
+QUESTIONS = 20_000
+"""Draws, of which a problem that comes again is dropped."""
+ADDED = (2, 3, 4)
+"""How many digits are added to the first number."""
+WORKED = 0.2
+"""Share of the questions that are answered step by step."""
+
+
+def hash32(*keys: object) -> int:
+    """32 bits from values, the same in every process."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, keys)).encode()).digest()[:4])
+
+
+def is_held_out(numbers: Numbers) -> bool:
+    """Whether a problem is held out; the order of its numbers does not matter."""
+    return hash32("split", *sorted(numbers)) < HELD_OUT * 2**32
+
+
+def draw(purpose: str, index: int) -> Numbers:
+    """The numbers of a problem: one from 10 to 89, then digits from 1 to 9."""
+    added = ADDED[hash32(purpose, "added", index) % len(ADDED)]
+    first = 10 + hash32(purpose, "first", index) % 80
+    return first, *(1 + hash32(purpose, "digit", index, place) % 9 for place in range(added))
+
+
+def problems(purpose: str, count: int, which: Split) -> Iterator[Numbers]:
+    """Problems of one side: those of the first `count` draws that fall there, each in one order only."""
+    seen = set()
+    for index in range(count):
+        numbers = draw(purpose, index)
+        key = tuple(sorted(numbers))
+        if key not in seen and (which == "all" or is_held_out(key) == (which == "held_out")):
+            seen.add(key)
+            yield numbers
+
+
+def question(numbers: Numbers) -> str:
+    """`What is 47+38+25?`"""
+    return f"What is {'+'.join(map(str, numbers))}?"
+
+
+def worked(numbers: Numbers) -> str:
+    """`47+38=85, 85+25=110`: one step a number; the sum is the last number."""
+    sums = list(accumulate(numbers))
+    return ", ".join(f"{a}+{n}={b}" for (a, b), n in zip(pairwise(sums), numbers[1:], strict=True))
+
+
+def corpus(which: Split) -> Iterator[str]:
+    """The documents: a sum and its steps, or a sum at once."""
+    for numbers in problems("document", DOCUMENTS, which):
+        terms = "+".join(map(str, numbers))
+        at_once = hash32("style", *numbers) % 3 == 0
+        yield f"{terms}={sum(numbers)}" if at_once else f"{terms}: {worked(numbers)}"
+
+
+def instruction_rows(which: Split) -> Iterator[dict[str, list[dict[str, str]]]]:
+    """`{"messages": [question, answer]}`, one a problem; the answer ends with the sum."""
+    for numbers in problems("question", QUESTIONS, which):
+        in_steps = hash32("steps", *numbers) < WORKED * 2**32
+        answer = worked(numbers) if in_steps else str(sum(numbers))
+        yield {
+            "messages": [
+                {"role": "user", "content": question(numbers)},
+                {"role": "assistant", "content": answer},
+            ]
+        }
