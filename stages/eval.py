@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from pipeline.evals.runner import Model, Plan
     from pipeline.runtime import Runtime
 
-TaskName = Literal["bits_per_byte", "multiple_choice", "reward_accuracy", "preference_accuracy", "greedy", "sampled"]
+TaskName = Literal[
+    "bits_per_byte", "multiple_choice", "reward_accuracy", "preference_accuracy", "exact_match", "greedy", "sampled"
+]
 PYDOCS = (DataEntry(source="pydocs"),)
 
 
@@ -36,12 +38,15 @@ class EvalConfig(StageConfig):
     baseline: Ref | None = field("sft", "what the others are compared with and KL is taken from; null for none")
     data: Data | None = field(PYDOCS, "rows with held-out prompts and reference answers; null for none")
     preferences: Data | None = field(PYDOCS, "rows with held-out preferences; null for none")
+    match: Literal["exact", "number"] | None = field(
+        None, "exact_match: an answer is right by its text, or by its last number; not measured unless set"
+    )
     tasks: tuple[TaskName, ...] | None = field(None, "what to measure; all that applies unless set")
     held_out: float = field(0.05, "share of rows of files that is held out: as the stages that trained on them", gt=0)
     documents: int = field(200, "for bits per byte", unit="documents", gt=0)
     questions: int = field(1200, "multiple choice, where `data` holds pydocs", unit="questions", gt=0)
     swapped_questions: int = field(300, "of those, asked with another function's name too", unit="questions", ge=0)
-    prompts: int = field(256, "answered greedily, and once more sampled", unit="prompts", gt=0)
+    prompts: int = field(256, "answered greedily, for exact_match too, and once more sampled", unit="prompts", gt=0)
     preference_rows: int = field(512, "for the two accuracies", unit="rows", gt=0)
     max_length: int = field(1024, "longest row; a model of shorter reach lowers it", unit="tokens", gt=1)
     max_new_tokens: int = field(96, "longest answer", unit="tokens", gt=0)
@@ -96,7 +101,7 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
     prompts: list[dict[str, Any]] = []
     preferences: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
-    if {"greedy", "sampled"} & set(tasks):
+    if {"exact_match", "greedy", "sampled"} & set(tasks):
         assert config.data is not None
         rows = read_rows(config.data, "prompt", split="held_out", held_out=config.held_out, say=runtime.say)
         prompts = draw([row for row in rows if row["reference"]], config.prompts, "prompts")
@@ -117,6 +122,7 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
         questions=asked,
         swapped=config.swapped_questions,
         prompts=prompts,
+        match=config.match,
         preferences=preferences,
         lengths=(_lengths(others, "chosen"), _lengths(others, "rejected")),
         seed=config.seed,
@@ -142,6 +148,7 @@ def _tasks(config: EvalConfig, inputs: dict[str, Any]) -> tuple[str, ...]:
         "reward_accuracy": ("" if inputs["reward"] else "reward") or ("" if config.preferences else "preferences"),
         "preference_accuracy": ("" if inputs["baseline"] else "baseline")
         or ("" if config.preferences else "preferences"),
+        "exact_match": ("" if config.match else "match") or ("" if config.data else "data"),
         "greedy": "" if config.data else "data",
         "sampled": "" if config.data else "data",
     }

@@ -273,3 +273,22 @@ def test_a_task_that_cannot_be_done_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         measure(house, tmp_path, **fields)
+
+
+def test_exact_match_is_measured_where_it_is_told_how(house: dict[str, Artifact], tmp_path: Path) -> None:
+    """`correct` is 1 for an answer whose text is the reference; the difference is paired with the baseline's."""
+    with pytest.raises(ConfigError, match="needs `match`"):
+        measure(house, tmp_path / "untold", tasks=("exact_match",))
+    out = tmp_path / "told"
+    measure(house, out, tasks=("exact_match",), match="exact", models=("sft", "ppo"))
+    assert {row["metric"] for row in rows(out) if row["model"] == "sft"} == {"accuracy", "length", "ended"}
+    assert {row["metric"] for row in rows(out) if row["model"] == "ppo"} == {
+        "accuracy",
+        "length",
+        "ended",
+        "difference",
+    }
+    items = rows(out, "samples")
+    assert len(items) == 10
+    for item in items:
+        assert item["correct"] == float(item["ended"] and item["answer"].split() == item["reference"].split())

@@ -20,6 +20,7 @@ from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError
 from pipeline.evals import (
     bits_per_byte,
+    exact_match,
     length_only,
     multiple_choice,
     preference_accuracy,
@@ -38,7 +39,7 @@ Item = dict[str, Any]
 Row = dict[str, Any]
 
 FOR_ALL = ("bits_per_byte", "multiple_choice")
-FOR_CHAT = ("preference_accuracy", "greedy", "sampled")
+FOR_CHAT = ("preference_accuracy", "exact_match", "greedy", "sampled")
 TASKS = (*FOR_ALL, "reward_accuracy", *FOR_CHAT)
 
 
@@ -63,6 +64,8 @@ class Plan:
     swapped: int
     """How many of the questions are asked with another function's name too."""
     prompts: Sequence[Row]
+    match: exact_match.Match | None
+    """How exact_match compares an answer with its reference."""
     preferences: Sequence[Row]
     lengths: tuple[Sequence[int], Sequence[int]]
     """Characters of the chosen and of the rejected answers of other pairs: what the length-only scorer learns from."""
@@ -178,6 +181,9 @@ class Scorers:
             return multiple_choice.score(subject, plan.questions, plan.swapped)
         if unit.task == "preference_accuracy":
             return preference_accuracy.score(subject, plan.preferences)
+        if unit.task == "exact_match":
+            assert plan.match is not None
+            return exact_match.score(subject, plan.prompts, match=plan.match, max_new_tokens=plan.max_new_tokens)
         assert unit.task in ("greedy", "sampled"), unit.task
         needs_kl = unit.task == "sampled" and unit.model != plan.baseline
         return samples.score(
@@ -258,4 +264,6 @@ def _figures(plan: Plan, task: str, items: list[Item], baseline: list[Item] | No
     if task == "preference_accuracy":
         scorer = length_only.fit(*plan.lengths)
         return preference_accuracy.figures(items, baseline, scorer, plan.seed) if baseline is not None else {}
+    if task == "exact_match":
+        return exact_match.figures(items, baseline, plan.seed)
     return samples.figures(items, baseline, plan.seed)
