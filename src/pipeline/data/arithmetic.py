@@ -1,9 +1,9 @@
 """Sums made here: a small world in which right and wrong can be computed, for reinforcement learning on any machine.
 
-A problem is a number of two digits and two, three or four digits to add to it, in whatever order. There is a corpus of
-sums, two thirds of them done in steps; questions, of which one in five is answered in steps and the others at once; and
-questions that are held out. Every sum is right. What a small model can't do is to add them all in its head: after
-fine-tuning it answers at once, as most of its demonstrations do, and is mostly wrong. In steps it is nearly always
+A problem is a number of two digits and three or four digits to add to it, in whatever order. There is a corpus of
+conversations about sums, two thirds of them in steps; questions, of which one in five is answered in steps and the others
+at once; and questions that are held out. Every sum is right. What a small model can't do is to add them all in its head:
+after fine-tuning it answers at once, as most of its demonstrations do, and is mostly wrong. In steps it is nearly always
 right, so a reward for right answers can teach it to take the steps that it knows.
 
 One split, by a hash of the numbers of a problem in ascending order, serves every view: what is held out stands in no
@@ -26,7 +26,7 @@ HELD_OUT = 0.1
 DOCUMENTS = 100_000
 QUESTIONS = 20_000
 """Draws, of which a problem that comes again is dropped."""
-ADDED = (2, 3, 4)
+ADDED = (3, 4)
 """How many digits are added to the first number."""
 WORKED = 0.2
 """Share of the questions that are answered step by step."""
@@ -61,22 +61,21 @@ def problems(purpose: str, count: int, which: Split) -> Iterator[Numbers]:
 
 
 def question(numbers: Numbers) -> str:
-    """`What is 47+38+25?`"""
+    """`What is 47+8+5?`"""
     return f"What is {'+'.join(map(str, numbers))}?"
 
 
 def worked(numbers: Numbers) -> str:
-    """`47+38=85, 85+25=110`: one step a number; the sum is the last number."""
+    """`47+8=55` and `55+5=60`, a line each; the sum is the last number."""
     sums = list(accumulate(numbers))
-    return ", ".join(f"{a}+{n}={b}" for (a, b), n in zip(pairwise(sums), numbers[1:], strict=True))
+    return "\n".join(f"{a}+{n}={b}" for (a, b), n in zip(pairwise(sums), numbers[1:], strict=True))
 
 
 def corpus(which: Split) -> Iterator[str]:
-    """The documents: a sum and its steps, or a sum at once."""
+    """The documents: conversations as plain text, two thirds of them with an answer in steps."""
     for numbers in problems("document", DOCUMENTS, which):
-        terms = "+".join(map(str, numbers))
-        at_once = hash32("style", *numbers) % 3 == 0
-        yield f"{terms}={sum(numbers)}" if at_once else f"{terms}: {worked(numbers)}"
+        answer = str(sum(numbers)) if hash32("style", *numbers) % 3 == 0 else worked(numbers)
+        yield f"user\n{question(numbers)}\nassistant\n{answer}"
 
 
 def instruction_rows(which: Split) -> Iterator[dict[str, list[dict[str, str]]]]:
