@@ -1,10 +1,10 @@
 """Sums made here: a small world in which right and wrong can be computed, for reinforcement learning on any machine.
 
 A problem is a number of two digits and three or four digits to add to it, in whatever order. There is a corpus of
-conversations about sums, two thirds of them in steps; questions, of which one in five is answered in steps and the others
-at once; and questions that are held out. Every sum is right. What a small model can't do is to add them all in its head:
-after fine-tuning it answers at once, as most of its demonstrations do, and is mostly wrong. In steps it is nearly always
-right, so a reward for right answers can teach it to take the steps that it knows.
+conversations about sums, two thirds of them in steps; questions, of which one in five is answered in steps and the
+others at once; and questions that are held out. Every sum is right. What a small model can't do is to add them all in
+its head: after fine-tuning it answers at once, as most of its demonstrations do, and is mostly wrong. In steps it is
+nearly always right, so a reward for right answers can teach it to take the steps that it knows.
 
 One split, by a hash of the numbers of a problem in ascending order, serves every view: what is held out stands in no
 training document and in no training question, in no order and wording. Everything is chosen by hashes.
