@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export USE_HUB_KERNELS ?= NO
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo smoke test test-fast check clean help
+.PHONY: setup demo smoke arithmetic test test-fast check clean help
 
 help:           ## the targets
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -28,6 +28,9 @@ demo: setup     ## raw text → tokenizer → base model → sft → reward → 
 
 smoke: setup    ## the same graph, tiny, in under a minute
 	@$(BIN)/llmpipe run smoke
+
+arithmetic: setup  ## sums by ppo and grpo with a reward that is computed, under 15 minutes on two cores
+	@$(BIN)/llmpipe run arithmetic
 
 test: setup     ## the whole test suite
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

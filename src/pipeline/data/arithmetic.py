@@ -1,7 +1,7 @@
 """Sums made here: a small world in which right and wrong can be computed, for reinforcement learning on any machine.
 
 A problem is a number of two digits and three or four digits to add to it, in whatever order. There is a corpus of
-conversations about sums, two thirds of them in steps; questions, of which one in five is answered in steps and the
+conversations about sums, two thirds of them in steps; questions, of which one in ten is answered in steps and the
 others at once; and questions that are held out. Every sum is right. What a small model can't do is to add them all in
 its head: after fine-tuning it answers at once, as most of its demonstrations do, and is mostly wrong. In steps it is
 nearly always right, so a reward for right answers can teach it to take the steps that it knows.
@@ -28,7 +28,7 @@ QUESTIONS = 20_000
 """Draws, of which a problem that comes again is dropped."""
 ADDED = (3, 4)
 """How many digits are added to the first number."""
-WORKED = 0.2
+WORKED = 0.1
 """Share of the questions that are answered step by step."""
 
 
