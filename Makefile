@@ -29,7 +29,7 @@ demo: setup     ## raw text → tokenizer → base model → sft → reward → 
 smoke: setup    ## the same graph, tiny, in under a minute
 	@$(BIN)/llmpipe run smoke
 
-arithmetic: setup  ## sums by ppo and grpo with a reward that is computed, under 15 minutes on two cores
+arithmetic: setup  ## sums by ppo and grpo with a reward that is computed
 	@$(BIN)/llmpipe run arithmetic
 
 test: setup     ## the whole test suite
