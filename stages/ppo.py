@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import model_validator
 
 from pipeline.errors import ConfigError
-from pipeline.recipe import Data, PeftConfig, Ref, StageConfig, field
+from pipeline.recipe import Data, PeftConfig, Ref, StageConfig, field, is_user_code
 from pipeline.reward_config import Reward
 from pipeline.rl.family import PRESETS, Algorithm, Estimator, needs_a_group
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pipeline.rl.ptx import PretrainingText
     from pipeline.rl.rollouts import Experience
     from pipeline.rl.scoring import Scorer
+    from pipeline.rl.turns import Environment
     from pipeline.runtime import Runtime
 
 
@@ -68,6 +69,8 @@ class PPOConfig(StageConfig):
     local_rollout_forward_batch_size: int = field(64, "responses a forward without gradients, and of a decode", gt=0)
     response_length: int = field(128, "tokens of a response at most", unit="tokens", gt=0)
     temperature: float = field(1.0, "of sampling, and of every log-prob", gt=0)
+    environment: str | None = field(None, "a function of your own that replies to answers: ./tools.py:reply")
+    max_turns: int = field(4, "environment: turns of the policy at most", unit="turns", gt=0)
 
     learning_rate: float = field(3e-6, "the policy's", gt=0)
     value_learning_rate: float | None = field(None, "the critic's; three times the policy's unless set", gt=0)
@@ -136,6 +139,12 @@ class PPOConfig(StageConfig):
             return values
         return PRESETS.get(str(values.get("algorithm", "ppo")), {}) | values
 
+    @model_validator(mode="after")
+    def _goes_together(self) -> PPOConfig:
+        if self.environment is not None and not is_user_code(self.environment):
+            raise ValueError(f"environment {self.environment!r} is not a function of your own: ./tools.py:reply")
+        return self
+
 
 INPUTS = {
     "init": "causal-lm",
@@ -168,6 +177,7 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     from pipeline.rl.learners import write_policy
     from pipeline.rl.prompts import PromptReader
     from pipeline.rl.scoring import check_references
+    from pipeline.rl.turns import load_environment
 
     logging.set_verbosity_error()  # no report that a critic's new head is new
 
@@ -190,7 +200,8 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     every = steps if held_out is None else config.eval_steps or math.ceil(steps / 5)
 
     # 2. policy, reference, what scores and critic, from the checkpoint if there is one
-    loop = _Loop(config, inputs, tokenizer, prompts, held_out, runtime)
+    environment = load_environment(config.environment, tokenizer, config.max_turns, context)
+    loop = _Loop(config, inputs, tokenizer, prompts, held_out, environment, runtime)
     step = loop.resume()
     if runtime.is_main:
         write_policy(loop.policy.model, out / "model", inputs["init"].model, loop.stop_id, weights=False)
@@ -313,6 +324,7 @@ class _Loop:
         tokenizer: PreTrainedTokenizerFast,
         prompts: Prompts,
         held_out: Prompts | None,
+        environment: Environment | None,
         runtime: Runtime,
     ) -> None:
         from pipeline.data.chat import stop_token_id
@@ -342,6 +354,7 @@ class _Loop:
             pad_id=pad_id,
             temperature=config.temperature,
             batch_size=config.local_rollout_forward_batch_size,
+            environment=environment,
         )
         pricing = Pricing(
             score_clip=config.score_clip,
@@ -466,7 +479,7 @@ class _Loop:
         from pipeline.rl.forwards import logprobs_and_entropies, precision, response_values, sweep, token_logprobs
         from pipeline.rl.masking import means, whiten
         from pipeline.rl.rewards import token_rewards
-        from pipeline.rl.rollouts import Experience
+        from pipeline.rl.rollouts import Experience, turns
 
         config, models, rollout = self.config, self.models, answers.rollout
         mask_BT, reading = rollout.response_mask_BT, models.reading
@@ -501,7 +514,7 @@ class _Loop:
             lam=config.lam,
         )
         figures = means(
-            {"kl": kl.sequence_kl(kl_BT, mask_BT)},
+            {"kl": kl.sequence_kl(kl_BT, mask_BT)} | ({"turns": turns(mask_BT)} if config.environment else {}),
             {"entropy": entropies_BT, "rollout_gap": (logprobs_BT.exp() - rollout.sampled_BT.exp()).abs()},
             mask_BT,
             self.place.reduce,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.model.generation import GREEDY, Generation, Sampling, generate
 from pipeline.rl.forwards import precision
 from pipeline.rl.models import Models
 from pipeline.rl.place import Place
 from pipeline.rl.rewards import clip_scores, missing_eos, overlong_penalty
-from pipeline.rl.rollouts import Rollout, roll_out
+from pipeline.rl.rollouts import Rollout, rollout_of
+from pipeline.rl.turns import Environment, converse
 
 
 @dataclass(frozen=True)
@@ -27,24 +30,56 @@ class Asking:
     pad_id: int
     temperature: float
     batch_size: int
+    environment: Environment | None = None
+    """What replies to an answer, so that it has several turns."""
 
     def answers(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], uniforms_BT: Tensor | None, samples: int = 1
-    ) -> Rollout:
-        """What the model says to each prompt (ids); the likeliest where there are no random numbers. Each prompt stands
-        there `samples` times in a row, and is read once."""
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        uniforms_BT: Tensor | None,
+        rows: list[dict[str, Any]],
+        samples: int = 1,
+    ) -> tuple[Rollout, list[dict[str, Any]]]:
+        """What the model says to each prompt (ids), and the rows of the prompts, with the whole conversation as
+        "messages" where there is an environment. `uniforms_BT` [B, longest] is all the randomness; without it the
+        likeliest token is taken. Each prompt stands there `samples` times in a row, and is read once."""
+        write = partial(self._write, model)
         with precision(self.place.device, self.place.bf16):
-            return roll_out(
-                model,
+            if self.environment is None:
+                written = write(prompts, uniforms_BT, self.longest, samples)
+                return rollout_of(prompts, written, self.pad_id, model.device), rows
+            written, is_policys_BT, rows = converse(
+                write,
                 prompts,
+                rows,
                 uniforms_BT,
+                self.environment,
                 longest=self.longest,
-                stop_id=self.stop_id,
                 pad_id=self.pad_id,
-                temperature=self.temperature,
-                batch_size=self.batch_size,
                 samples=samples,
             )
+        return rollout_of(prompts, written, self.pad_id, model.device, is_policys_BT), rows
+
+    def _write(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        uniforms_BT: Tensor | None,
+        steps: int,
+        samples: int,
+    ) -> Generation:
+        return generate(
+            model,
+            prompts,
+            max_new_tokens=steps,
+            stop_ids=[self.stop_id],
+            pad_id=self.pad_id,
+            sampling=GREEDY if uniforms_BT is None else Sampling(self.temperature),
+            uniforms_BT=uniforms_BT,
+            batch_size=self.batch_size,
+            samples_per_prompt=samples,
+        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pipeline.rl.asking import Asking, Pricing
 from pipeline.rl.models import Models
 from pipeline.rl.phases import Clock
 from pipeline.rl.place import Place
-from pipeline.rl.prompts import Prompts
+from pipeline.rl.prompts import Prompts, Row
 from pipeline.rl.rollouts import Rollout
 
 
@@ -60,24 +60,23 @@ class Batches:
         return answers, figures, asked + rounds * groups
 
     def _ask(self, number: tuple[int, ...], prompts: Sequence[int], clock: Clock) -> Asked:
-        rows = [self.prompts.rows[row] for row in prompts]
-        rollout = self._roll_out(prompts, self.group_size, self._uniforms(number))
+        rollout, rows = self._roll_out(prompts, self.group_size, self._uniforms(number))
         clock.lap("generate")
-        repeated = [row for row in rows for _ in range(self.group_size)]
-        scores_B, rewards_B, terms = self.pricing.rewards(self.models, rollout, repeated)
+        scores_B, rewards_B, terms = self.pricing.rewards(self.models, rollout, rows)
         baselines_B = rewards_B.new_zeros(len(rewards_B))
         clock.lap("score")
         if self.greedy_baseline:
-            greedy = self._roll_out(prompts, 1, None)
+            greedy, rows = self._roll_out(prompts, 1, None)
             clock.lap("generate")
             _, greedy_B, _ = self.pricing.rewards(self.models, greedy, rows)
             baselines_B = greedy_B.repeat_interleave(self.group_size)
             clock.lap("score")
         return Asked(rollout, scores_B, rewards_B, baselines_B, terms)
 
-    def _roll_out(self, prompts: Sequence[int], samples: int, uniforms_BT: Tensor | None) -> Rollout:
-        ids = [self.prompts.ids[row] for row in prompts for _ in range(samples)]
-        return self.asking.answers(self.models.policy.model, ids, uniforms_BT, samples)
+    def _roll_out(self, prompts: Sequence[int], samples: int, uniforms_BT: Tensor | None) -> tuple[Rollout, list[Row]]:
+        repeated = [row for row in prompts for _ in range(samples)]
+        ids, rows = [self.prompts.ids[row] for row in repeated], [self.prompts.rows[row] for row in repeated]
+        return self.asking.answers(self.models.policy.model, ids, uniforms_BT, rows, samples)
 
     def _uniforms(self, number: tuple[int, ...]) -> Tensor:
         """This rank's random numbers. They are drawn for the whole batch, so that a row's do not depend on how many

@@ -63,8 +63,8 @@ class Examiner:
         order, longest = exam.prompts.order, exam.asking.longest
         own = list(range(place.rank, len(order), place.world_size))
         uniforms_BT = draw_uniforms(len(order), longest, place.generator("evaluation"))[own]  # the same every time
-        rollout = exam.asking.answers(model, [exam.prompts.ids[order[each]] for each in own], uniforms_BT)
-        rows = [exam.prompts.rows[order[each]] for each in own]
+        ids, rows = [exam.prompts.ids[order[each]] for each in own], [exam.prompts.rows[order[each]] for each in own]
+        rollout, rows = exam.asking.answers(model, ids, uniforms_BT, rows)
         _, rewards_B, _ = exam.pricing.rewards(models, rollout, rows)
         with precision(place.device, place.bf16):
             logprobs_BT, entropies_BT = sweep(

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from pipeline.model.generation import GREEDY, Sampling, generate
+from pipeline.model.generation import Generation
 from pipeline.rl.masking import length_mask
 
 
@@ -99,39 +98,24 @@ class Experience:
         )
 
 
-def roll_out(
-    policy: PreTrainedModel,
+def rollout_of(
     prompts: Sequence[Sequence[int]],
-    uniforms_BT: Tensor | None,
-    *,
-    longest: int,
-    stop_id: int,
+    written: Generation,
     pad_id: int,
-    temperature: float,
-    batch_size: int,
-    samples: int = 1,
+    device: torch.device,
+    response_mask_BT: Tensor | None = None,
 ) -> Rollout:
-    """The policy's responses to `prompts`, of at most `longest` tokens. Each prompt stands there `samples` times in a
-    row, and is read once.
-
-    `uniforms_BT` [B, longest] is all the randomness; None takes the likeliest token. Precision is that of the caller's
-    autocast.
-    """
-    written = generate(
-        policy,
+    """The rollout of `prompts` (ids, none empty) and what was written, on `device`; as `assemble` otherwise."""
+    used = int(written.lengths_B.max())
+    return assemble(
         prompts,
-        max_new_tokens=longest,
-        stop_ids=[stop_id],
-        pad_id=pad_id,
-        sampling=GREEDY if uniforms_BT is None else Sampling(temperature),
-        uniforms_BT=uniforms_BT,
-        batch_size=batch_size,
-        samples_per_prompt=samples,
+        written.ids_BT[:, :used].to(device),
+        written.lengths_B.to(device),
+        written.is_ended_B.to(device),
+        pad_id,
+        written.logprobs_BT[:, :used].to(device),
+        None if response_mask_BT is None else response_mask_BT[:, :used].to(device),
     )
-    device, used = policy.device, int(written.lengths_B.max())
-    ids_BT, lengths_B = written.ids_BT[:, :used].to(device), written.lengths_B.to(device)
-    sampled_BT = written.logprobs_BT[:, :used].to(device)
-    return assemble(prompts, ids_BT, lengths_B, written.is_ended_B.to(device), pad_id, sampled_BT)
 
 
 def assemble(
@@ -190,6 +174,25 @@ def closed_rows(rollout: Rollout, suffix_ids: Sequence[int]) -> list[list[int]]:
         ids[:total] + ([] if is_ended else list(suffix_ids))
         for ids, total, is_ended in zip(rollout.ids_BL.tolist(), totals, rollout.is_ended_B.tolist(), strict=True)
     ]
+
+
+def last_turns(rollout: Rollout) -> list[list[int]]:
+    """The ids of the last turn that the policy wrote in each row, without the stop token."""
+    found = []
+    lengths, ended = rollout.lengths_B.tolist(), rollout.is_ended_B.tolist()
+    rows = zip(rollout.response_ids_BT.tolist(), rollout.response_mask_BT.tolist(), lengths, ended, strict=True)
+    for ids, is_policys, length, is_ended in rows:
+        end = max(place for place in range(length) if is_policys[place]) + 1
+        start = max((place + 1 for place in range(end) if not is_policys[place]), default=0)
+        was_replied_to = end < length  # cut off in the reply
+        found.append(ids[start : end - int(is_ended or was_replied_to)])
+    return found
+
+
+def turns(response_mask_BT: Tensor) -> Tensor:
+    """How often the policy spoke in each row. [B, T] -> [B]"""
+    before_BT = F.pad(response_mask_BT[:, :-1], (1, 0))
+    return (response_mask_BT & ~before_BT).sum(dim=1)
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:

@@ -27,7 +27,7 @@ from pipeline.rl import terms as math_of
 from pipeline.rl import verifiable
 from pipeline.rl.judge import load_judge
 from pipeline.rl.judge_api import RemoteJudge
-from pipeline.rl.rollouts import Rollout, closed_rows, in_cache, microbatches, pad_right
+from pipeline.rl.rollouts import Rollout, closed_rows, in_cache, last_turns, microbatches, pad_right
 from pipeline.runtime import Runtime
 from pipeline.usercode import load_member
 
@@ -46,9 +46,8 @@ class Responses:
 
     @cached_property
     def ids(self) -> list[list[int]]:
-        """The tokens of each response without the stop token."""
-        lengths = (self.rollout.lengths_B - self.rollout.is_ended_B.long()).tolist()
-        return [ids[:length] for ids, length in zip(self.rollout.response_ids_BT.tolist(), lengths, strict=True)]
+        """The tokens of each response without the stop token; of several turns, those of the last."""
+        return last_turns(self.rollout)
 
     @cached_property
     def texts(self) -> list[str]:
@@ -60,6 +59,11 @@ class Responses:
     def prompts(self) -> list[str]:
         """The last message of each prompt."""
         return [row["prompt"][-1]["content"] for row in self.rows]
+
+    @property
+    def conversations(self) -> list[list[dict[str, str]]]:
+        """All that stands before each response."""
+        return [row["messages"][:-1] if "messages" in row else row["prompt"] for row in self.rows]
 
     @property
     def references(self) -> list[str]:
@@ -186,7 +190,7 @@ def _load(term: RewardTerm, held: Mapping[str, Iterator[Artifact]], loading: Loa
         return Term(name, weight, _function(term, term.function))
     if term.length is not None:
         target = term.length
-        return Term(name, weight, lambda said: math_of.length_over(said.rollout.lengths_B, target))
+        return Term(name, weight, lambda said: math_of.length_over(said.rollout.response_mask_BT.sum(dim=1), target))
     if term.repetition is not None:
         n = term.repetition
         return Term(name, weight, lambda said: torch.tensor([math_of.repeated(ids, n) for ids in said.ids]))
@@ -219,11 +223,11 @@ def _judge(term: RewardTerm, held: Mapping[str, Iterator[Artifact]], loading: Lo
     if term.judge_url is not None:
         assert term.judge_model is not None
         remote = RemoteJudge(term.judge_url, term.judge_model, constitution)
-        return lambda said: torch.stack(remote.score([row["prompt"] for row in said.rows], said.texts))
+        return lambda said: torch.stack(remote.score(said.conversations, said.texts))
     judge = load_judge(
         next(held["judge"]), constitution, batch_size=loading.batch_size, bf16=loading.bf16, runtime=loading.runtime
     )
-    return lambda said: judge.score([row["prompt"] for row in said.rows], said.texts)
+    return lambda said: judge.score(said.conversations, said.texts)
 
 
 def _text_in(constitution: Path) -> str:
