@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pipeline.rl.rollouts import Experience
     from pipeline.rl.scoring import Scorer
     from pipeline.rl.turns import Environment
+    from pipeline.rl.vllm_engine import VLLMEngine
     from pipeline.runtime import Runtime
 
 
@@ -70,6 +71,8 @@ class PPOConfig(StageConfig):
     response_length: int = field(128, "tokens of a response at most", unit="tokens", gt=0)
     temperature: float = field(1.0, "of sampling, and of every log-prob", gt=0)
     environment: str | None = field(None, "a function of your own that replies to answers: ./tools.py:reply")
+    rollout_engine: Literal["native", "vllm"] = field("native", "what writes the responses that are learnt from")
+    vllm_gpu_memory_utilization: float = field(0.3, "vllm: share of the device's memory it may take", gt=0, lt=1)
     max_turns: int = field(4, "environment: turns of the policy at most", unit="turns", gt=0)
 
     learning_rate: float = field(3e-6, "the policy's", gt=0)
@@ -104,6 +107,9 @@ class PPOConfig(StageConfig):
     ptx_tokens: Ref | None = field(None, "the token files that it is of: a tokenize stage")
     ptx_ratio: float = field(8.0, "rows of that text for each response", gt=0)
     ptx_length: int = field(256, "their length", unit="tokens", gt=0)
+    importance_sampling_cap: float | None = field(
+        2.0, "vllm: the ratio of training's and rollout's probability weighs a token, up to this; null for none", gt=0
+    )
     target_kl: float | None = field(None, "skip the rest of a step's updates above this KL", unit="nats a token", gt=0)
 
     kl_coef: float = field(0.05, "price of KL to the reference", unit="reward a nat", ge=0)
@@ -253,6 +259,10 @@ def preview(config: PPOConfig, inputs: dict[str, Any], count: int) -> list[Shown
 
 def _check(config: PPOConfig, runtime: Runtime) -> None:
     """ConfigError for a batch that cannot be cut as it is told, and for settings that don't go together."""
+    if config.rollout_engine == "vllm":
+        from pipeline.rl.vllm_engine import check_vllm
+
+        check_vllm()
     group = config.num_generations
     for name, parts in (
         ("num_mini_batches", config.num_mini_batches),
@@ -340,7 +350,7 @@ class _Loop:
         self.config, self.runtime = config, runtime
         self.place = place = Place.of(runtime, config.bf16)
         self.stop_id = stop_token_id(tokenizer)
-        pad_id = self.stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad_id = pad_id = self.stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.sweep_cut = Cut(config.local_rollout_forward_batch_size, config.token_budget)
         self.train_cut = Cut(config.per_device_train_batch_size, config.token_budget)
         longest_prompt = max(each.longest for each in (prompts, held_out) if each is not None)
@@ -366,7 +376,7 @@ class _Loop:
         self.batches = Batches(
             prompts=prompts,
             models=models,
-            asking=asking,
+            asking=dataclasses.replace(asking, engine=self._engine(inputs, prompts)),
             pricing=pricing,
             place=place,
             size=config.batch_size,
@@ -423,6 +433,24 @@ class _Loop:
             role=role,
         )
 
+    def _engine(self, inputs: dict[str, Any], prompts: Prompts) -> VLLMEngine | None:
+        from pipeline.rl.vllm_engine import load_engine
+
+        config = self.config
+        if config.rollout_engine == "native":
+            return None
+        return load_engine(
+            inputs["init"].model,
+            self.place,
+            prompts.ids[prompts.order[0]],
+            longest=prompts.longest + config.response_length,
+            stop_id=self.stop_id,
+            pad_id=self.pad_id,
+            temperature=config.temperature,
+            seed=config.seed,
+            memory=config.vllm_gpu_memory_utilization,
+        )
+
     def _text(self, inputs: dict[str, Any]) -> PretrainingText:
         from pipeline.rl.ptx import load_text
 
@@ -456,9 +484,10 @@ class _Loop:
 
         if config.adaptive_kl:
             steering = {"target": config.adaptive_kl_target, "horizon": config.adaptive_kl_horizon}
-            before, episodes = self.progress.kl_coef, config.batch_size
-            self.progress.kl_coef = adaptive_kl_coef(before, figures["kl"], episodes=episodes, **steering)
-        if step == 0 and figures["rollout_gap"] > HEALTHY_GAP:
+            price, episodes = self.progress.kl_coef, config.batch_size
+            self.progress.kl_coef = adaptive_kl_coef(price, figures["kl"], episodes=episodes, **steering)
+        before = self.progress.history[-1]["rollout_gap"] if self.progress.history else 0.0
+        if figures["rollout_gap"] > HEALTHY_GAP >= before:
             self.runtime.say(
                 f"rollout and training differ by {figures['rollout_gap']:.3f} a token: one of them is wrong"
             )
@@ -546,7 +575,7 @@ class _Loop:
             cliprange=config.cliprange,
             clip_higher=config.clip_higher,
             dual_clip=config.dual_clip,
-            correction_cap=None,
+            correction_cap=config.importance_sampling_cap if config.rollout_engine == "vllm" else None,
             entropy_coef=config.entropy_coef,
             kl_loss=config.kl_loss,
             kl_coef=self.progress.kl_coef,

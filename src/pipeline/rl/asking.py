@@ -17,6 +17,7 @@ from pipeline.rl.place import Place
 from pipeline.rl.rewards import clip_scores, missing_eos, overlong_penalty
 from pipeline.rl.rollouts import Rollout, rollout_of
 from pipeline.rl.turns import Environment, converse
+from pipeline.rl.vllm_engine import VLLMEngine
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Asking:
     batch_size: int
     environment: Environment | None = None
     """What replies to an answer, so that it has several turns."""
+    engine: VLLMEngine | None = None
+    """What answers in the model's place, with its weights."""
 
     def answers(
         self,
@@ -69,6 +72,8 @@ class Asking:
         steps: int,
         samples: int,
     ) -> Generation:
+        if self.engine is not None:
+            return self.engine.write(prompts, uniforms_BT, steps)
         return generate(
             model,
             prompts,

@@ -38,8 +38,12 @@ class Batches:
 
     def gather(self, step: int, asked: int, clock: Clock) -> tuple[Answers, dict[str, float], int]:
         """(the answers of step `step`, `asked` prompts having been asked before it; figures; prompts asked by now)."""
-        groups, place = self.size // self.group_size, self.place
+        groups, place, engine = self.size // self.group_size, self.place, self.asking.engine
         own, rounds = groups // place.world_size, 0
+
+        if engine is not None:
+            engine.sync(self.models.policy.model)
+            clock.lap("sync")
 
         def ask(number: int) -> Asked:
             nonlocal rounds
@@ -57,6 +61,8 @@ class Batches:
             pad_id=self.asking.pad_id,
             reduce=place.reduce,
         )
+        if engine is not None:
+            engine.rest()
         return answers, figures, asked + rounds * groups
 
     def _ask(self, number: tuple[int, ...], prompts: Sequence[int], clock: Clock) -> Asked:
