@@ -29,7 +29,7 @@ def test_chances_worked_by_hand():
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_the_exact_kl_is_that_of_all_draws(n: int):
-    """Four answers, from worst to best: every sequence of n draws, its best one, and the KL of what came out."""
+    """Four answers, from the worst to the best: every sequence of n draws, its best one, the KL of that."""
     p = [0.1, 0.4, 0.2, 0.3]
     best = np.zeros(4)
     for draws in itertools.product(range(4), repeat=n):
