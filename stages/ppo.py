@@ -651,11 +651,12 @@ class _Loop:
 
     def flops(self, tokens: float) -> float:
         """FLOPs of steps in which so many tokens of prompts and answers were read: forwards (decode, reward, policy,
-        reference, critic) of 2 and updates of 6 a token and parameter, every model taken for alike."""
+        reference, critic) of 2 and updates of 6 (of adapters 4) a token and parameter, every model taken for alike."""
         from pipeline.model.build import count_parameters
 
         critics = int(self.models.critic is not None)
-        passes = (4 + critics) * 2 + (1 + critics) * 6 * self.config.num_ppo_epochs
+        update = 4 if self.config.peft else 6
+        passes = (4 + critics) * 2 + (1 + critics) * update * self.config.num_ppo_epochs
         return float(passes * count_parameters(self.policy.model)[1] * tokens)
 
     def summary(self) -> dict[str, float]:
