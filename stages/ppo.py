@@ -69,6 +69,7 @@ class PPOConfig(StageConfig):
     )
     local_rollout_forward_batch_size: int = field(64, "responses a forward without gradients, and of a decode", gt=0)
     response_length: int = field(128, "tokens of a response at most", unit="tokens", gt=0)
+    stop_strings: tuple[str, ...] = field((), "a response also ends with the token that completes one of these")
     temperature: float = field(1.0, "of sampling, and of every log-prob", gt=0)
     environment: str | None = field(None, "a function of your own that replies to answers: ./tools.py:reply")
     rollout_engine: Literal["native", "vllm"] = field("native", "what writes the responses that are learnt from")
@@ -263,6 +264,12 @@ def _check(config: PPOConfig, runtime: Runtime) -> None:
         from pipeline.rl.vllm_engine import check_vllm
 
         check_vllm()
+    if config.stop_strings and ("" in config.stop_strings or config.environment or config.rollout_engine != "native"):
+        raise ConfigError(
+            "a stop string is text, looked for by the native engine in answers of one turn",
+            where="ppo.stop_strings",
+            mend="leave out the empty one, or the environment, or rollout_engine: vllm",
+        )
     group = config.num_generations
     for name, parts in (
         ("num_mini_batches", config.num_mini_batches),
@@ -365,6 +372,8 @@ class _Loop:
             temperature=config.temperature,
             batch_size=config.local_rollout_forward_batch_size,
             environment=environment,
+            stop_strings=config.stop_strings,
+            decode=tokenizer.decode if config.stop_strings else None,
         )
         pricing = Pricing(
             score_clip=config.score_clip,
@@ -431,6 +440,7 @@ class _Loop:
             bf16=self.place.bf16,
             runtime=self.runtime,
             role=role,
+            stop_strings=self.config.stop_strings,
         )
 
     def _engine(self, inputs: dict[str, Any], prompts: Prompts) -> VLLMEngine | None:

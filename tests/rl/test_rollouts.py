@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.rl.rollouts import assemble, closed_rows, concatenate, in_cache, microbatches
+from pipeline.rl.rollouts import assemble, closed_rows, concatenate, in_cache, last_turns, microbatches
 
 PROMPTS = [[5, 6, 7], [8]]
 IDS_BT = torch.tensor([[20, 9, 0], [30, 31, 32]])
@@ -79,3 +79,15 @@ def test_text_of_others_is_read_and_not_trained():
     assert rollout.targets_N.tolist() == [20, 22]
     assert rollout.ids_BL.flatten()[rollout.before_N].tolist() == [6, 21]
     assert rollout.spread(torch.tensor([1.0, 2.0])).tolist() == [[1.0, 0.0, 2.0]]
+
+
+def test_a_row_that_a_stop_string_ended_lacks_the_stop_token():
+    """Rows that end with 9 (the stop token), with 32 (of a stop string), and cut off: closed for a reward model where 9
+    is not there; only 9 is no part of the words."""
+    ids_BT, lengths_B = torch.tensor([[20, 9, 0], [30, 31, 32], [40, 41, 42]]), torch.tensor([2, 3, 3])
+    rollout = assemble([[5], [6], [7]], ids_BT, lengths_B, torch.tensor([True, True, False]), pad_id=0, stop_id=9)
+    assert rollout.is_stopped_B.tolist() == [True, False, False]
+    assert closed_rows(rollout, [9]) == [[5, 20, 9], [6, 30, 31, 32, 9], [7, 40, 41, 42, 9]]
+    assert last_turns(rollout) == [[20], [30, 31, 32], [40, 41, 42]]
+    assert rollout.select(torch.tensor([1, 0])).is_stopped_B.tolist() == [False, True]
+    assert concatenate([rollout, rollout], 0).is_stopped_B.tolist() == [True, False, False] * 2

@@ -137,7 +137,7 @@ class Spy:
 
         def score(scorer: Scorer, rollout: Rollout, rows: list[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
             found = original(scorer, rollout, rows)
-            self.seen.append((Responses(rollout, rows, scorer.tokenizer), *found))
+            self.seen.append((Responses(rollout, rows, scorer.tokenizer, scorer.stop_strings), *found))
             return found
 
         monkeypatch.setattr(Scorer, "score", score)
@@ -442,3 +442,21 @@ def test_a_constitution_that_says_nothing_is_refused(parts: Parts, tmp_path: Pat
 def test_every_key_of_a_term_is_in_the_docs():
     text = (Path(__file__).parents[2] / "docs/ppo.md").read_text()
     assert [name for name in RewardTerm.model_fields if f"`{name}`" not in text] == []
+
+
+def test_a_stop_string_ends_an_answer_and_is_no_part_of_it(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A letter that random text has soon: rows end at it, rewards see what is before it, and it counts as ended."""
+    spy = Spy(monkeypatch)
+    terms = (RewardTerm(function="regex", pattern="a"),)
+    lines = run(parts, tmp_path, terms, stop_strings=("a",), total_episodes=16, missing_eos_rule="keep")
+    said, total_B, _ = spy.seen[0]
+    by_string = (said.rollout.is_ended_B & ~said.rollout.is_stopped_B).tolist()
+    assert any(by_string)
+    for text, ids, is_by_string in zip(said.texts, said.ids, by_string, strict=True):
+        whole = said.tokenizer.decode(ids)
+        assert ("a" in whole) == is_by_string
+        assert text == (whole[: whole.index("a")] if is_by_string else whole)
+    assert not total_B.any()  # no answer holds the letter
+    assert lines[0]["ended"] == pytest.approx(sum(said.rollout.is_ended_B.tolist()) / len(by_string))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -35,6 +35,10 @@ class Asking:
     """What replies to an answer, so that it has several turns."""
     engine: VLLMEngine | None = None
     """What answers in the model's place, with its weights."""
+    stop_strings: tuple[str, ...] = ()
+    """A response ends with the first token at which its text holds one of these, too."""
+    decode: Callable[[list[int]], str] | None = None
+    """Ids to text, where there are stop strings."""
 
     def answers(
         self,
@@ -51,7 +55,7 @@ class Asking:
         with precision(self.place.device, self.place.bf16):
             if self.environment is None:
                 written = write(prompts, uniforms_BT, self.longest, samples)
-                return rollout_of(prompts, written, self.pad_id, model.device), rows
+                return rollout_of(prompts, written, self.pad_id, model.device, stop_id=self.stop_id), rows
             written, is_policys_BT, rows = converse(
                 write,
                 prompts,
@@ -84,6 +88,8 @@ class Asking:
             uniforms_BT=uniforms_BT,
             batch_size=self.batch_size,
             samples_per_prompt=samples,
+            stop_strings=self.stop_strings,
+            decode=self.decode,
         )
 
 

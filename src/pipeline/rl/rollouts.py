@@ -32,11 +32,13 @@ class Rollout:
     lengths_B: Tensor
     """Tokens of each response, the stop token included; at least 1."""
     is_ended_B: Tensor
-    """True where the response ends with the stop token."""
+    """True where the response came to its end: the stop token, or a stop string."""
     response_mask_BT: Tensor
     """True for a token the policy wrote."""
     sampled_BT: Tensor
     """Log-prob of each such token when it was drawn, zero elsewhere."""
+    is_stopped_B: Tensor
+    """True where the last token is the stop token."""
 
     @property
     def targets_N(self) -> Tensor:
@@ -61,6 +63,7 @@ class Rollout:
             is_ended_B=self.is_ended_B[rows],
             response_mask_BT=self.response_mask_BT[rows],
             sampled_BT=self.sampled_BT[rows],
+            is_stopped_B=self.is_stopped_B[rows],
         )
 
     def spread(self, values_N: Tensor) -> Tensor:
@@ -104,6 +107,7 @@ def rollout_of(
     pad_id: int,
     device: torch.device,
     response_mask_BT: Tensor | None = None,
+    stop_id: int | None = None,
 ) -> Rollout:
     """The rollout of `prompts` (ids, none empty) and what was written, on `device`; as `assemble` otherwise."""
     used = int(written.lengths_B.max())
@@ -115,6 +119,7 @@ def rollout_of(
         pad_id,
         written.logprobs_BT[:, :used].to(device),
         None if response_mask_BT is None else response_mask_BT[:, :used].to(device),
+        stop_id,
     )
 
 
@@ -126,14 +131,17 @@ def assemble(
     pad_id: int,
     sampled_BT: Tensor | None = None,
     response_mask_BT: Tensor | None = None,
+    stop_id: int | None = None,
 ) -> Rollout:
     """The rollout of `prompts` (ids, none empty) and their responses, on the device of these; the policy wrote all of
-    them unless `response_mask_BT` says otherwise."""
+    them unless `response_mask_BT` says otherwise. What has ended has ended with the stop token, unless `stop_id` says
+    which that is: then it may have been a stop string."""
     rows = [
         [*prompt, *ids[:length]]
         for prompt, ids, length in zip(prompts, response_ids_BT.tolist(), lengths_B.tolist(), strict=True)
     ]
     whole_BT = length_mask(lengths_B, response_ids_BT.shape[1])
+    last_B = response_ids_BT.gather(1, lengths_B[:, None] - 1)[:, 0]
     return Rollout(
         ids_BL=pad_right(rows, pad_id).to(response_ids_BT.device),
         prompt_lengths_B=torch.tensor([len(prompt) for prompt in prompts], device=response_ids_BT.device),
@@ -142,6 +150,7 @@ def assemble(
         is_ended_B=is_ended_B,
         response_mask_BT=whole_BT if response_mask_BT is None else whole_BT & response_mask_BT,
         sampled_BT=torch.zeros(response_ids_BT.shape, device=lengths_B.device) if sampled_BT is None else sampled_BT,
+        is_stopped_B=is_ended_B if stop_id is None else is_ended_B & (last_B == stop_id),
     )
 
 
@@ -164,28 +173,29 @@ def concatenate(parts: Sequence[Rollout], pad_id: int) -> Rollout:
         is_ended_B=torch.cat([part.is_ended_B for part in parts]),
         response_mask_BT=joined([part.response_mask_BT for part in parts], used),
         sampled_BT=joined([part.sampled_BT for part in parts], used),
+        is_stopped_B=torch.cat([part.is_stopped_B for part in parts]),
     )
 
 
 def closed_rows(rollout: Rollout, suffix_ids: Sequence[int]) -> list[list[int]]:
-    """What a reward model reads: each row to its end, one that was cut off with the suffix that it was trained on."""
+    """What a reward model reads: each row to its end, with the suffix that it was trained on where the row lacks it."""
     totals = (rollout.prompt_lengths_B + rollout.lengths_B).tolist()
     return [
-        ids[:total] + ([] if is_ended else list(suffix_ids))
-        for ids, total, is_ended in zip(rollout.ids_BL.tolist(), totals, rollout.is_ended_B.tolist(), strict=True)
+        ids[:total] + ([] if is_stopped else list(suffix_ids))
+        for ids, total, is_stopped in zip(rollout.ids_BL.tolist(), totals, rollout.is_stopped_B.tolist(), strict=True)
     ]
 
 
 def last_turns(rollout: Rollout) -> list[list[int]]:
     """The ids of the last turn that the policy wrote in each row, without the stop token."""
     found = []
-    lengths, ended = rollout.lengths_B.tolist(), rollout.is_ended_B.tolist()
-    rows = zip(rollout.response_ids_BT.tolist(), rollout.response_mask_BT.tolist(), lengths, ended, strict=True)
-    for ids, is_policys, length, is_ended in rows:
+    lengths, stopped = rollout.lengths_B.tolist(), rollout.is_stopped_B.tolist()
+    rows = zip(rollout.response_ids_BT.tolist(), rollout.response_mask_BT.tolist(), lengths, stopped, strict=True)
+    for ids, is_policys, length, is_stopped in rows:
         end = max(place for place in range(length) if is_policys[place]) + 1
         start = max((place + 1 for place in range(end) if not is_policys[place]), default=0)
         was_replied_to = end < length  # cut off in the reply
-        found.append(ids[start : end - int(is_ended or was_replied_to)])
+        found.append(ids[start : end - int(is_stopped or was_replied_to)])
     return found
 
 

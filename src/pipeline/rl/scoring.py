@@ -22,6 +22,7 @@ from pipeline.artifacts import Artifact
 from pipeline.errors import ConfigError, DataError, MismatchError, TrainingError
 from pipeline.model.build import check_vocabulary
 from pipeline.model.reward import RewardModel, build_reward_model, load_reward_model
+from pipeline.model.stop_strings import before_stop
 from pipeline.reward_config import FUNCTIONS, RewardTerm
 from pipeline.rl import terms as math_of
 from pipeline.rl import verifiable
@@ -43,6 +44,7 @@ class Responses:
     rollout: Rollout
     rows: list[Row]
     tokenizer: PreTrainedTokenizerFast
+    stop_strings: tuple[str, ...] = ()
 
     @cached_property
     def ids(self) -> list[list[int]]:
@@ -51,9 +53,13 @@ class Responses:
 
     @cached_property
     def texts(self) -> list[str]:
-        """Each response as text."""
+        """Each response as text, up to its stop string where one has ended it."""
         texts: list[str] = self.tokenizer.batch_decode(self.ids)
-        return texts
+        ended, stopped = self.rollout.is_ended_B.tolist(), self.rollout.is_stopped_B.tolist()
+        return [
+            before_stop(text, self.stop_strings) if is_ended and not is_stopped else text
+            for text, is_ended, is_stopped in zip(texts, ended, stopped, strict=True)
+        ]
 
     @property
     def prompts(self) -> list[str]:
@@ -90,6 +96,7 @@ class Scorer:
     logs_terms: bool
     tokenizer: PreTrainedTokenizerFast
     pad_id: int
+    stop_strings: tuple[str, ...] = ()
 
     @property
     def models(self) -> list[PreTrainedModel]:
@@ -112,7 +119,7 @@ class Scorer:
 
         Figures are `reward_<name>`, before weights, and for a judge behind an address `reward_<name>_unread`.
         """
-        said, device = Responses(rollout, rows, self.tokenizer), rollout.ids_BL.device
+        said, device = Responses(rollout, rows, self.tokenizer, self.stop_strings), rollout.ids_BL.device
         scores: list[Tensor] = []
         figures: dict[str, Tensor] = {}
         for term in self.terms:
@@ -160,6 +167,7 @@ def load_scorer(
     bf16: bool,
     runtime: Runtime,
     role: str = "reward",
+    stop_strings: tuple[str, ...] = (),
 ) -> Scorer:
     """The scorer that the field `role` of a recipe says, of the artifacts in `inputs` (by role).
 
@@ -172,9 +180,9 @@ def load_scorer(
             term = Term("function", 1.0, partial(_of_function, load_member(reward), reward))
         else:
             term = _models("model", 1.0, [artifact], math_of.worst_case, loading)
-        return Scorer((term,), False, tokenizer, pad_id)
+        return Scorer((term,), False, tokenizer, pad_id, stop_strings)
     held = {inner: iter(inputs.get(f"{role}.{inner}") or ()) for inner in ("model", "models", "judge")}
-    return Scorer(tuple(_load(each, held, loading) for each in reward), True, tokenizer, pad_id)
+    return Scorer(tuple(_load(each, held, loading) for each in reward), True, tokenizer, pad_id, stop_strings)
 
 
 def _load(term: RewardTerm, held: Mapping[str, Iterator[Artifact]], loading: Loading) -> Term:
