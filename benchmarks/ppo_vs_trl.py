@@ -39,6 +39,10 @@ TRL, TRANSFORMERS, WARM_UP = "1.12.0", "5.23.0", 2
 # ---- the sides against each other ----
 
 
+class Ended(Exception):
+    """A side's process ended before its steps were done; with the end of what it said."""
+
+
 class Side:
     """A side's process."""
 
@@ -66,7 +70,7 @@ class Side:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} ended:\n{self.errors.read_text()[-3000:]}")
+            raise Ended(f"{self.name} ended:\n{self.errors.read_text()[-3000:]}")
         found: dict[str, Any] = json.loads(line)
         return found
 
@@ -93,16 +97,18 @@ class Side:
 @contextlib.contextmanager
 def sides(names: list[str], env: Path, folder: Path, steps: int, seed: int, threads: int) -> Iterator[list[Side]]:
     """The processes of these sides, which have taken all their steps in turns."""
-    found = []
-    for name in names:
-        python = env / "bin" / "python" if name in TRL_SIDES else Path(sys.executable)
-        found.append(Side(name, python, folder, steps, seed, threads))
-    for number in range(steps):
-        for side in found if number % 2 else reversed(found):
-            side.step()
-    yield found
-    for side in found:
-        side.end()
+    found: list[Side] = []
+    try:
+        for name in names:
+            python = env / "bin" / "python" if name in TRL_SIDES else Path(sys.executable)
+            found.append(Side(name, python, folder, steps, seed, threads))
+        for number in range(steps):
+            for side in found if number % 2 else reversed(found):
+                side.step()
+        yield found
+    finally:
+        for side in found:
+            side.end()
 
 
 def ratios(other: Side, side: Side, what: str) -> list[float]:
@@ -126,10 +132,13 @@ def variants(env: Path, folder: Path, steps: int, threads: int) -> str:
     """Part 1; the name of TRL's fastest."""
     medians = {}
     for name in [*TRL_SIDES, *list(OUR_SIDES)[1:]]:
-        with sides([name, "llmpipe"], env, folder, steps, 0, threads) as (side, own):
-            show(side, own)
-            if name in TRL_SIDES:
-                medians[name] = statistics.median(ratios(side, own, "seconds"))
+        try:
+            with sides([name, "llmpipe"], env, folder, steps, 0, threads) as (side, own):
+                show(side, own)
+                if name in TRL_SIDES:
+                    medians[name] = statistics.median(ratios(side, own, "seconds"))
+        except Ended as error:
+            print(f"{name} does not run: {str(error).strip().splitlines()[-1]}", flush=True)
     return min(medians, key=lambda name: medians[name])
 
 
@@ -215,6 +224,8 @@ def main() -> None:
     parser.add_argument("--against", choices=list(TRL_SIDES), help="skip part 1")
     parser.add_argument("--record", type=Path, help="a jsonl file that gets every step of part 2")
     asked = parser.parse_args()
+    if min(asked.steps, asked.variant_steps) <= WARM_UP:
+        parser.error(f"the first {WARM_UP} steps are not timed: more are needed")
     environment(asked.env)
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))
