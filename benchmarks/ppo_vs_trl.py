@@ -142,10 +142,10 @@ def variants(env: Path, folder: Path, steps: int, threads: int) -> str:
     return min(medians, key=lambda name: medians[name])
 
 
-def compare(fastest: str, env: Path, folder: Path, steps: int, seeds: int, threads: int, record: Path | None) -> None:
+def compare(fastest: str, env: Path, folder: Path, steps: int, seeds: range, threads: int, record: Path | None) -> None:
     """Part 2. What every step was goes into `record` as well."""
     of_time, of_cpu, runs = [], [], []
-    for seed in range(seeds):
+    for seed in seeds:
         with sides([fastest, "llmpipe"], env, folder, steps, seed, threads) as (side, own):
             show(side, own)
             show(own, side)
@@ -219,18 +219,20 @@ def main() -> None:
     parser.add_argument("--env", type=Path, default=cache / "llmpipe-bench" / f"trl-{TRL}")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--variant-steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--against", choices=list(TRL_SIDES), help="skip part 1")
     parser.add_argument("--record", type=Path, help="a jsonl file that gets every step of part 2")
     asked = parser.parse_args()
+    seeds = range(asked.first_seed, asked.first_seed + asked.seeds)
     if min(asked.steps, asked.variant_steps) <= WARM_UP:
         parser.error(f"the first {WARM_UP} steps are not timed: more are needed")
     environment(asked.env)
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))
         fastest = asked.against or variants(asked.env, Path(name), asked.variant_steps, asked.threads)
-        compare(fastest, asked.env, Path(name), asked.steps, asked.seeds, asked.threads, asked.record)
+        compare(fastest, asked.env, Path(name), asked.steps, seeds, asked.threads, asked.record)
 
 
 if __name__ == "__main__":
