@@ -182,6 +182,9 @@ def curves(runs: list[tuple[list[dict[str, float]], list[dict[str, float]]]]) ->
                 f"  {step + 1:3} {statistics.mean(theirs):8.3f} ± {standard_error(theirs):.3f} "
                 f"{statistics.mean(own):8.3f} ± {standard_error(own):.3f}"
             )
+        if len(runs) == 1:
+            print("  (one seed: nothing says how large noise is)")
+            continue
         means = [[statistics.mean(step[what] for step in run[side]) for run in runs] for side in (0, 1)]
         difference = statistics.mean(means[1]) - statistics.mean(means[0])
         error = math.hypot(*(standard_error(each) for each in means))
