@@ -84,6 +84,9 @@ class PPOConfig(StageConfig):
     max_grad_norm: float = field(1.0, "clip each model's gradient norm to this", gt=0)
     bf16: bool | None = field(None, "autocast to bf16; where the hardware gains by it unless set")
     peft: PeftConfig | None = field(None, "train LoRA adapters: the reference is the policy without them")
+    offload: bool = field(
+        False, "reference and reward models are on the device only while they are read", run_only=True
+    )
     ema_decay: float | None = field(
         None, "what is written is the policy's moving average (InstructGPT: 0.992)", gt=0, lt=1
     )
@@ -397,6 +400,7 @@ class _Loop:
         self.examiner: Examiner | None = None
         if held_out is not None:
             gold = None if config.gold is None else self._scorer(config.gold, "gold", inputs, tokenizer, pad_id)
+            models.offload.put_away([] if gold is None else gold.models)
             exam = Exam(held_out, asking, pricing, gold, self.sweep_cut, place)
             self.examiner = Examiner(exam, models, keeps_best=config.load_best_model_at_end)
         self.progress = Progress(config.init_kl_coef if config.adaptive_kl else config.kl_coef)
@@ -407,6 +411,7 @@ class _Loop:
         from pipeline.model.adapters import lora
         from pipeline.model.build import check_vocabulary, load_causal_lm
         from pipeline.rl.models import Optimisation, prepare
+        from pipeline.rl.offload import Offload
 
         config, init = self.config, inputs["init"]
         policy = load_causal_lm(init.model).to(self.place.device)
@@ -423,6 +428,7 @@ class _Loop:
             seed=config.seed,
             bf16=self.place.bf16,
             longest=longest,
+            offload=Offload.of(self.place.device, config.offload),
         )
 
     def _scorer(

@@ -74,10 +74,13 @@ class Examiner:
                 (reference_BT,) = sweep(
                     rollout, exam.cut, 1, lambda part: (token_logprobs(start, part, models.reading),)
                 )
-        mask_BT = rollout.response_mask_BT
+        gold_B, mask_BT = None, rollout.response_mask_BT
+        if exam.gold is not None:
+            with models.offload.brought(exam.gold.models):
+                gold_B = exam.gold.score(rollout, rows)[0]
         return Marks(
             reward_B=rewards_B,
-            gold_B=None if exam.gold is None else exam.gold.score(rollout, rows)[0],
+            gold_B=gold_B,
             kl_B=kl.sequence_kl(kl.k1(logprobs_BT, reference_BT), mask_BT),
             length_B=rollout.lengths_B,
             ended_B=rollout.is_ended_B,

@@ -22,6 +22,7 @@ from pipeline.model.attention import use_plain_products
 from pipeline.model.next_token import has_plain_head
 from pipeline.rl.forwards import Reading
 from pipeline.rl.learners import Learner
+from pipeline.rl.offload import Offload
 from pipeline.rl.scoring import Scorer
 from pipeline.runtime import derive_seed
 
@@ -45,12 +46,15 @@ class Models:
     reading: Reading
     start: PreTrainedModel | None
     """The policy's start, frozen; None where the policy without its adapters is it."""
+    offload: Offload
+    """Where `start` and the reward models are in between; not those that the critic stands on."""
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
         """The reference, for a while."""
         if self.start is not None:
-            yield self.start
+            with self.offload.brought([self.start]):
+                yield self.start
         else:
             with self.policy.without_adapters() as model:
                 yield model
@@ -58,12 +62,12 @@ class Models:
     @contextmanager
     def scoring(self) -> Iterator[Scorer]:
         """What scores, for a while: where the critic stands on the reward model, with the critic's adapters off."""
-        critic = self.critic
-        if critic is not None and self.scorer.origin is not None and self.scorer.origin.model is critic.model:
-            with critic.without_adapters():
+        if self.critic is not None and _stands_on(self.critic, self.scorer):
+            with self.critic.without_adapters():
                 yield self.scorer
         else:
-            yield self.scorer
+            with self.offload.brought(self.scorer.models):
+                yield self.scorer
 
     @property
     def learners(self) -> dict[str, Learner]:
@@ -84,6 +88,7 @@ def prepare(
     seed: int,
     bf16: bool,
     longest: int,
+    offload: Offload,
 ) -> Models:
     """The models of a run that starts from `policy`, which is taken over. `longest` is that of a whole row, tokens."""
     policy = policy.eval()
@@ -100,7 +105,14 @@ def prepare(
     for model in models:
         if model is not None:
             use_plain_products(model, bf16, longest)
-    return Models(_learner(policy, optimisation, own), critic, scorer, reading, start)
+    offload.put_away([] if start is None else [start])
+    offload.put_away([] if critic is not None and _stands_on(critic, scorer) else scorer.models)
+    return Models(_learner(policy, optimisation, own), critic, scorer, reading, start, offload)
+
+
+def _stands_on(critic: Learner, scorer: Scorer) -> bool:
+    """Whether the critic is adapters on the reward model."""
+    return scorer.origin is not None and scorer.origin.model is critic.model
 
 
 def _critic(
