@@ -84,6 +84,7 @@ class PPOConfig(StageConfig):
     max_grad_norm: float = field(1.0, "clip each model's gradient norm to this", gt=0)
     bf16: bool | None = field(None, "autocast to bf16; where the hardware gains by it unless set")
     peft: PeftConfig | None = field(None, "train LoRA adapters: the reference is the policy without them")
+    shared_trunk: bool = field(False, "peft: the critic is adapters of its own on the policy's frozen trunk")
     offload: bool = field(
         False, "reference and reward models are on the device only while they are read", run_only=True
     )
@@ -153,6 +154,10 @@ class PPOConfig(StageConfig):
     def _goes_together(self) -> PPOConfig:
         if self.environment is not None and not is_user_code(self.environment):
             raise ValueError(f"environment {self.environment!r} is not a function of your own: ./tools.py:reply")
+        if self.shared_trunk and self.peft is None:
+            raise ValueError("shared_trunk is of adapters, and there are none: set peft")
+        if self.shared_trunk and self.advantage_estimator != "gae":
+            raise ValueError(f"shared_trunk is of policy and critic, and {self.advantage_estimator} has no critic")
         return self
 
 
@@ -429,6 +434,7 @@ class _Loop:
             bf16=self.place.bf16,
             longest=longest,
             offload=Offload.of(self.place.device, config.offload),
+            shares_trunk=config.shared_trunk,
         )
 
     def _scorer(
@@ -538,10 +544,11 @@ class _Loop:
                 )
             values_BT = torch.zeros_like(logprobs_BT)
             if models.critic is not None:
-                critic, (mean, std) = models.critic.model, models.scorer.scale
-                (values_BT,) = sweep(
-                    rollout, self.sweep_cut, 1, lambda part: (response_values(critic, part, mean, std),)
-                )
+                mean, std = models.value_scale
+                with models.critic.active() as critic:
+                    (values_BT,) = sweep(
+                        rollout, self.sweep_cut, 1, lambda part: (response_values(critic, part, mean, std),)
+                    )
 
         kl_BT = kl.k1(logprobs_BT, reference_BT)
         price = 0.0 if config.kl_loss else self.progress.kl_coef
@@ -582,7 +589,7 @@ class _Loop:
 
         config = self.config
         share = 1.0 - done if config.lr_scheduler_type == "linear" else 1.0
-        mean, std = self.models.scorer.scale
+        mean, std = self.models.value_scale
         objective = Objective(
             reading=self.models.reading,
             aggregation=config.loss_aggregation,

@@ -27,8 +27,9 @@ class Learner:
         weight_decay: float,
         max_grad_norm: float,
         adapters: PeftModel | None = None,
+        adapter: str | None = None,
     ) -> None:
-        self.model, self.max_grad_norm, self.adapters = model, max_grad_norm, adapters
+        self.model, self.max_grad_norm, self.adapters, self.adapter = model, max_grad_norm, adapters, adapter
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, eps=eps, weight_decay=weight_decay, fused=True)
 
@@ -53,6 +54,21 @@ class Learner:
     def forget(self) -> None:
         """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def active(self) -> Iterator[PreTrainedModel]:
+        """The model, for a while. Where its trunk is another's, with its own `adapter` in place of that one's: only
+        then is it read or saved, and then its adapter alone requires gradients: a backward after it leaves none."""
+        if self.adapter is None:
+            yield self.model
+            return
+        assert self.adapters is not None
+        others = self.adapters.active_adapter
+        self.adapters.set_adapter(self.adapter)
+        try:
+            yield self.model
+        finally:
+            self.adapters.set_adapter(others)
 
     @contextmanager
     def without_adapters(self) -> Iterator[PreTrainedModel]:
@@ -117,7 +133,8 @@ def saved(learners: Mapping[str, Learner]) -> tuple[dict[str, Tensor], dict[str,
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
     for name, learner in learners.items():
-        tensors |= {f"{name}.{key}": tensor for key, tensor in unique_parameters(learner.model).items()}
+        with learner.active() as model:
+            tensors |= {f"{name}.{key}": tensor for key, tensor in unique_parameters(model).items()}
         moments, settings[name] = optimizer_tensors(learner.optimizer, f"{name}_optimizer")
         tensors |= moments
     return tensors, settings
@@ -126,7 +143,8 @@ def saved(learners: Mapping[str, Learner]) -> tuple[dict[str, Tensor], dict[str,
 def restore(learners: Mapping[str, Learner], tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
     """Put back what `saved` gave."""
     for name, learner in learners.items():
-        load_parameters(learner.model, tensors, name)
+        with learner.active() as model:
+            load_parameters(model, tensors, name)
         load_optimizer(learner.optimizer, f"{name}_optimizer", tensors, settings[name])
 
 

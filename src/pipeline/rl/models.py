@@ -2,7 +2,8 @@
 
 With all weights trained they are four: policy, reference (a copy of its start), critic (a copy of the reward model),
 reward model. With adapters they are two: the reference is the policy with its adapters off, and the reward model the
-critic with its own off. Without a critic (the group methods) there is one less.
+critic with its own off. On a shared trunk they are one, beside whatever scores: policy and critic are two sets of
+adapters in one frozen model. Without a critic (the group methods) there is one less.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from pipeline.artifacts import Artifact
 from pipeline.model.adapters import adapt
@@ -25,6 +26,9 @@ from pipeline.rl.learners import Learner
 from pipeline.rl.offload import Offload
 from pipeline.rl.scoring import Scorer
 from pipeline.runtime import derive_seed
+
+SHARED = "critic"
+"""The name of the critic's adapters on the policy's trunk."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,11 @@ class Models:
                 yield self.scorer
 
     @property
+    def value_scale(self) -> tuple[float, float]:
+        """(mean, std) that the critic's raw number is normalised by: the reward model's where it starts from that."""
+        return (0.0, 1.0) if self.critic is not None and self.critic.adapter is not None else self.scorer.scale
+
+    @property
     def learners(self) -> dict[str, Learner]:
         """What a checkpoint keeps, by name."""
         return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
@@ -89,6 +98,7 @@ def prepare(
     bf16: bool,
     longest: int,
     offload: Offload,
+    shares_trunk: bool = False,
 ) -> Models:
     """The models of a run that starts from `policy`, which is taken over. `longest` is that of a whole row, tokens."""
     policy = policy.eval()
@@ -99,9 +109,12 @@ def prepare(
     else:
         own = adapt(policy, adapters, derive_seed(seed, "adapters"), train_rows=False, stage="ppo")
     critic = None
-    if has_critic:
+    if has_critic and shares_trunk:
+        assert own is not None
+        critic = _critic_on(policy, own, optimisation, seed)
+    elif has_critic:
         critic = _critic(scorer, init, optimisation, of_critic, seed, policy.device)
-    models = [policy, start, None if critic is None else critic.model, *scorer.models]
+    models = [policy, start, None if critic is None or shares_trunk else critic.model, *scorer.models]
     for model in models:
         if model is not None:
             use_plain_products(model, bf16, longest)
@@ -131,6 +144,31 @@ def _critic(
     return _learner(model, optimisation, own)
 
 
-def _learner(model: PreTrainedModel, optimisation: Optimisation, adapters: PeftModel | None) -> Learner:
+def _critic_on(policy: PreTrainedModel, adapters: PeftModel, optimisation: Optimisation, seed: int) -> Learner:
+    """The critic as further adapters on the policy's trunk, with a head of zeros. The policy's stay the active ones."""
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    with torch.device("meta"):  # its trunk is never filled
+        critic = AutoModelForSequenceClassification.from_config(config)
+    assert isinstance(critic, PreTrainedModel)
+    setattr(critic, critic.base_model_prefix, policy.base_model)
+    width = critic.score.weight.shape[1]
+    critic.score = torch.nn.Linear(width, 1, bias=False, device=policy.device, dtype=torch.float32)
+    torch.nn.init.zeros_(critic.score.weight)
+    own = copy.deepcopy(adapters.peft_config[adapters.active_adapter])  # with the modules that were found for it
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "critic's adapters"))
+        adapters.add_adapter(SHARED, own)
+    policys = adapters.active_adapter
+    adapters.set_adapter(SHARED)
+    try:
+        return _learner(critic, optimisation, adapters, SHARED)
+    finally:
+        adapters.set_adapter(policys)
+
+
+def _learner(
+    model: PreTrainedModel, optimisation: Optimisation, adapters: PeftModel | None, adapter: str | None = None
+) -> Learner:
     model.eval()  # adapters come in training mode
-    return Learner(model, optimisation.eps, optimisation.weight_decay, optimisation.max_grad_norm, adapters)
+    return Learner(model, optimisation.eps, optimisation.weight_decay, optimisation.max_grad_norm, adapters, adapter)

@@ -20,6 +20,7 @@ from pipeline.rl.forwards import Cut, Reading, logprobs_and_entropies, precision
 from pipeline.rl.learners import Average, Learner
 from pipeline.rl.losses import (
     PolicyLoss,
+    ValueLoss,
     policy_loss,
     rollout_correction,
     token_weights,
@@ -138,12 +139,7 @@ def minibatch(
         of_policy = policy_part(policy, here, objective, weights_BT, setting.bf16)
         figures = [*of_policy[:3], weights_BT.sum()]
         if critic is not None:
-            with precision(rows.device, setting.bf16):
-                values_BT = response_values(critic.model, here.rollout, objective.value_mean, objective.value_std)
-            of_values = value_loss(
-                values_BT, here.values_BT, here.returns_BT, weights_BT, cliprange_value=objective.cliprange_value
-            )
-            (objective.vf_coef * of_values.loss).backward()  # type: ignore[no-untyped-call]
+            of_values = critic_part(critic, here, objective, weights_BT, setting.bf16)
             figures += [*of_values]
         totals += torch.nn.functional.pad(torch.stack(figures).detach(), (0, 6 - len(figures)))
         ratio_error = max(ratio_error, of_policy.max_ratio_error.item())
@@ -180,6 +176,18 @@ def policy_part(policy: Learner, here: Experience, objective: Objective, weights
         loss = loss - objective.entropy_coef * weighted_sum(entropies_BT, weights_BT)
     loss.backward()  # type: ignore[no-untyped-call]
     return found._replace(loss=loss)
+
+
+def critic_part(critic: Learner, here: Experience, objective: Objective, weights_BT: Tensor, bf16: bool) -> ValueLoss:
+    """Forward and backward of the critic on some rows, the one as the other with its own adapters."""
+    with critic.active() as model:
+        with precision(weights_BT.device, bf16):
+            values_BT = response_values(model, here.rollout, objective.value_mean, objective.value_std)
+        found = value_loss(
+            values_BT, here.values_BT, here.returns_BT, weights_BT, cliprange_value=objective.cliprange_value
+        )
+        (objective.vf_coef * found.loss).backward()  # type: ignore[no-untyped-call]
+    return found
 
 
 def check_finite(figures: Mapping[str, float]) -> None:

@@ -1,0 +1,186 @@
+"""Policy and critic as two sets of adapters on one frozen trunk: the same numbers as two trunks, and nothing leaks."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from pipeline.data.chat import stop_token_id
+from pipeline.data.tokenizers import load_tokenizer
+from pipeline.errors import Stopped
+from pipeline.model.adapters import adapt, lora
+from pipeline.model.build import load_causal_lm
+from pipeline.recipe import PeftConfig
+from pipeline.rl.forwards import response_values
+from pipeline.rl.learners import restore, saved
+from pipeline.rl.models import Models, Optimisation, prepare
+from pipeline.rl.offload import Offload
+from pipeline.rl.rollouts import assemble
+from pipeline.rl.scoring import load_scorer
+from pipeline.runtime import Runtime
+from stages import ppo as stage
+from tests.stages.ppo_runs import Parts, furthest, run, same
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+ROLLOUT = assemble([[5, 6]], torch.tensor([[7, 8, 9]]), torch.tensor([3]), torch.tensor([False]), 0)
+CPU = torch.device("cpu")
+
+
+def shared(parts: Parts, folder: Path) -> Models:
+    """The models of a run, their adapters as after some training."""
+    tokenizer = load_tokenizer(parts.init.model)
+    runtime = Runtime.start(folder, seed=0, threads=1, quiet=True)
+    scorer = load_scorer(
+        f"{parts.folder / 'rewards.py'}:zero", {"init": parts.init}, tokenizer, stop_id=stop_token_id(tokenizer),
+        pad_id=0, batch_size=4, bf16=False, runtime=runtime,
+    )  # fmt: skip
+    models = prepare(
+        load_causal_lm(parts.init.model), scorer, parts.init, Optimisation(1e-5, 0.0, 1.0), temperature=1.0,
+        has_critic=True, adapters=lora(PeftConfig(r=4), "CAUSAL_LM"), of_critic=None, seed=0, bf16=False, longest=48,
+        offload=Offload.of(CPU, False), shares_trunk=True,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    assert models.critic is not None
+    with torch.no_grad():
+        for parameter in (*models.policy.parameters, *models.critic.parameters):
+            parameter.normal_(0, 0.1, generator=generator)
+    return models
+
+
+def apart(models: Models, parts: Parts) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """(policy, critic) on trunks of their own, with the weights of `models`."""
+    assert models.critic is not None
+    policy = load_causal_lm(parts.init.model).eval()
+    critic = AutoModelForSequenceClassification.from_pretrained(parts.init.model, num_labels=1).eval()
+    critic.score.weight.data.copy_(models.critic.model.score.weight)
+    for model, name, kind in ((policy, "default", "CAUSAL_LM"), (critic, "critic", "SEQ_CLS")):
+        settings = lora(PeftConfig(r=4), kind)
+        assert settings is not None
+        adapt(model, settings, 7, train_rows=False)
+        held = dict(models.policy.model.named_parameters())
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_" in key:
+                    parameter.copy_(held[key.replace(".default.", f".{name}.")])
+    return policy, critic
+
+
+def test_each_of_the_three_says_what_it_says_alone(parts: Parts, tmp_path: Path):
+    models = shared(parts, tmp_path)
+    assert models.critic is not None
+    trunk = models.policy.model.base_model
+    assert models.critic.model.base_model is trunk
+    policy, critic = apart(models, parts)
+    reference = load_causal_lm(parts.init.model).eval()
+    with torch.no_grad():
+        for _ in range(2):  # and again, after the others have been active
+            torch.testing.assert_close(models.policy.model(input_ids=IDS).logits, policy(input_ids=IDS).logits)
+            with models.critic.active() as model:
+                values_BT = response_values(model, ROLLOUT, *models.value_scale)
+            torch.testing.assert_close(values_BT, response_values(critic, ROLLOUT, 0.0, 1.0))
+            with models.reference() as start:
+                torch.testing.assert_close(start(input_ids=IDS).logits, reference(input_ids=IDS).logits)
+        assert (policy(input_ids=IDS).logits - reference(input_ids=IDS).logits).abs().max() > 0.1
+        assert values_BT.abs().max() > 0.01
+
+
+def test_one_trunk_is_in_memory(parts: Parts, tmp_path: Path):
+    models = shared(parts, tmp_path)
+    assert models.critic is not None
+    assert models.start is None
+    plain = sum(parameter.numel() for parameter in load_causal_lm(parts.init.model).parameters())
+    held = {id(p): p.numel() for m in (models.policy.model, models.critic.model) for p in m.parameters()}
+    own = sum(p.numel() for p in (*models.policy.parameters, *models.critic.parameters))
+    assert sum(held.values()) == plain + own
+    assert all(p.device == CPU for p in models.critic.model.parameters())  # nothing is left of its own trunk
+
+
+def test_a_gradient_is_of_the_active_adapters_only(parts: Parts, tmp_path: Path):
+    models = shared(parts, tmp_path)
+    assert models.critic is not None
+    policys, critics = models.policy.parameters, models.critic.parameters
+    assert not {id(p) for p in policys} & {id(p) for p in critics}
+    assert len(critics) == len(policys) + 1  # and the head
+    policy, critic = apart(models, parts)
+    models.policy.model(input_ids=IDS).logits.square().mean().backward()
+    assert all(p.grad is not None for p in policys)
+    assert all(p.grad is None for p in critics)
+    kept = [p.grad.clone() for p in policys]
+    with models.critic.active() as model:
+        response_values(model, ROLLOUT, 0.0, 1.0).square().mean().backward()
+    assert all(p.grad is not None for p in critics)
+    assert all(p.grad.equal(before) for p, before in zip(policys, kept, strict=True))
+    # And they are those of separate models.
+    policy(input_ids=IDS).logits.square().mean().backward()
+    response_values(critic, ROLLOUT, 0.0, 1.0).square().mean().backward()
+    for alone, own in ((policy, policys), (critic, critics)):
+        theirs = [p for p in alone.parameters() if p.requires_grad]
+        for left, right in zip(theirs, own, strict=True):
+            torch.testing.assert_close(left.grad, right.grad)
+    trunk = [p for name, p in models.policy.model.named_parameters() if "lora_" not in name]
+    assert all(p.grad is None for p in trunk)
+
+
+def test_a_checkpoint_holds_each_once_and_puts_it_back(parts: Parts, tmp_path: Path):
+    models = shared(parts, tmp_path)
+    tensors, settings = saved(models.learners)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    assert not any(".critic." in name for name in tensors if name.startswith("policy."))
+    assert not any(".default." in name for name in tensors if name.startswith("critic."))
+    assert sum(".lora_A." in name for name in tensors) == 2 * 14  # seven matrices in two blocks, for each
+    for learner in models.learners.values():
+        with torch.no_grad():
+            for parameter in learner.parameters:
+                parameter.zero_()
+    restore(models.learners, tensors, copy.deepcopy(settings))
+    again, _ = saved(models.learners)
+    assert again.keys() == tensors.keys()
+    assert all(again[name].equal(tensors[name]) for name in tensors)
+
+
+VALUES: dict[str, Any] = {"reward": "vowels", "peft": {"r": 4}, "learning_rate": 1e-2, "num_ppo_epochs": 2}
+
+
+def test_a_run_is_that_of_two_trunks(parts: Parts, tmp_path: Path):
+    """A function's critic starts from the policy's trunk with a head of zeros, shared or not."""
+    two = run(parts, tmp_path / "two", **VALUES)
+    one = run(parts, tmp_path / "one", shared_trunk=True, **VALUES)
+    assert furthest(one.policy(), two.policy()) < 1e-5
+    for left, right in zip(one.lines(), two.lines(), strict=True):
+        assert left == pytest.approx(right, abs=1e-4, rel=1e-3)
+    assert one.lines()[-1]["value_grad_norm"] > 0
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_gives_the_same_bits(parts: Parts, tmp_path: Path):
+    values = VALUES | {"shared_trunk": True, "ema_decay": 0.9, "load_best_model_at_end": True, "eval_steps": 1,
+                       "held_out": 0.3, "total_episodes": 4 * 16}  # fmt: skip
+    whole = run(parts, tmp_path / "whole", **values)
+    with pytest.raises(Stopped):
+        run(parts, tmp_path / "parts", stop_at=2, save_steps=2, **values)
+    resumed = run(parts, tmp_path / "parts", **values)
+    assert same(resumed.checkpoint(), whole.checkpoint())
+    assert same(resumed.policy(), whole.policy())
+    assert resumed.lines() == whole.lines()
+
+
+def test_a_reward_model_kept_apart(parts: Parts, tmp_path: Path):
+    """The critic starts at zero in the reward's own units, whatever the reward model's normaliser is."""
+    values = VALUES | {"reward": None, "shared_trunk": True, "learning_rate": 1e-30, "whiten_advantages": False}
+    done = run(parts, tmp_path, **values | {"total_episodes": 16, "lam": 1.0, "kl_coef": 0.0, "num_ppo_epochs": 1})
+    line = done.lines()[0]
+    assert line["explained_variance"] == pytest.approx(0.0, abs=1e-6)
+    # Values of 0: the loss is half the mean square of the returns, each its row's reward.
+    assert line["value_loss"] > 0.5 * line["reward"] ** 2 * 0.9
+
+
+def test_what_does_not_go_with_it_is_refused():
+    with pytest.raises(ValueError, match="there are none: set peft"):
+        stage.PPOConfig(shared_trunk=True)
+    with pytest.raises(ValueError, match="grpo has no critic"):
+        stage.PPOConfig(shared_trunk=True, peft=PeftConfig(), algorithm="grpo", num_generations=2)
