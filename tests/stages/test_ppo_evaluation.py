@@ -104,6 +104,7 @@ def test_nothing_held_out_is_no_evaluation_unless_it_is_asked_for(parts: Parts, 
         run(parts, tmp_path / "asked", **values, eval_steps=1)
 
 
+@pytest.mark.slow
 def test_gold_is_measured_and_its_fall_is_said(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The reward is vowels, of which long answers have more; gold is shortness: the one rises as the other falls."""
     said: list[str] = []

@@ -126,6 +126,7 @@ def test_dynamic_sampling_trains_on_groups_that_differ(parts: Parts, tmp_path: P
     assert all(0 <= line["varying_groups"] <= 1 for line in lines)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_gives_the_same_bits(parts: Parts, tmp_path: Path):
     """With what a checkpoint must hold beside weights: how far the prompts are, and the average."""
     whole = run(parts, tmp_path / "whole", **DYNAMIC)
@@ -210,6 +211,7 @@ def test_with_adapters_the_scores_are_the_reward_models(parts: Parts, tmp_path: 
         assert scores_B[row].item() == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_resume_to_the_same_bits(parts: Parts, tmp_path: Path):
     values: dict[str, Any] = {"peft": PeftConfig(r=4, lora_alpha=8), "total_episodes": 64}
     whole = run(parts, tmp_path / "whole", **values)
