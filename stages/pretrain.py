@@ -467,10 +467,13 @@ def _train(config: PretrainConfig, steps: OptimizerSteps, step: int, held_out: H
 
 def _loop(config: PretrainConfig, steps: OptimizerSteps, step: int, held_out: HeldOut, runtime: Runtime) -> None:
     """Steps, with metrics, evaluations, checkpoints and an ear for signals."""
+    from pipeline.hardware import peak_flops
     from pipeline.model.build import flops_per_token
 
     tokens_a_step = _batch(config) * config.context_length
     flops = flops_per_token(steps.model, config.context_length)
+    peak = runtime.world_size * peak_flops(runtime.device.type, _is_bf16(config, runtime))
+    runtime.say(f"{flops / 1e6:,.1f} MFLOP a token (6 N and attention); mfu is of {peak / 1e12:,.2f} TFLOP/s")
     began, first = time.monotonic(), step
     with runtime.progress("pretrain", config.max_steps) as bar:
         bar.start_at(step)
@@ -486,10 +489,9 @@ def _loop(config: PretrainConfig, steps: OptimizerSteps, step: int, held_out: He
             if step % config.logging_steps == 0 or step == config.max_steps:
                 figures = steps.figures()
                 speed = (step - first) * tokens_a_step / (time.monotonic() - began)
-                shown = {"loss": figures["loss"], "lr": figures["learning_rate"], "tok/s": speed}
-                runtime.metrics.log(
-                    step, step * tokens_a_step, **figures, tokens_per_second=speed, flops_per_second=speed * flops
-                )
+                rates = {"tokens_per_second": speed, "flops_per_second": speed * flops, "mfu": speed * flops / peak}
+                shown = {"loss": figures["loss"], "lr": figures["learning_rate"], "tok/s": speed, "mfu": rates["mfu"]}
+                runtime.metrics.log(step, step * tokens_a_step, **figures, **rates)
                 bar.advance(step - bar.done, **shown)
             stopping = runtime.stop_requested()
             if step % config.save_steps == 0 or stopping or step == config.max_steps:
