@@ -28,7 +28,7 @@ from pipeline.rl.family import PRESETS, Algorithm, Estimator, needs_a_group
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from pipeline.data.shown import ShownRow
     from pipeline.rl.answers import Answers
@@ -84,6 +84,7 @@ class PPOConfig(StageConfig):
     max_grad_norm: float = field(1.0, "clip each model's gradient norm to this", gt=0)
     bf16: bool | None = field(None, "autocast to bf16; where the hardware gains by it unless set")
     peft: PeftConfig | None = field(None, "train LoRA adapters: the reference is the policy without them")
+    load_in_4bit: bool = field(False, "peft: the policy's frozen weights in four bits (bitsandbytes, CUDA)")
     shared_trunk: bool = field(False, "peft: the critic is adapters of its own on the policy's frozen trunk")
     offload: bool = field(
         False, "reference and reward models are on the device only while they are read", run_only=True
@@ -154,8 +155,11 @@ class PPOConfig(StageConfig):
     def _goes_together(self) -> PPOConfig:
         if self.environment is not None and not is_user_code(self.environment):
             raise ValueError(f"environment {self.environment!r} is not a function of your own: ./tools.py:reply")
-        if self.shared_trunk and self.peft is None:
-            raise ValueError("shared_trunk is of adapters, and there are none: set peft")
+        if self.peft is None and (self.shared_trunk or self.load_in_4bit):
+            what = "shared_trunk" if self.shared_trunk else "load_in_4bit"
+            raise ValueError(f"{what} is of what adapters stand on, and there are none: set peft")
+        if self.load_in_4bit and self.rollout_engine == "vllm":
+            raise ValueError("weights in four bits are not sent to vLLM: rollout_engine native, or no load_in_4bit")
         if self.shared_trunk and self.advantage_estimator != "gae":
             raise ValueError(f"shared_trunk is of policy and critic, and {self.advantage_estimator} has no critic")
         return self
@@ -245,9 +249,9 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
 
     # 4. the policy, as its start was
     summary = loop.summary()
-    loop.finish()
+    trained = loop.finish(inputs["init"].model)
     if runtime.is_main:
-        write_policy(loop.policy.model, out / "model", inputs["init"].model, loop.stop_id)
+        write_policy(trained, out / "model", inputs["init"].model, loop.stop_id)
     runtime.barrier()
     return summary
 
@@ -272,6 +276,10 @@ def _check(config: PPOConfig, runtime: Runtime) -> None:
         from pipeline.rl.vllm_engine import check_vllm
 
         check_vllm()
+    if config.load_in_4bit:
+        from pipeline.model.four_bit import check_four_bit
+
+        check_four_bit(runtime.device, "ppo.load_in_4bit")
     if config.stop_strings and ("" in config.stop_strings or config.environment or config.rollout_engine != "native"):
         raise ConfigError(
             "a stop string is text, looked for by the native engine in answers of one turn",
@@ -415,11 +423,15 @@ class _Loop:
         """Policy, reference, what scores, and critic; `longest` is that of a whole row."""
         from pipeline.model.adapters import lora
         from pipeline.model.build import check_vocabulary, load_causal_lm
+        from pipeline.model.four_bit import load_four_bit
         from pipeline.rl.models import Optimisation, prepare
         from pipeline.rl.offload import Offload
 
         config, init = self.config, inputs["init"]
-        policy = load_causal_lm(init.model).to(self.place.device)
+        if config.load_in_4bit:
+            policy = load_four_bit(init.model, self.place.device, bf16=self.place.bf16)
+        else:
+            policy = load_causal_lm(init.model).to(self.place.device)
         check_vocabulary(policy, len(tokenizer), "ppo.init")
         return prepare(
             policy,
@@ -687,10 +699,16 @@ class _Loop:
         first = self.progress.history[0]["reward"]
         return {"reward_first": first, **self.progress.recent(SUMMARY), "flops": self.flops(self.progress.read)}
 
-    def finish(self) -> None:
-        """The policy's weights as they are written: the best, or averaged; adapters merged."""
+    def finish(self, init: Path) -> PreTrainedModel:
+        """The policy as it is written: the best, or averaged; adapters merged, from four bits into `init`'s weights."""
+        from pipeline.model.build import load_causal_lm
+        from pipeline.model.four_bit import merged_onto
+
         if self.examiner is not None and self.config.load_best_model_at_end:
             self.examiner.put_best()
         elif self.average is not None:
             self.average.put()
+        if self.config.load_in_4bit:
+            return merged_onto(load_causal_lm(init), self.policy.model)
         self.policy.merge()
+        return self.policy.model
