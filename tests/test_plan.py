@@ -88,6 +88,23 @@ def test_ppo_without_a_critic_and_with_adapters(road: Path) -> None:
     assert parts[2]["optimizer"] < 0.5 * parts[0]["optimizer"]
 
 
+def test_ppo_with_fewer_models_on_the_device(road: Path) -> None:
+    """One trunk for policy and critic; the reference and the reward model away, one of them back at a time."""
+    card = replace(CPU, name="a card", kind="cuda")
+
+    def copies(device: Device, *settings: str) -> float:
+        found = planned(road, device, *settings)["ppo"]
+        assert found.parameters is not None
+        return dict(found.memory)["weights"] / (4 * found.parameters)
+
+    function = "ppo.reward=[{function: exact}]"
+    assert copies(CPU, function, "ppo.peft={r: 4}") == 2
+    assert copies(CPU, function, "ppo.peft={r: 4}", "ppo.shared_trunk=true") == 1
+    assert copies(CPU, "ppo.peft={r: 4}", "ppo.shared_trunk=true") == 2  # and the reward model
+    assert [copies(device, "ppo.offload=true") for device in (CPU, card)] == [4, 3]
+    assert copies(card, "ppo.offload=true", "ppo.algorithm=grpo") == 2
+
+
 def test_every_stage_by_hand(road: Path) -> None:
     """Two blocks 64 wide, V 1000: N, tokens, FLOPs and seconds worked out here."""
     found = planned(road)

@@ -298,7 +298,9 @@ class Planner:
         trained = (1 + critics) * (adapter_parameters(model, config.peft.r) if config.peft else float(total))
         copies = critics + 1 + rewards  # beside the policy: critic, reference, reward models
         if config.peft:  # the reference is the policy without adapters, the reward model the critic without its own
-            copies = max(critics, rewards)
+            copies = rewards if config.shared_trunk else max(critics, rewards)
+        elif config.offload and self.device.kind != "cpu":  # one of the frozen at a time
+            copies = critics + max(1, rewards)
         others = total * copies + judges
         logits = on_device * config.response_length
         load = Load(on_device, round(length), trained, 8.0, bf16, False, logits, others)
