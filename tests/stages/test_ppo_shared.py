@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,11 +20,15 @@ from pipeline.rl.forwards import response_values
 from pipeline.rl.learners import restore, saved
 from pipeline.rl.models import Models, Optimisation, prepare
 from pipeline.rl.offload import Offload
-from pipeline.rl.rollouts import assemble
+from pipeline.rl.rollouts import Experience, assemble
 from pipeline.rl.scoring import load_scorer
+from pipeline.rl.updates import Objective, update
 from pipeline.runtime import Runtime
 from stages import ppo as stage
-from tests.stages.ppo_runs import Parts, furthest, run, same
+from tests.stages.ppo_runs import Done, Parts, furthest, run, same
+
+if TYPE_CHECKING:
+    from tests.conftest import Warm
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 ROLLOUT = assemble([[5, 6]], torch.tensor([[7, 8, 9]]), torch.tensor([3]), torch.tensor([False]), 0)
@@ -169,14 +173,53 @@ def test_stopped_and_resumed_gives_the_same_bits(parts: Parts, tmp_path: Path):
     assert resumed.lines() == whole.lines()
 
 
-def test_a_reward_model_kept_apart(parts: Parts, tmp_path: Path):
-    """The critic starts at zero in the reward's own units, whatever the reward model's normaliser is."""
-    values = VALUES | {"reward": None, "shared_trunk": True, "learning_rate": 1e-30, "whiten_advantages": False}
-    done = run(parts, tmp_path, **values | {"total_episodes": 16, "lam": 1.0, "kl_coef": 0.0, "num_ppo_epochs": 1})
-    line = done.lines()[0]
-    assert line["explained_variance"] == pytest.approx(0.0, abs=1e-6)
-    # Values of 0: the loss is half the mean square of the returns, each its row's reward.
-    assert line["value_loss"] > 0.5 * line["reward"] ** 2 * 0.9
+RECIPE = """\
+run: tiny
+stages:
+  ppo:
+    init: {init}
+    reward: {reward}
+    data: {data}
+    peft: {{r: 4}}
+    shared_trunk: true
+    total_episodes: 48
+    batch_size: 16
+    num_ppo_epochs: 2
+    response_length: 12
+    learning_rate: 3e-3
+    bf16: false
+    eval_steps: 0
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_one_processs_numbers(parts: Parts, tmp_path: Path, warm: Warm):
+    reward = f"{parts.folder / 'rewards.py'}:vowels"
+    (tmp_path / "ppo.yaml").write_text(RECIPE.format(init=parts.init.model, reward=reward, data=parts.data))
+    for count in (1, 2):
+        done = warm("run", "ppo.yaml", "--artifacts", count, "--num-processes", count)
+        assert done.code == 0, done.stderr
+    one, two = (Done(tmp_path / str(count) / "tiny/ppo", {}) for count in (1, 2))
+    assert len(one.lines()) == 3
+    for left, right in zip(one.lines(), two.lines(), strict=True):
+        assert left == pytest.approx(right, abs=1e-4, rel=1e-3)
+    assert furthest(one.policy(), two.policy()) < 1e-4
+
+
+def test_a_reward_model_kept_apart(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The critic starts at zero in the reward's own units, though that model's normaliser is (0.3, 0.7)."""
+    seen: list[tuple[Experience, Objective]] = []
+
+    def spy(policy: Any, critic: Any, experience: Experience, objective: Objective, *rest: Any) -> dict[str, float]:
+        seen.append((experience, objective))
+        return update(policy, critic, experience, objective, *rest)
+
+    monkeypatch.setattr("pipeline.rl.updates.update", spy)
+    run(parts, tmp_path, **VALUES | {"reward": None, "shared_trunk": True, "total_episodes": 32})
+    (first, objective), (second, _) = seen
+    assert not first.values_BT.any()
+    assert second.values_BT.abs().max() > 1e-3
+    assert (objective.value_mean, objective.value_std) == (0.0, 1.0)
 
 
 def test_what_does_not_go_with_it_is_refused():
