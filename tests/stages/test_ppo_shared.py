@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from pipeline.data.chat import stop_token_id
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.errors import Stopped
+from pipeline.errors import MachineError, Stopped
 from pipeline.model.adapters import adapt, lora
 from pipeline.model.build import load_causal_lm
 from pipeline.recipe import PeftConfig
@@ -25,7 +25,7 @@ from pipeline.rl.scoring import load_scorer
 from pipeline.rl.updates import Objective, update
 from pipeline.runtime import Runtime
 from stages import ppo as stage
-from tests.stages.ppo_runs import Done, Parts, furthest, run, same
+from tests.stages.ppo_runs import Done, Parts, furthest, run, same, start
 
 if TYPE_CHECKING:
     from tests.conftest import Warm
@@ -150,6 +150,7 @@ def test_a_checkpoint_holds_each_once_and_puts_it_back(parts: Parts, tmp_path: P
 VALUES: dict[str, Any] = {"reward": "vowels", "peft": {"r": 4}, "learning_rate": 1e-2, "num_ppo_epochs": 2}
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_two_trunks(parts: Parts, tmp_path: Path):
     """A function's critic starts from the policy's trunk with a head of zeros, shared or not."""
     two = run(parts, tmp_path / "two", **VALUES)
@@ -227,3 +228,28 @@ def test_what_does_not_go_with_it_is_refused():
         stage.PPOConfig(shared_trunk=True)
     with pytest.raises(ValueError, match="grpo has no critic"):
         stage.PPOConfig(shared_trunk=True, peft=PeftConfig(), algorithm="grpo", num_generations=2)
+    with pytest.raises(ValueError, match="load_in_4bit is of what adapters stand on"):
+        stage.PPOConfig(load_in_4bit=True)
+    with pytest.raises(ValueError, match="are not sent to vLLM"):
+        stage.PPOConfig(load_in_4bit=True, peft=PeftConfig(), rollout_engine="vllm")
+
+
+def test_four_bits_are_refused_here(parts: Parts, tmp_path: Path):
+    with pytest.raises(MachineError, match="need a CUDA device"):
+        run(parts, tmp_path, **VALUES | {"load_in_4bit": True})
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_is_written_of_four_bits_are_the_starts_weights_with_the_adapters(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With a stand-in of all bits: the run, and what it writes, are the plain one's."""
+    plain = run(parts, tmp_path / "plain", **VALUES)
+    monkeypatch.setattr("pipeline.model.four_bit.check_four_bit", lambda device, where: None)
+    monkeypatch.setattr(
+        "pipeline.model.four_bit.load_four_bit", lambda folder, device, *, bf16: load_causal_lm(folder).to(device)
+    )
+    four = run(parts, tmp_path / "four", load_in_4bit=True, **VALUES)
+    assert four.lines() == plain.lines()
+    assert furthest(four.policy(), plain.policy()) < 1e-6
+    assert furthest(four.policy(), start(parts)) > 1e-3

@@ -66,11 +66,10 @@ class VLLMEngine:
         """The weights of `policy`, in eval mode, become the engine's. TrainingError where they don't."""
         if self.sleeps:
             self.llm.wake_up()
-        weights = [(name, weight.to(self.dtype)) for name, weight in merged_weights(policy)]
-        expected = sums(weight for _, weight in weights)
+        expected = sums(weight for _, weight in self._weights(policy))
 
         def load(model: Any) -> tuple[list[str], Sums]:
-            loaded = model.load_weights(iter(weights))
+            loaded = model.load_weights(self._weights(policy))
             missing = [] if loaded is None else [name for name, _ in model.named_parameters() if name not in loaded]
             return missing, sums(parameter.detach() for parameter in model.parameters())
 
@@ -84,6 +83,11 @@ class VLLMEngine:
         gap = (self._probe_logprobs() - probe_logprobs(policy, self.probe, self.place)).abs().mean().item()
         if not gap <= PROBE_TOLERANCE[self.place.bf16]:
             raise _stale(f"on a probe its log-probs are off by {gap:.3f} nats a token")
+
+    def _weights(self, policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """As they are sent: one at a time, so that no second model is in memory."""
+        for name, weight in merged_weights(policy):
+            yield name, weight.to(self.dtype)
 
     def rest(self) -> None:
         """Give its memory back until the next `sync`."""
@@ -182,8 +186,8 @@ def sums(weights: Iterator[Tensor]) -> Sums:
     """Of all numbers in `weights`, added up in float64."""
     total = magnitude = 0.0
     for weight in weights:
-        wide = weight.double()
-        total, magnitude = total + wide.sum().item(), magnitude + wide.abs().sum().item()
+        total += weight.sum(dtype=torch.float64).item()
+        magnitude += weight.abs().sum(dtype=torch.float64).item()
     return Sums(total, magnitude)
 
 
