@@ -10,7 +10,7 @@ from pipeline.artifacts import Store
 from pipeline.cli.stages import load_stage
 from pipeline.errors import ConfigError
 from pipeline.graph import build
-from pipeline.lineage import Standing, survey
+from pipeline.lineage import Standing, brief, survey
 from pipeline.reading import read_recipe
 
 STAGE = """
@@ -172,3 +172,19 @@ def test_rows_that_a_stage_writes_count_by_that_stage(tmp_path: Path):
     limited = toy.survey('aside.data={"source": "first", "limit": 1}')["aside"]
     assert limited.reasons[0].startswith("data: data (")
     assert len(limited.reasons) == 1
+
+
+def test_reasons_in_one_line_name_three_files_of_code() -> None:
+    files = [f"code: pipeline/{letter}.py" for letter in "abcde"]
+    assert brief(["sft.size 1 → 2", *files, "input: init"]) == (
+        "sft.size 1 → 2; code: pipeline/a.py; code: pipeline/b.py; code: pipeline/c.py and 2 more files; input: init"
+    )
+    assert brief(files[:3]) == "; ".join(files[:3])
+    assert brief([]) == ""
+
+
+def test_a_role_that_nothing_fills_is_no_part_of_the_fingerprint(toy: Toy) -> None:
+    """So a role that a stage gains with a release, and that a recipe leaves empty, makes nothing stale."""
+    found = toy.survey()
+    assert found["aside"].parts["inputs"] == {}
+    assert found["second"].parts["inputs"] == {"init": [found["first"].planned]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +53,7 @@ def _standing(
         role: [found[ref].fingerprint if ref in found else input_of(store, ref, kind).fingerprint for ref in refs]
         for role, refs in node.inputs.items()
         for kind in [node.stage.inputs[role]]
+        if refs  # a role that nothing fills is as one that the stage does not have
     }
     writers = dict.fromkeys(node.rows.values())
     if writers:
@@ -71,6 +72,20 @@ def _standing(
         artifact = store.bless(artifact, planned, "; ".join(reasons)) if bless else artifact
         return Standing(node, artifact.fingerprint, planned, parts, "stands", (), artifact, is_begun)
     return Standing(node, planned, planned, parts, "stale", reasons, artifact, is_begun)
+
+
+SHOWN_FILES = 3
+
+
+def brief(reasons: Sequence[str]) -> str:
+    """Reasons in one line: of the files whose code has changed the first ones, and how many more."""
+    code = [reason for reason in reasons if reason.startswith("code: ")]
+    hidden = code[SHOWN_FILES:]
+    shown = [reason for reason in reasons if reason not in hidden]
+    if hidden:
+        last = shown.index(code[SHOWN_FILES - 1])
+        shown[last] += f" and {len(hidden)} more files"
+    return "; ".join(shown)
 
 
 def _reasons(node: Node, artifact: Artifact, parts: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from pipeline.artifacts import Artifact
 from pipeline.cli.session import Session
 from pipeline.errors import ConfigError
 from pipeline.launch import rank_from_outside, run_stage, wait_line, world_size_from_outside
-from pipeline.lineage import Standing, survey
+from pipeline.lineage import Standing, brief, survey
 from pipeline.progress import clock
 from pipeline.reading import meant
 from pipeline.roles import input_of
@@ -48,7 +48,7 @@ def run_one(
     standings = survey(session.recipe, session.store, keep, bless=False)
     for parent in session.recipe.nodes[name].parents(session.recipe.nodes):
         if standings[parent].state != "stands" and not dry_run:
-            why = "; ".join(standings[parent].reasons) or "it has not run"
+            why = brief(standings[parent].reasons) or "it has not run"
             raise ConfigError(
                 f"`{name}` takes `{parent}`, which does not stand ({why})",
                 where=session.recipe.name,
@@ -131,7 +131,7 @@ def _hold_and_run(session: Session, name: str, force: bool, width: int) -> bool:
             return False
         if force and standing.state == "stands":
             shutil.rmtree(session.store.partial(run, name, standing.planned))
-        why = "; ".join(standing.reasons) or ("again (--force)" if force else "")
+        why = brief(standing.reasons) or ("again (--force)" if force else "")
         resumed = " from where it stopped" if standing.is_begun else ""
         _say(session, f"{name:<{width}}  runs{resumed}{f': {why}' if why else ''}")
         run_stage(standing, inputs_of(session, standing), session.store, run, session.launch)
@@ -172,7 +172,7 @@ def _say_plan(standings: dict[str, Standing], names: list[str], force: bool, as_
     for name in names:
         standing = standings[name]
         will_run = force or standing.state != "stands"
-        why = "; ".join(standing.reasons) or ("" if standing.state != "missing" else "has not run")
+        why = brief(standing.reasons) or ("" if standing.state != "missing" else "has not run")
         rows.append({"stage": name, "state": standing.state, "runs": will_run, "why": why})
     if as_json:
         print(json.dumps(rows, indent=1))

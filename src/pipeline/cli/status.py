@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.artifacts import Artifact, Store, changed_files
 from pipeline.cli.session import Session, artifacts_root, open_session
 from pipeline.errors import ArtifactError
-from pipeline.lineage import Standing, survey
+from pipeline.lineage import Standing, brief, survey
 from pipeline.progress import clock
 
 
@@ -62,7 +62,7 @@ def _print_rows(session: Session, rows: list[dict[str, Any]]) -> None:
     colours = {"stands": "green", "stale": "yellow", "missing": "dim"}
     for row in rows:
         figures = "  ".join(f"{k} {v:.4g}" for k, v in list(row["metrics"].items())[:3] if k != "flops")
-        note = "; ".join(row["reasons"]) or ("unfinished, would be resumed" if row["unfinished"] else figures)
+        note = brief(row["reasons"]) or ("unfinished, would be resumed" if row["unfinished"] else figures)
         state = row["state"] + (" (kept)" if row["kept"] and row["state"] == "stands" else "")
         seconds = clock(row["seconds"]) if row["seconds"] is not None else ""
         table.add_row(row["stage"], Text(state, colours[row["state"]]), seconds, Text(note))
