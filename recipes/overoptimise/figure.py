@@ -21,7 +21,7 @@ FAMILIES = {
     "best of n by ensemble": ("best of n, ensemble", "tab:olive"),
     "ppo": ("ppo, one proxy", "tab:red"),
     "ppo-ensemble": ("ppo, ensemble", "tab:blue"),
-    "ppo-kl": ("ppo, one proxy, KL priced", "tab:orange"),
+    "ppo-all": ("ppo, one proxy of all labels", "tab:orange"),
     "dpo": ("dpo", "tab:purple"),
 }
 
@@ -42,7 +42,7 @@ def main(source: Path, target: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "llmpipe"  # the same bytes from the same points
+    matplotlib.rcParams |= {"svg.hashsalt": "llmpipe", "svg.fonttype": "none"}  # the same bytes from the same points
     import matplotlib.pyplot as plt
 
     points = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
@@ -54,7 +54,8 @@ def main(source: Path, target: Path) -> None:
             continue
         label, colour = family(curve)
         own = [point for point in points if point["curve"] == curve]
-        own = [point for point in own if point["at"] != ""] or own  # a run's way, else the model that was written
+        way = [point for point in own if point["at"] != ""]  # a run's, else there is the model that was written
+        own = ([start] if curve.startswith("ppo") else []) + way if way else own
         draw(gold, own, colour, label if label not in seen else None)
         with_reward = [point for point in own if "reward" in point]
         proxy.plot([root(p["kl"]) for p in with_reward], [p["reward"] for p in with_reward], color=colour, lw=1)

@@ -32,7 +32,7 @@ class FrontierConfig(StageConfig):
     data: Data | None = field(None, "rows with held-out prompts; those sft was trained on unless set")
     held_out: float = field(0.05, "share of the rows of files that is held out, as in sft", gt=0)
     prompts: int = field(64, "held-out prompts", unit="prompts", gt=1)
-    samples: int = field(256, "answers of the start to each, half for best-of-n's KL", unit="answers", gt=1)
+    samples: int = field(128, "answers of the start to each, half for best-of-n's KL", unit="answers", gt=1)
     answers: int = field(8, "answers of a policy to each", unit="answers", gt=0)
     best_of: tuple[int, ...] = field((1, 2, 4, 8, 16, 32, 64), "the n of best-of-n; at most half of `samples`")
     std_weight: float = field(1.0, "the ensemble's score: mean - this × deviation", ge=0)

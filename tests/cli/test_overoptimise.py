@@ -50,9 +50,9 @@ def test_the_whole_graph(warm: Any, tiny: Path):
     done = warm("run", "overoptimise", *overrides())
     assert done.code == 0, done.stderr
     artifacts = warm.folder / "artifacts" / "overoptimise"
-    label = json.loads((artifacts / "label" / "manifest.json").read_text())
+    label = json.loads((artifacts / "label-0" / "manifest.json").read_text())
     reward = json.loads((artifacts / "reward-0" / "manifest.json").read_text())
-    assert reward["inputs"]["data"] == [{"reference": "overoptimise/label", "fingerprint": label["fingerprint"]}]
+    assert reward["inputs"]["data"] == [{"reference": "overoptimise/label-0", "fingerprint": label["fingerprint"]}]
     points = [json.loads(line) for line in (artifacts / "frontier" / "frontier.jsonl").read_text().splitlines()]
     of_best = [point for point in points if point["curve"] == "best of n by ensemble"]
     assert [(point["at"], point["kl_bound"]) for point in of_best] == [(1, 0.0), (4, kl_bound(4))]

@@ -146,3 +146,18 @@ def test_a_frontier_is_an_evaluation_like_any_other(frontier: tuple[Path, dict[s
     ] * 3
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [row["model"] for row in samples] == ["sft"] * 4 + ["ppo"] * 4
+
+
+@pytest.mark.parametrize(
+    ("curve", "name"),
+    [
+        ("best of n by reward-3", "best of n, one proxy"),
+        ("best of n by ensemble", "best of n, ensemble"),
+        ("ppo-0", "ppo, one proxy"),
+        ("ppo-ensemble-1", "ppo, ensemble"),
+        ("ppo-all-0", "ppo, one proxy of all labels"),
+        ("dpo-weak", "dpo"),
+    ],
+)
+def test_every_curve_of_the_recipe_has_a_colour(curve: str, name: str):
+    assert load_file(FOLDER / "figure.py").family(curve)[0] == name
