@@ -13,11 +13,11 @@ from pipeline.artifacts import Artifact
 from pipeline.data.chat import encode_prompt, stop_token_id
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.model.build import load_causal_lm
-from pipeline.model.generation import draw_uniforms
+from pipeline.model.generation import Sampling, draw_uniforms, generate
 from pipeline.model.next_token import has_plain_head
 from pipeline.rl.forwards import Cut, Reading, precision, sweep, token_logprobs
 from pipeline.rl.prompts import PromptReader
-from pipeline.rl.rollouts import Rollout, concatenate, roll_out
+from pipeline.rl.rollouts import Rollout, concatenate, rollout_of
 from pipeline.rl.scoring import Responses
 from pipeline.runtime import Runtime
 
@@ -66,16 +66,17 @@ class Speaker:
                 here = slice(start, start + BATCH)
                 prompts = [encode_prompt(self.tokenizer, row["prompt"]) for row in rows[here]]
                 with precision(self.runtime.device, self.runtime.bf16):
-                    part = roll_out(
+                    written = generate(
                         self.model,
                         prompts,
-                        uniforms_BT[here],
-                        longest=self.longest,
-                        stop_id=self.stop_id,
+                        max_new_tokens=self.longest,
+                        stop_ids=[self.stop_id],
                         pad_id=self.pad_id,
-                        temperature=1.0,
+                        sampling=Sampling(temperature=1.0),
+                        uniforms_BT=uniforms_BT[here],
                         batch_size=BATCH,
                     )
+                part = rollout_of(prompts, written, self.pad_id, self.model.device, stop_id=self.stop_id)
                 parts.append(part)
                 bar.advance(len(prompts))
                 self.runtime.check_stop()
