@@ -48,8 +48,8 @@ SHOWN = 4  # samples of each policy that are written
 
 
 def run(config: FrontierConfig, inputs: dict[str, Any], out: Path, runtime: Any) -> dict[str, float]:
-    """Measure everything; returns peak and end of every curve."""
-    from measures import Judges, best_of_n_points, evaluation_points, policy_point, start_point
+    """Measure everything; returns peak and end of every curve, and how far the proxies agree."""
+    from measures import Judges, agreement, best_of_n_points, evaluation_points, policy_point, start_point
     from speaker import Speaker
 
     from pipeline.data.formats import read_rows
@@ -89,7 +89,7 @@ def run(config: FrontierConfig, inputs: dict[str, Any], out: Path, runtime: Any)
     ]  # fmt: skip
     write_jsonl(out / "results.jsonl", [vars(each) for each in results])
     write_jsonl(out / "samples.jsonl", shown)
-    figures = _summary(points)
+    figures = agreement(first) | _summary(points)
     runtime.metrics.log(len(points), None, **figures)
     return figures
 

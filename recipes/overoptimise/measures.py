@@ -80,6 +80,19 @@ class Judges:
         return Marks(table(golds), scores, table(logprobs), table(kl), table(said.rollout.lengths_B))
 
 
+def agreement(marks: Marks) -> dict[str, float]:
+    """Mean correlation over all answers of the proxies with gold, and of each two of them with one another.
+
+    What the proxies share beside gold is what an ensemble of them can't see.
+    """
+    proxies = [values.ravel() for name, values in marks.scores.items() if name != ENSEMBLE]
+    table = np.corrcoef(np.stack([marks.gold.ravel(), *proxies]))
+    found = {"proxies_with_gold": float(table[0, 1:].mean())}
+    if len(proxies) > 1:
+        found["proxies_with_one_another"] = float(table[1:, 1:][np.triu_indices(len(proxies), 1)].mean())
+    return found
+
+
 def start_point(marks: Marks, seed: int) -> Point:
     """The start itself: no KL."""
     return _point("start", 0, seed, gold=marks.gold.mean(1), kl=marks.kl.mean(1), length=marks.lengths.mean(1))

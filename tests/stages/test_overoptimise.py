@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.cli.stages import recipes_folder
@@ -132,6 +133,8 @@ def test_the_points_of_a_frontier(frontier: tuple[Path, dict[str, float]]):
     assert [p["gold"] for p in points[4:7]] == [p["gold"] for p in points[1:4]], "two members that are one"
     assert points[-1]["kl"] == pytest.approx(0, abs=1e-3), "the start, taken for a policy"
     assert points[-2]["gold_high"] == pytest.approx(0.2 + 0.196)
+    assert figures["proxies_with_one_another"] == pytest.approx(1)
+    assert abs(figures["proxies_with_gold"]) < 1
     assert (figures["ppo.peak_gold"], figures["ppo.peak_kl"]) == (0.4, 1.0)
     assert figures["best of n by ensemble.end_gold"] == pytest.approx(eight["gold"])
 
@@ -161,3 +164,11 @@ def test_a_frontier_is_an_evaluation_like_any_other(frontier: tuple[Path, dict[s
 )
 def test_every_curve_of_the_recipe_has_a_colour(curve: str, name: str):
     assert load_file(FOLDER / "figure.py").family(curve)[0] == name
+
+
+def test_agreement_by_hand():
+    """Two proxies over four answers: one is gold itself, the other gold turned round."""
+    measures = load_file(FOLDER / "measures.py")
+    gold = np.array([[0.0, 1.0], [2.0, 3.0]])
+    marks = measures.Marks(gold, {"a": 2 * gold, "b": -gold, "ensemble": 0 * gold}, gold, gold, gold)
+    assert measures.agreement(marks) == pytest.approx({"proxies_with_gold": 0.0, "proxies_with_one_another": -1.0})
