@@ -192,7 +192,6 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
 
     from pipeline.data.chat import encode_prompt
     from pipeline.data.tokenizers import load_tokenizer
-    from pipeline.model.build import reach
     from pipeline.rl.learners import write_policy
     from pipeline.rl.prompts import PromptReader
     from pipeline.rl.scoring import check_references
@@ -203,7 +202,7 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     # 1. prompts, in the order of the whole run
     _check(config, runtime)
     tokenizer = load_tokenizer(inputs["init"].model)
-    context = reach(inputs["init"].model)
+    context = _context(inputs)
     reading = PromptReader(
         encode=lambda row: encode_prompt(tokenizer, row["prompt"]),
         longest=config.max_prompt_length,
@@ -242,7 +241,7 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
                 loop.save(step)
             if stopping and not is_last:
                 runtime.stop(step)
-    if loop.is_exhausted:
+    if step < steps:
         runtime.say(
             f"ended at step {step:,}: the best of {config.early_stopping_patience} evaluations ago was no better"
         )
@@ -286,6 +285,12 @@ def _check(config: PPOConfig, runtime: Runtime) -> None:
             where="ppo.stop_strings",
             mend="leave out the empty one, or the environment, or rollout_engine: vllm",
         )
+    if config.whiten_rewards and config.advantage_estimator != "gae":
+        raise ConfigError(
+            "whitened rewards keep their mean at every token: summed over a response they would pay its length",
+            where="ppo.whiten_rewards",
+            mend="leave it out; it is for advantage_estimator: gae",
+        )
     group = config.num_generations
     for name, parts in (
         ("num_mini_batches", config.num_mini_batches),
@@ -323,6 +328,18 @@ def _prompts(config: PPOConfig, reading: PromptReader, runtime: Runtime) -> tupl
     return prompts, steps
 
 
+def _context(inputs: dict[str, Any]) -> int | None:
+    """Tokens that a row may have: what the policy reaches, and what every reward model does with the stop token that it
+    reads behind a response without one. None where nothing bounds them."""
+    from pipeline.model.build import reach
+
+    scoring = [inputs.get(role) or () for role, kind in INPUTS.items() if kind == "reward-model"]
+    models = [each for found in scoring for each in (found if isinstance(found, list | tuple) else (found,))]
+    reaches = [reach(inputs["init"].model)]
+    reaches += [None if found is None else found - 1 for found in (reach(each.model) for each in models)]
+    return min((found for found in reaches if found is not None), default=None)
+
+
 def _held_out(config: PPOConfig, reading: PromptReader, runtime: Runtime) -> Prompts | None:
     """The prompts of the evaluations; None where there are none, or no row was held out."""
     from pipeline.data.formats import read_rows
@@ -344,7 +361,14 @@ def _held_out(config: PPOConfig, reading: PromptReader, runtime: Runtime) -> Pro
             raise
         runtime.say("no prompt is held out: no evaluations (held_out, eval_steps)")
         return None
-    return reading.take(rows, min(config.eval_prompts, len(rows)), "held-out prompts")
+    found = reading.take(rows, min(config.eval_prompts, len(rows)), "held-out prompts").once()
+    if len(found.order) < runtime.world_size:
+        raise ConfigError(
+            f"{len(found.order)} held-out prompts for {runtime.world_size} processes",
+            where="ppo.eval_prompts",
+            mend="raise eval_prompts or held_out, or eval_steps: 0",
+        )
+    return found
 
 
 class _Loop:
@@ -587,8 +611,8 @@ class _Loop:
         if models.critic is not None:
             figures["explained_variance"] = explained_variance(values_BT, returns_BT, mask_BT, self.place.reduce).item()
         is_trained_BT = mask_BT & rollout.is_ended_B[:, None] if config.mask_truncated_completions else mask_BT
-        if config.whiten_advantages:
-            advantages_BT = whiten(advantages_BT, mask_BT, reduce=self.place.reduce)
+        if config.whiten_advantages and self.place.reduce(is_trained_BT.sum().float()) > 0:
+            advantages_BT = whiten(advantages_BT, is_trained_BT, reduce=self.place.reduce)
         experience = Experience(rollout, is_trained_BT, logprobs_BT, reference_BT, advantages_BT, values_BT, returns_BT)
         return experience, figures
 

@@ -60,3 +60,10 @@ def test_sequence_kl_sums_the_response_only():
 )
 def test_adaptive_coefficient_by_hand(kl: float, expected: float):
     assert adaptive_kl_coef(0.15, kl, target=6.0, horizon=10_000, episodes=64) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_token_far_from_the_reference_stays_finite():
+    """A difference of 500 nats counts as 20: k2 is 200, k3 exp(20) - 21 where pi is the less likely."""
+    logprobs, reference = torch.tensor([-500.0]), torch.tensor([0.0])
+    assert k2(logprobs, reference).item() == 200.0
+    assert k3(logprobs, reference).item() == pytest.approx(math.exp(20.0) - 21, rel=1e-5)

@@ -49,6 +49,12 @@ def test_long_prompts_are_left_out_and_counted():
         order(12, longest=0)
 
 
+def test_once_leaves_each_prompt_at_its_first_place():
+    prompts = order(12, longest=6)
+    assert prompts.once().order == prompts.order[:6]
+    assert prompts.once().ids == prompts.ids
+
+
 def test_a_prompt_that_leaves_no_room_is_refused():
     with pytest.raises(DataError, match="response_length leaves 9") as caught:
         order(20, room=9)

@@ -392,6 +392,7 @@ def test_every_variant_of_the_losses_runs(parts: Parts, tmp_path: Path):
     base = run(parts, tmp_path / "base", num_ppo_epochs=2)
     changes: list[dict[str, Any]] = [
         {"whiten_rewards": True},
+        {"mask_truncated_completions": True},
         {"whiten_advantages": False},
         {"cliprange_value": None},
         {"clip_higher": 0.28, "cliprange": 0.01},
@@ -474,8 +475,8 @@ def test_a_reward_model_without_its_normaliser_is_refused(parts: Parts, tmp_path
 
 
 def test_prompts_that_cannot_be_answered_are_refused(parts: Parts, tmp_path: Path):
-    error = refused(parts, tmp_path / "long", DataError, "response_length leaves 2 of the context", response_length=46)
-    assert "max_prompt_length=2" in error.mend
+    error = refused(parts, tmp_path / "long", DataError, "response_length leaves 1 of the context", response_length=46)
+    assert "max_prompt_length=1" in error.mend
     empty = tmp_path / "empty.jsonl"
     empty.write_text(json.dumps({"prompt": " ", "completion": "a"}) + "\n")
     refused(replace(parts, data=empty), tmp_path / "empty", DataError, "an empty prompt", held_out=0.0)

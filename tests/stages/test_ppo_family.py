@@ -231,6 +231,34 @@ def test_a_group_of_one_is_refused(parts: Parts, tmp_path: Path):
         run(parts, tmp_path, reward="vowels", algorithm="grpo", num_generations=5)
 
 
+def test_whitened_rewards_are_for_gae_alone(parts: Parts, tmp_path: Path):
+    with pytest.raises(ConfigError, match="they would pay its length") as caught:
+        run(parts, tmp_path, reward="vowels", algorithm="rloo", whiten_rewards=True)
+    assert caught.value.where == "ppo.whiten_rewards"
+
+
+def test_constant_aggregation_divides_by_all_rows(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of 16 answers those that ended are trained on: - sum over them of A x tokens, over 16 x 12 whatever is masked."""
+    seen: list[tuple[Any, Any]] = []
+    original = Scorer.score
+
+    def score(scorer: Scorer, rollout: Any, rows: Any) -> Any:
+        found = original(scorer, rollout, rows)
+        seen.append((rollout, found[0]))
+        return found
+
+    monkeypatch.setattr(Scorer, "score", score)
+    values: dict[str, Any] = {"algorithm": "dr_grpo", "num_generations": 4, "total_episodes": 16, "score_clip": None}
+    masked = {"mask_truncated_completions": True, "stop_strings": ("e",)}
+    line = run(parts, tmp_path, reward="vowels", **values, **masked).lines()[0]
+    rollout, scores_B = seen[0]
+    advantages_B = (scores_B.view(4, 4) - scores_B.view(4, 4).mean(dim=1, keepdim=True)).flatten()
+    ended_B = rollout.is_ended_B
+    assert 0 < ended_B.sum() < 16
+    expected = -(advantages_B * rollout.lengths_B)[ended_B].sum() / (16 * 12)
+    assert line["policy_loss"] == pytest.approx(expected.item(), abs=1e-6)
+
+
 RECIPE = """\
 run: tiny
 stages:

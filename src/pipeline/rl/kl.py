@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LOG_RATIO_LIMIT = 20.0
+"""exp(20) is 5e8: far outside every clip, and still a finite number with a finite square."""
+
 
 def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """log pi - log pi_ref. Unbiased under samples of pi, high variance, either sign; any shape.
@@ -20,18 +23,18 @@ def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 def k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """(log pi - log pi_ref)^2 / 2.
 
-    Biased, never negative; its gradient is an unbiased one of the KL. Any shape.
+    Biased, never negative; its gradient is an unbiased one of the KL. The difference is held within +-20. Any shape.
     """
-    return 0.5 * (logprobs - reference_logprobs).square()
+    return 0.5 * (logprobs - reference_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).square()
 
 
 def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """r - 1 - log r with r = pi_ref / pi. Unbiased, never negative, low variance near pi_ref. Any shape.
 
     Right as a term of the loss (GRPO) and as a figure to watch; as a reward its gradient is not that of the
-    KL.
+    KL. log r is held within +-20.
     """
-    log_ratio = reference_logprobs - logprobs
+    log_ratio = (reference_logprobs - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return torch.expm1(log_ratio) - log_ratio
 
 

@@ -12,10 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.rl.kl import k3
-
-LOG_RATIO_LIMIT = 20.0
-"""exp(20) is 5e8: far outside every clip, and still a finite number with a finite square."""
+from pipeline.rl.kl import LOG_RATIO_LIMIT, k3
 
 
 class PolicyLoss(NamedTuple):
@@ -47,8 +44,8 @@ def token_weights(
     sequence   1 / (rows x tokens of its row): every response alike (GRPO, GSPO)
     constant   1 / (rows x longest): as `token`, but a step of longer responses weighs more (Dr. GRPO, RLOO)
 
-    `tokens` under the mask and `rows` with any are those of the whole optimiser step, over all ranks; `longest` is the
-    greatest length a response may have.
+    `tokens` under the mask and `rows` are those of the whole optimiser step, over all ranks: for `sequence` the rows
+    with any, for `constant` all of them. `longest` is the greatest length a response may have.
     """
     mask_BT = mask_BT.float()
     if how == "token":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ class Prompts:
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(map(len, self.ids.values()))
+
+    def once(self) -> Prompts:
+        """Each prompt at its first place only."""
+        return replace(self, order=list(dict.fromkeys(self.order)))
 
 
 @dataclass(frozen=True)
