@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, Stopped
 from pipeline.model.build import load_causal_lm
+from pipeline.model.unfinished import load_unfinished
 from pipeline.recipe import PeftConfig
 from pipeline.rl.family import PRESETS
 from pipeline.rl.scoring import Scorer
@@ -143,9 +144,14 @@ def test_the_average_is_what_is_written(parts: Parts, tmp_path: Path):
     values: dict[str, Any] = {"reward": "vowels", "lr_scheduler_type": "constant"}
     one, two = (run(parts, tmp_path / str(n), total_episodes=16 * n, **values).policy() for n in (1, 2))
     averaged = run(parts, tmp_path / "ema", total_episodes=32, ema_decay=0.9, **values)
+    average = averaged.policy()
     for name, first in start(parts).items():
         expected = 0.9 * (0.9 * first + 0.1 * one[name]) + 0.1 * two[name]
-        torch.testing.assert_close(averaged.policy()[name], expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(average[name], expected, atol=1e-6, rtol=1e-5)
+    (averaged.out / "model/model.safetensors").unlink()
+    talked_to, _, step = load_unfinished(averaged.out, torch.float32)  # and what chat loads while it runs
+    assert step == 2
+    assert talked_to.model.embed_tokens.weight.equal(average["model.embed_tokens.weight"])
     for name in two:  # what is trained goes on as without it
         assert averaged.checkpoint()[f"policy.{name}"].equal(two[name])
 

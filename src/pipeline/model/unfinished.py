@@ -12,8 +12,8 @@ from pipeline.checkpoint import newest_checkpoint
 from pipeline.errors import ArtifactError
 from pipeline.model.build import load_causal_lm, load_parameters
 
-ROLES = ("model", "policy")
-"""What pretrain and ppo call their language model in a checkpoint."""
+ROLES = ("model", "average", "policy")
+"""What pretrain and ppo call their language model in a checkpoint; ppo writes its average where it has one."""
 
 
 def load_unfinished(partial: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Path, int]:
