@@ -243,7 +243,7 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
                 runtime.stop(step)
     if step < steps:
         runtime.say(
-            f"ended at step {step:,}: the best of {config.early_stopping_patience} evaluations ago was no better"
+            f"ended at step {step:,}: {config.early_stopping_patience} evaluations were no better than the best"
         )
 
     # 4. the policy, as its start was

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,12 +15,14 @@ from transformers import LlamaForCausalLM
 
 from pipeline.artifacts import Artifact
 from pipeline.data.chat import stop_token_id
-from pipeline.data.tokenizers import train_bpe
+from pipeline.data.tokenizers import load_tokenizer, train_bpe
 from pipeline.errors import Stopped
 from pipeline.model.build import save_model
 from pipeline.model.presets import Shape, build_config
-from pipeline.model.reward import build_reward_model, save_reward_model
+from pipeline.model.reward import build_reward_model, load_reward_model, save_reward_model
 from pipeline.recipe import DataEntry
+from pipeline.rl.rollouts import Rollout
+from pipeline.rl.scoring import Scorer
 from pipeline.runtime import Runtime
 from stages import ppo as stage
 
@@ -137,15 +140,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     runtime = Runtime.start(out, seed=config.seed, threads=1, quiet=True)
     runtime.bf16 = False  # whatever this machine would choose: the tests are of the mathematics
-    if stop_at:
-        log = runtime.metrics.log
-
-        def log_and_ask(step: int, *args: Any, **figures: Any) -> None:
-            log(step, *args, **figures)
-            if step == stop_at:
-                runtime.halt.asked = Stopped
-
-        runtime.metrics.log = log_and_ask  # type: ignore[method-assign]
+    ask_to_stop(runtime, stop_at)
     inputs = {
         "init": parts.init,
         "reward": None if reward else parts.reward,
@@ -153,6 +148,52 @@ def run(
         "gold": parts.reward,
     }
     return Done(out, stage.run(config, inputs, out, runtime))
+
+
+def ask_to_stop(runtime: Runtime, stop_at: int) -> None:
+    """The run is asked to stop in step `stop_at`; 0 leaves it alone."""
+    log = runtime.metrics.log
+
+    def log_and_ask(step: int, *args: Any, **figures: Any) -> None:
+        log(step, *args, **figures)
+        if step == stop_at:
+            runtime.halt.asked = Stopped
+
+    runtime.metrics.log = log_and_ask  # type: ignore[method-assign]
+
+
+class Spy:
+    """Keeps every rollout the stage scores, with its scores."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[Rollout, Tensor]] = []
+        original = Scorer.score
+
+        def score(scorer: Scorer, rollout: Rollout, rows: list[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+            scores_B, terms = original(scorer, rollout, rows)
+            self.seen.append((rollout, scores_B))
+            return scores_B, terms
+
+        monkeypatch.setattr(Scorer, "score", score)
+
+    def rows(self, number: int = 0) -> list[tuple[list[int], list[int]]]:
+        """(prompt, response) ids of a rollout."""
+        rollout = self.seen[number][0]
+        found = []
+        for ids, prompt, length in zip(
+            rollout.ids_BL.tolist(), rollout.prompt_lengths_B.tolist(), rollout.lengths_B.tolist(), strict=True
+        ):
+            found.append((ids[:prompt], ids[prompt : prompt + length]))
+        return found
+
+
+def naive_score(parts: Parts, folder: Path, prompt: list[int], response: list[int]) -> float:
+    """The reward model's score of one row alone, closed with the stop token where it was cut off."""
+    runtime = Runtime.start(folder / "scoring", seed=0, threads=1, quiet=True)
+    runtime.bf16 = False
+    stop = stop_token_id(load_tokenizer(parts.init.model))
+    ids = prompt + response + ([] if response[-1] == stop else [stop])
+    return load_reward_model(parts.reward, runtime).score(torch.tensor([ids]), torch.tensor([len(ids)])).item()
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:

@@ -22,13 +22,9 @@ from pipeline.data.chat import encode_prompt, stop_token_id
 from pipeline.data.tokenizers import load_tokenizer, train_bpe
 from pipeline.errors import ConfigError, DataError, MismatchError, PipelineError, Stopped, TrainingError
 from pipeline.model.build import load_causal_lm
-from pipeline.model.reward import load_reward_model
-from pipeline.rl.rollouts import Rollout
-from pipeline.rl.scoring import Scorer
 from pipeline.rl.updates import update
-from pipeline.runtime import Runtime
 from stages import ppo as stage
-from tests.stages.ppo_runs import Done, Parts, artifact, furthest, run, same, start
+from tests.stages.ppo_runs import Done, Parts, Spy, artifact, furthest, naive_score, run, same, start
 
 if TYPE_CHECKING:
     from tests.conftest import Warm
@@ -85,40 +81,6 @@ def test_a_step_against_a_reward_model(parts: Parts, tmp_path: Path):
 
     # The KL of the second step: samples of the saved policy are dearer to it than to the reference.
     assert lines[1]["kl"] != 0.0
-
-
-class Spy:
-    """Keeps every rollout the stage scores, with its scores."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.seen: list[tuple[Rollout, Tensor]] = []
-        original = Scorer.score
-
-        def score(scorer: Scorer, rollout: Rollout, rows: list[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
-            scores_B, terms = original(scorer, rollout, rows)
-            self.seen.append((rollout, scores_B))
-            return scores_B, terms
-
-        monkeypatch.setattr(Scorer, "score", score)
-
-    def rows(self, number: int = 0) -> list[tuple[list[int], list[int]]]:
-        """(prompt, response) ids of a rollout."""
-        rollout = self.seen[number][0]
-        found = []
-        for ids, prompt, length in zip(
-            rollout.ids_BL.tolist(), rollout.prompt_lengths_B.tolist(), rollout.lengths_B.tolist(), strict=True
-        ):
-            found.append((ids[:prompt], ids[prompt : prompt + length]))
-        return found
-
-
-def naive_score(parts: Parts, folder: Path, prompt: list[int], response: list[int]) -> float:
-    """The reward model's score of one row alone, closed with the stop token where it was cut off."""
-    runtime = Runtime.start(folder / "scoring", seed=0, threads=1, quiet=True)
-    runtime.bf16 = False
-    stop = stop_token_id(load_tokenizer(parts.init.model))
-    ids = prompt + response + ([] if response[-1] == stop else [stop])
-    return load_reward_model(parts.reward, runtime).score(torch.tensor([ids]), torch.tensor([len(ids)])).item()
 
 
 def test_scores_are_the_reward_models_of_prompt_and_response(

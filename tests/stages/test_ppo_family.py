@@ -17,9 +17,8 @@ from pipeline.model.build import load_causal_lm
 from pipeline.model.unfinished import load_unfinished
 from pipeline.recipe import PeftConfig
 from pipeline.rl.family import PRESETS
-from pipeline.rl.scoring import Scorer
 from stages import ppo as stage
-from tests.stages.ppo_runs import Parts, furthest, run, same, start
+from tests.stages.ppo_runs import Parts, Spy, furthest, naive_score, run, same, start
 
 if TYPE_CHECKING:
     from tests.conftest import Warm
@@ -84,18 +83,13 @@ def test_config_show_tells_what_a_preset_set(parts: Parts, tmp_path: Path, warm:
 def test_the_gradient_of_grpo_is_the_naive_one(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """One step's weights against plain autograd: group advantages, each response its mean over tokens; KL by k3 has no
     gradient where policy and reference are one."""
-    seen: list[tuple[Any, Any]] = []
-    original = Scorer.score
-
-    def score(scorer: Scorer, rollout: Any, rows: Any) -> Any:
-        seen.append((rollout, original(scorer, rollout, rows)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(Scorer, "score", score)
+    spy = Spy(monkeypatch)
     values: dict[str, Any] = {"learning_rate": 1.0, "adam_epsilon": 1.0, "max_grad_norm": 1e6}
     done = run(parts, tmp_path, reward="vowels", algorithm="grpo", num_generations=4, total_episodes=16, **values)
-    rollout, (scores_B, _) = seen[0]
-    assert [rollout.ids_BL[row, :3].tolist() for row in range(4)] == [rollout.ids_BL[0, :3].tolist()] * 4
+    rollout, scores_B = spy.seen[0]
+    prompts = [prompt for prompt, _ in spy.rows()]
+    assert all(prompts[row] == prompts[row // 4 * 4] for row in range(16))
+    assert len({tuple(prompt) for prompt in prompts}) == 4
     policy = load_causal_lm(parts.init.model).eval()
     loss = torch.zeros(())
     for row in range(16):
@@ -198,18 +192,9 @@ def test_adapters_are_trained_and_merged(parts: Parts, tmp_path: Path):
 
 def test_with_adapters_the_scores_are_the_reward_models(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The critic stands on the reward model: scoring sees neither its adapters nor its head, in any step."""
-    seen: list[tuple[Any, Any]] = []
-    original = Scorer.score
-
-    def score(scorer: Scorer, rollout: Any, rows: Any) -> Any:
-        seen.append((rollout, original(scorer, rollout, rows)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(Scorer, "score", score)
+    spy = Spy(monkeypatch)
     run(parts, tmp_path, peft=PeftConfig(r=4, lora_alpha=8), learning_rate=0.1)
-    from tests.stages.test_ppo import naive_score
-
-    rollout, (scores_B, _) = seen[-1]
+    rollout, scores_B = spy.seen[-1]
     for row in range(4):
         prompt, length = int(rollout.prompt_lengths_B[row]), int(rollout.lengths_B[row])
         ids = rollout.ids_BL[row].tolist()
@@ -245,19 +230,11 @@ def test_whitened_rewards_are_for_gae_alone(parts: Parts, tmp_path: Path):
 
 def test_constant_aggregation_divides_by_all_rows(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of 16 answers those that ended are trained on: - sum over them of A x tokens, over 16 x 12 whatever is masked."""
-    seen: list[tuple[Any, Any]] = []
-    original = Scorer.score
-
-    def score(scorer: Scorer, rollout: Any, rows: Any) -> Any:
-        found = original(scorer, rollout, rows)
-        seen.append((rollout, found[0]))
-        return found
-
-    monkeypatch.setattr(Scorer, "score", score)
+    spy = Spy(monkeypatch)
     values: dict[str, Any] = {"algorithm": "dr_grpo", "num_generations": 4, "total_episodes": 16, "score_clip": None}
     masked = {"mask_truncated_completions": True, "stop_strings": ("e",)}
     line = run(parts, tmp_path, reward="vowels", **values, **masked).lines()[0]
-    rollout, scores_B = seen[0]
+    rollout, scores_B = spy.seen[0]
     advantages_B = (scores_B.view(4, 4) - scores_B.view(4, 4).mean(dim=1, keepdim=True)).flatten()
     ended_B = rollout.is_ended_B
     assert 0 < ended_B.sum() < 16

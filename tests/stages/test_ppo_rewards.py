@@ -25,7 +25,7 @@ from pipeline.rl.rollouts import Rollout
 from pipeline.rl.scoring import Responses, Scorer
 from pipeline.runtime import Runtime
 from stages import ppo as stage
-from tests.stages.ppo_runs import Done, same
+from tests.stages.ppo_runs import Done, ask_to_stop, same
 
 if TYPE_CHECKING:
     from tests.conftest import Warm
@@ -105,15 +105,7 @@ def run(parts: Parts, out: Path, reward: Any, *, stop_at: int = 0, **values: Any
     out.mkdir(parents=True, exist_ok=True)
     runtime = Runtime.start(out, seed=0, threads=1, quiet=True)
     runtime.bf16 = False
-    if stop_at:
-        log = runtime.metrics.log
-
-        def log_and_ask(step: int, *args: Any, **figures: Any) -> None:
-            log(step, *args, **figures)
-            if step == stop_at:
-                runtime.halt.asked = Stopped
-
-        runtime.metrics.log = log_and_ask  # type: ignore[method-assign]
+    ask_to_stop(runtime, stop_at)
     terms = reward if isinstance(reward, tuple) else ()
     by_name = {"init": parts.init, "judge": parts.judge} | {
         f"reward-{i}": artifact for i, artifact in enumerate(parts.rewards)
