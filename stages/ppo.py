@@ -27,17 +27,19 @@ from pipeline.reward_config import Reward
 from pipeline.rl.family import PRESETS, Algorithm, Estimator, needs_a_group
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from pipeline.data.shown import ShownRow
-    from pipeline.rl.answers import Answers
+    from pipeline.rl.appraisal import Appraisal
+    from pipeline.rl.asking import Asking, Pricing
+    from pipeline.rl.batches import Batches
+    from pipeline.rl.examiner import Examiner
+    from pipeline.rl.loop import Loop
     from pipeline.rl.models import Models
     from pipeline.rl.prompts import PromptReader, Prompts
     from pipeline.rl.ptx import PretrainingText
-    from pipeline.rl.rollouts import Experience
     from pipeline.rl.scoring import Scorer
-    from pipeline.rl.turns import Environment
+    from pipeline.rl.updates import Objective
     from pipeline.rl.vllm_engine import VLLMEngine
     from pipeline.runtime import Runtime
 
@@ -181,7 +183,6 @@ KIND = "causal-lm"
 RESULT_VERSION = 1
 DEFAULTS = {"data": "demonstrations"}
 
-HEALTHY_GAP = 0.01  # mean |p(rollout) - p(training)| a token above which the two forwards don't agree
 SHOWN = ("reward", "kl", "length", "ended", "samples_per_second")
 SUMMARY = ("reward", "kl", "ended", "length", "entropy", "explained_variance", "samples_per_second", "mfu")
 
@@ -195,7 +196,6 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     from pipeline.rl.learners import write_policy
     from pipeline.rl.prompts import PromptReader
     from pipeline.rl.scoring import check_references
-    from pipeline.rl.turns import load_environment
 
     logging.set_verbosity_error()  # no report that a critic's new head is new
 
@@ -218,11 +218,11 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     every = steps if held_out is None else config.eval_steps or math.ceil(steps / 5)
 
     # 2. policy, reference, what scores and critic, from the checkpoint if there is one
-    environment = load_environment(config.environment, tokenizer, config.max_turns, context)
-    loop = _Loop(config, inputs, tokenizer, prompts, held_out, environment, runtime)
+    parts = _Parts(config, inputs, tokenizer, prompts, held_out, runtime)
+    loop = parts.loop()
     step = loop.resume()
     if runtime.is_main:
-        write_policy(loop.policy.model, out / "model", inputs["init"].model, loop.stop_id, weights=False)
+        write_policy(loop.models.policy.model, out / "model", inputs["init"].model, parts.stop_id, weights=False)
 
     # 3. rollouts and updates
     runtime.say(f"{steps:,} steps of {config.batch_size} responses, {len(prompts.ids):,} prompts")
@@ -247,10 +247,10 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
         )
 
     # 4. the policy, as its start was
-    summary = loop.summary()
-    trained = loop.finish(inputs["init"].model)
+    summary = loop.summary(SUMMARY)
+    policy = _merged(config, inputs["init"].model, loop)
     if runtime.is_main:
-        write_policy(trained, out / "model", inputs["init"].model, loop.stop_id)
+        write_policy(policy, out / "model", inputs["init"].model, parts.stop_id)
     runtime.barrier()
     return summary
 
@@ -371,8 +371,20 @@ def _held_out(config: PPOConfig, reading: PromptReader, runtime: Runtime) -> Pro
     return found
 
 
-class _Loop:
-    """The models of the loop, and what one step does with them. B is this rank's share of the batch."""
+def _merged(config: PPOConfig, init: Path, loop: Loop) -> PreTrainedModel:
+    """The policy with its adapters added in, from four bits into `init`'s own weights. Training is over."""
+    from pipeline.model.build import load_causal_lm
+    from pipeline.model.four_bit import merged_onto
+
+    policy = loop.finish()
+    if config.load_in_4bit:
+        return merged_onto(load_causal_lm(init), policy)
+    loop.models.policy.merge()
+    return policy
+
+
+class _Parts:
+    """What the loop of a run is put together from, as the config says."""
 
     def __init__(
         self,
@@ -381,85 +393,66 @@ class _Loop:
         tokenizer: PreTrainedTokenizerFast,
         prompts: Prompts,
         held_out: Prompts | None,
-        environment: Environment | None,
         runtime: Runtime,
     ) -> None:
         from pipeline.data.chat import stop_token_id
+        from pipeline.rl.forwards import Cut
+        from pipeline.rl.place import Place
+
+        self.config, self.inputs, self.tokenizer, self.runtime = config, inputs, tokenizer, runtime
+        self.prompts, self.held_out = prompts, held_out
+        self.place = Place.of(runtime, config.bf16)
+        self.stop_id = stop_token_id(tokenizer)
+        self.pad_id = self.stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.sweep_cut = Cut(config.local_rollout_forward_batch_size, config.token_budget)
+
+    def loop(self) -> Loop:
+        """The loop, at the run's start."""
         from pipeline.hardware import peak_flops
-        from pipeline.rl.asking import Asking, Pricing
-        from pipeline.rl.batches import Batches
-        from pipeline.rl.examiner import Exam, Examiner
         from pipeline.rl.forwards import Cut
         from pipeline.rl.learners import Average
-        from pipeline.rl.place import Place
-        from pipeline.rl.state import Progress
+        from pipeline.rl.loop import Loop, Steering, Updates
 
-        self.config, self.runtime = config, runtime
-        self.place = place = Place.of(runtime, config.bf16)
-        self.stop_id = stop_token_id(tokenizer)
-        self.pad_id = pad_id = self.stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.sweep_cut = Cut(config.local_rollout_forward_batch_size, config.token_budget)
-        self.train_cut = Cut(config.per_device_train_batch_size, config.token_budget)
-        longest_prompt = max(each.longest for each in (prompts, held_out) if each is not None)
-        self.models = models = self._models(inputs, tokenizer, pad_id, longest_prompt + config.response_length)
-        self.policy = models.policy
-        self.average = None if config.ema_decay is None else Average(self.policy, config.ema_decay)
-        asking = Asking(
-            place=place,
-            longest=config.response_length,
-            stop_id=self.stop_id,
-            pad_id=pad_id,
-            temperature=config.temperature,
-            batch_size=config.local_rollout_forward_batch_size,
-            environment=environment,
-            stop_strings=config.stop_strings,
-            decode=tokenizer.decode if config.stop_strings else None,
+        config, place = self.config, self.place
+        asking, pricing, models = self.asking(), self.pricing(), self.models()
+        average = None if config.ema_decay is None else Average(models.policy, config.ema_decay)
+        return Loop(
+            self.batches(models, asking, pricing),
+            self.appraisal(),
+            self.objective(models),
+            Updates(
+                config.num_ppo_epochs,
+                config.num_mini_batches,
+                Cut(config.per_device_train_batch_size, config.token_budget),
+                (config.learning_rate, config.value_learning_rate or 3 * config.learning_rate),
+                falls=config.lr_scheduler_type == "linear",
+            ),
+            Steering(config.adaptive_kl_target, config.adaptive_kl_horizon) if config.adaptive_kl else None,
+            self.text(models) if config.ptx_coef else None,
+            average,
+            None if self.held_out is None else self.examiner(models, asking, pricing, self.held_out),
+            self.runtime,
+            patience=config.early_stopping_patience,
+            peak=place.world_size * peak_flops(place.device.type, place.bf16),
         )
-        pricing = Pricing(
-            score_clip=config.score_clip,
-            missing_eos_rule=config.missing_eos_rule,
-            missing_eos_penalty=config.missing_eos_penalty,
-            overlong_buffer=config.overlong_buffer,
-            longest=config.response_length,
-        )
-        self.batches = Batches(
-            prompts=prompts,
-            models=models,
-            asking=dataclasses.replace(asking, engine=self._engine(inputs, prompts)),
-            pricing=pricing,
-            place=place,
-            size=config.batch_size,
-            group_size=config.num_generations,
-            rounds=config.max_sampling_rounds if config.dynamic_sampling else None,
-            greedy_baseline=config.advantage_estimator == "remax",
-        )
-        self.text = self._text(inputs) if config.ptx_coef else None
-        self.examiner: Examiner | None = None
-        if held_out is not None:
-            gold = None if config.gold is None else self._scorer(config.gold, "gold", inputs, tokenizer, pad_id)
-            models.offload.put_away([] if gold is None else gold.models)
-            exam = Exam(held_out, asking, pricing, gold, self.sweep_cut, place)
-            self.examiner = Examiner(exam, models, keeps_best=config.load_best_model_at_end)
-        self.progress = Progress(config.init_kl_coef if config.adaptive_kl else config.kl_coef)
-        self.peak = place.world_size * peak_flops(place.device.type, place.bf16)
 
-    def _models(self, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerFast, pad_id: int, longest: int) -> Models:
-        """Policy, reference, what scores, and critic; `longest` is that of a whole row."""
+    def models(self) -> Models:
+        """Policy, reference, what scores, and critic."""
         from pipeline.model.adapters import lora
         from pipeline.model.build import check_vocabulary, load_causal_lm
         from pipeline.model.four_bit import load_four_bit
         from pipeline.rl.models import Optimisation, prepare
         from pipeline.rl.offload import Offload
 
-        config, init = self.config, inputs["init"]
+        config, place, init = self.config, self.place, self.inputs["init"]
         if config.load_in_4bit:
-            policy = load_four_bit(init.model, self.place.device, bf16=self.place.bf16)
+            policy = load_four_bit(init.model, place.device, bf16=place.bf16)
         else:
-            policy = load_causal_lm(init.model).to(self.place.device)
-        check_vocabulary(policy, len(tokenizer), "ppo.init")
+            policy = load_causal_lm(init.model).to(place.device)
+        check_vocabulary(policy, len(self.tokenizer), "ppo.init")
         return prepare(
             policy,
-            self._scorer(config.reward, "reward", inputs, tokenizer, pad_id),
+            self.scorer(config.reward, "reward"),
             init,
             Optimisation(config.adam_epsilon, config.weight_decay, config.max_grad_norm),
             temperature=config.temperature,
@@ -467,23 +460,22 @@ class _Loop:
             adapters=lora(config.peft, "CAUSAL_LM"),
             of_critic=lora(config.peft, "SEQ_CLS", ["score"]),
             seed=config.seed,
-            bf16=self.place.bf16,
-            longest=longest,
-            offload=Offload.of(self.place.device, config.offload),
+            bf16=place.bf16,
+            longest=config.response_length + max(each.longest for each in (self.prompts, self.held_out) if each),
+            offload=Offload.of(place.device, config.offload),
             shares_trunk=config.shared_trunk,
         )
 
-    def _scorer(
-        self, reward: Reward, role: str, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerFast, pad_id: int
-    ) -> Scorer:
+    def scorer(self, reward: Reward, role: str) -> Scorer:
+        """What scores by `reward`, the field `role`."""
         from pipeline.rl.scoring import load_scorer
 
         return load_scorer(
             reward,
-            inputs,
-            tokenizer,
+            self.inputs,
+            self.tokenizer,
             stop_id=self.stop_id,
-            pad_id=pad_id,
+            pad_id=self.pad_id,
             batch_size=self.config.local_rollout_forward_batch_size,
             bf16=self.place.bf16,
             runtime=self.runtime,
@@ -491,17 +483,66 @@ class _Loop:
             stop_strings=self.config.stop_strings,
         )
 
-    def _engine(self, inputs: dict[str, Any], prompts: Prompts) -> VLLMEngine | None:
+    def asking(self) -> Asking:
+        """How the policy is asked, by our own engine."""
+        from pipeline.rl.asking import Asking
+        from pipeline.rl.turns import load_environment
+
+        config = self.config
+        return Asking(
+            place=self.place,
+            longest=config.response_length,
+            stop_id=self.stop_id,
+            pad_id=self.pad_id,
+            temperature=config.temperature,
+            batch_size=config.local_rollout_forward_batch_size,
+            environment=load_environment(config.environment, self.tokenizer, config.max_turns, _context(self.inputs)),
+            stop_strings=config.stop_strings,
+            decode=self.tokenizer.decode if config.stop_strings else None,
+        )
+
+    def pricing(self) -> Pricing:
+        """What becomes of a score."""
+        from pipeline.rl.asking import Pricing
+
+        config = self.config
+        return Pricing(
+            score_clip=config.score_clip,
+            missing_eos_rule=config.missing_eos_rule,
+            missing_eos_penalty=config.missing_eos_penalty,
+            overlong_buffer=config.overlong_buffer,
+            longest=config.response_length,
+        )
+
+    def batches(self, models: Models, asking: Asking, pricing: Pricing) -> Batches:
+        """How the answers of a step are got."""
+        from pipeline.rl.batches import Batches
+
+        config = self.config
+        return Batches(
+            prompts=self.prompts,
+            models=models,
+            asking=dataclasses.replace(asking, engine=self.engine()),
+            pricing=pricing,
+            place=self.place,
+            size=config.batch_size,
+            group_size=config.num_generations,
+            rounds=config.max_sampling_rounds if config.dynamic_sampling else None,
+            greedy_baseline=config.advantage_estimator == "remax",
+        )
+
+    def engine(self) -> VLLMEngine | None:
+        """What writes the responses in place of ours."""
         from pipeline.rl.vllm_engine import load_engine
 
         config = self.config
         if config.rollout_engine == "native":
             return None
         return load_engine(
-            inputs["init"].model,
+            self.inputs["init"].model,
             self.place,
-            prompts.ids[prompts.order[0]],
-            longest=prompts.longest + config.response_length,
+            self.prompts.ids[self.prompts.order[0]],
+            longest=self.prompts.longest + config.response_length,
             stop_id=self.stop_id,
             pad_id=self.pad_id,
             temperature=config.temperature,
@@ -509,125 +550,32 @@ class _Loop:
             memory=config.vllm_gpu_memory_utilization,
         )
 
-    def _text(self, inputs: dict[str, Any]) -> PretrainingText:
-        from pipeline.rl.ptx import load_text
+    def appraisal(self) -> Appraisal:
+        """How rewards become advantages."""
+        from pipeline.rl.appraisal import Appraisal
 
         config = self.config
-        return load_text(
-            inputs.get("ptx_tokens"),
-            inputs["init"],
-            self.policy.model,
-            self.place,
-            coef=config.ptx_coef,
-            rows=max(1, round(config.ptx_ratio * config.batch_size / config.num_mini_batches)),
-            length=config.ptx_length,
-            microbatch=config.per_device_train_batch_size,
-            seed=config.seed,
-        )
-
-    def step(self, step: int, done: float) -> dict[str, float]:
-        """One step, `done` being the share of the run before it. Returns its figures."""
-        from pipeline.rl.kl import adaptive_kl_coef
-        from pipeline.rl.phases import Clock
-        from pipeline.rl.updates import check_finite
-
-        config, clock = self.config, Clock(self.place.device)
-        answers, figures, asked = self.batches.gather(step, self.progress.asked, clock)
-        experience, of_experience = self.appraise(answers)
-        figures |= of_experience
-        check_finite(figures)
-        clock.lap("reference")
-        figures |= self.update(step, experience, answers.places_B, done)
-        clock.lap("train")
-
-        if config.adaptive_kl:
-            steering = {"target": config.adaptive_kl_target, "horizon": config.adaptive_kl_horizon}
-            price, episodes = self.progress.kl_coef, config.batch_size
-            self.progress.kl_coef = adaptive_kl_coef(price, figures["kl"], episodes=episodes, **steering)
-        before = self.progress.history[-1]["rollout_gap"] if self.progress.history else 0.0
-        if figures["rollout_gap"] > HEALTHY_GAP >= before:
-            self.runtime.say(
-                f"rollout and training differ by {figures['rollout_gap']:.3f} a token: one of them is wrong"
-            )
-        figures |= clock.seconds | {
-            "samples_per_second": figures["episodes"] / clock.total,
-            "tokens_per_second": figures["length"] * figures["episodes"] / clock.total,
-            "mfu": self.flops(figures["row_length"] * figures["episodes"]) / clock.total / self.peak,
-        }
-        self.progress.add(figures, asked)
-        return figures
-
-    def appraise(self, answers: Answers) -> tuple[Experience, dict[str, float]]:
-        """Log-probs of policy and reference, values; from them rewards, advantages and returns."""
-        import torch
-
-        from pipeline.rl import kl
-        from pipeline.rl.advantages import estimate, explained_variance
-        from pipeline.rl.forwards import logprobs_and_entropies, precision, response_values, sweep, token_logprobs
-        from pipeline.rl.masking import means, whiten
-        from pipeline.rl.rewards import token_rewards
-        from pipeline.rl.rollouts import Experience, turns
-
-        config, models, rollout = self.config, self.models, answers.rollout
-        mask_BT, reading = rollout.response_mask_BT, models.reading
-        with precision(self.place.device, self.place.bf16):
-            logprobs_BT, entropies_BT = sweep(
-                rollout, self.sweep_cut, 2, lambda part: logprobs_and_entropies(self.policy.model, part, reading)
-            )
-            with models.reference() as reference:
-                (reference_BT,) = sweep(
-                    rollout, self.sweep_cut, 1, lambda part: (token_logprobs(reference, part, reading),)
-                )
-            values_BT = torch.zeros_like(logprobs_BT)
-            if models.critic is not None:
-                mean, std = models.value_scale
-                with models.critic.active() as critic:
-                    (values_BT,) = sweep(
-                        rollout, self.sweep_cut, 1, lambda part: (response_values(critic, part, mean, std),)
-                    )
-
-        kl_BT = kl.k1(logprobs_BT, reference_BT)
-        price = 0.0 if config.kl_loss else self.progress.kl_coef
-        rewards_BT = token_rewards(answers.rewards_B, kl_BT, mask_BT, kl_coef=price)
-        if config.whiten_rewards:
-            rewards_BT = whiten(rewards_BT, mask_BT, shift_mean=False, reduce=self.place.reduce)
-        advantages_BT, returns_BT = estimate(
-            config.advantage_estimator,
-            rewards_BT,
-            values_BT,
-            mask_BT,
-            answers.baselines_B,
+        return Appraisal(
+            estimator=config.advantage_estimator,
             group_size=config.num_generations,
             gamma=config.gamma,
             lam=config.lam,
+            whitens_rewards=config.whiten_rewards,
+            whitens_advantages=config.whiten_advantages,
+            rewards_hold_kl=config.kl_loss is None,
+            skips_truncated=config.mask_truncated_completions,
+            counts_turns=config.environment is not None,
+            cut=self.sweep_cut,
         )
-        figures = means(
-            {"kl": kl.sequence_kl(kl_BT, mask_BT)} | ({"turns": turns(mask_BT)} if config.environment else {}),
-            {"entropy": entropies_BT, "rollout_gap": (logprobs_BT.exp() - rollout.sampled_BT.exp()).abs()},
-            mask_BT,
-            self.place.reduce,
-        )
-        figures |= {"kl_coef": self.progress.kl_coef, "sqrt_kl": math.sqrt(max(0.0, figures["kl"]))}
-        if models.critic is not None:
-            figures["explained_variance"] = explained_variance(values_BT, returns_BT, mask_BT, self.place.reduce).item()
-        is_trained_BT = mask_BT & rollout.is_ended_B[:, None] if config.mask_truncated_completions else mask_BT
-        if config.whiten_advantages and self.place.reduce(is_trained_BT.sum().float()) > 0:
-            advantages_BT = whiten(advantages_BT, is_trained_BT, reduce=self.place.reduce)
-        experience = Experience(rollout, is_trained_BT, logprobs_BT, reference_BT, advantages_BT, values_BT, returns_BT)
-        return experience, figures
 
-    def update(self, step: int, experience: Experience, places_B: Tensor, done: float) -> dict[str, float]:
-        """The optimiser steps of this step. Minibatches are cut from the whole batch, whatever ranks share it."""
-        import torch
-
-        from pipeline.rl.answers import own_rows
-        from pipeline.rl.updates import Objective, Setting, update
+    def objective(self, models: Models) -> Objective:
+        """What the update minimises, at the first price of KL."""
+        from pipeline.rl.updates import Objective
 
         config = self.config
-        share = 1.0 - done if config.lr_scheduler_type == "linear" else 1.0
-        mean, std = self.models.value_scale
-        objective = Objective(
-            reading=self.models.reading,
+        mean, std = models.value_scale
+        return Objective(
+            reading=models.reading,
             aggregation=config.loss_aggregation,
             longest=config.response_length,
             level=config.importance_sampling_level,
@@ -637,102 +585,37 @@ class _Loop:
             correction_cap=config.importance_sampling_cap if config.rollout_engine == "vllm" else None,
             entropy_coef=config.entropy_coef,
             kl_loss=config.kl_loss,
-            kl_coef=self.progress.kl_coef,
+            kl_coef=config.init_kl_coef if config.adaptive_kl else config.kl_coef,
             cliprange_value=config.cliprange_value,
             vf_coef=config.vf_coef,
             value_mean=mean,
             value_std=std,
             target_kl=config.target_kl,
         )
-        orders = [
-            torch.randperm(config.batch_size, generator=self.runtime.generator("minibatches", step, epoch))
-            for epoch in range(config.num_ppo_epochs)
-        ]
-        rates = (share * config.learning_rate, share * (config.value_learning_rate or 3 * config.learning_rate))
-        text, updates = self.text, config.num_ppo_epochs * config.num_mini_batches
-        also = None if text is None else lambda number: text.add_gradient(step * updates + number)
-        figures = update(
-            self.policy,
-            self.models.critic,
-            experience,
-            objective,
-            own_rows(orders, config.num_mini_batches, places_B),
-            Setting(self.train_cut, self.place.bf16, self.place.reduce, rates, also=also, average=self.average),
+
+    def text(self, models: Models) -> PretrainingText:
+        """The pretraining text of PPO-ptx."""
+        from pipeline.rl.ptx import load_text
+
+        config = self.config
+        return load_text(
+            self.inputs.get("ptx_tokens"),
+            self.inputs["init"],
+            models.policy.model,
+            self.place,
+            coef=config.ptx_coef,
+            rows=max(1, round(config.ptx_ratio * config.batch_size / config.num_mini_batches)),
+            length=config.ptx_length,
+            microbatch=config.per_device_train_batch_size,
+            seed=config.seed,
         )
-        return figures | {"learning_rate": rates[0]}
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Figures of the policy, as it would be written, on the held-out prompts, beside its start's."""
-        from pipeline.rl.learners import averaged
+    def examiner(self, models: Models, asking: Asking, pricing: Pricing, held_out: Prompts) -> Examiner:
+        """The evaluations."""
+        from pipeline.rl.examiner import Exam, Examiner
 
-        assert self.examiner is not None
-        with averaged(self.average):
-            figures, warning = self.examiner.evaluate(step)
-        if warning:
-            self.runtime.say(f"step {step:,}: {warning}")
-        return figures
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether the policy has been no better for so long that the run is to end."""
-        patience = self.config.early_stopping_patience
-        return self.examiner is not None and self.examiner.is_exhausted(patience)
-
-    def resume(self) -> int:
-        """Put back the newest checkpoint; the step it was made at, 0 without one."""
-        from pipeline.rl.learners import restore
-        from pipeline.rl.state import Progress
-
-        checkpoint = self.runtime.checkpoints.latest()
-        if checkpoint is None:
-            return 0
-        state, tensors = checkpoint.state, checkpoint.tensors()
-        restore(self.models.learners, tensors, state["optimizers"])
-        if self.average is not None:
-            self.average.restore(tensors)
-        self.progress = Progress(**state["progress"])
-        if self.examiner is not None:
-            self.examiner.restore(tensors, state["best"])
-        self.runtime.say(f"resumed at step {checkpoint.step:,}")
-        return checkpoint.step
-
-    def save(self, step: int) -> None:
-        """A checkpoint of `step`: policy, critic, both optimizers, the KL controller, how far the prompts are."""
-        from pipeline.rl.learners import saved
-
-        tensors, optimizers = saved(self.models.learners)
-        if self.average is not None:
-            tensors |= self.average.saved()
-        of_best, best = ({}, None) if self.examiner is None else self.examiner.saved()
-        tensors |= of_best
-        state = {"progress": dataclasses.asdict(self.progress), "best": best, "optimizers": optimizers}
-        self.runtime.checkpoints.save(step, tensors, state)
-
-    def flops(self, tokens: float) -> float:
-        """FLOPs of steps in which so many tokens of prompts and answers were read: forwards (decode, reward, policy,
-        reference, critic) of 2 and updates of 6 (of adapters 4) a token and parameter, every model taken for alike."""
-        from pipeline.model.build import count_parameters
-
-        critics = int(self.models.critic is not None)
-        update = 4 if self.config.peft else 6
-        passes = (4 + critics) * 2 + (1 + critics) * update * self.config.num_ppo_epochs
-        return float(passes * count_parameters(self.policy.model)[1] * tokens)
-
-    def summary(self) -> dict[str, float]:
-        """Figures of the first step and the means of the last ones."""
-        first = self.progress.history[0]["reward"]
-        return {"reward_first": first, **self.progress.recent(SUMMARY), "flops": self.flops(self.progress.read)}
-
-    def finish(self, init: Path) -> PreTrainedModel:
-        """The policy as it is written: the best, or averaged; adapters merged, from four bits into `init`'s weights."""
-        from pipeline.model.build import load_causal_lm
-        from pipeline.model.four_bit import merged_onto
-
-        if self.examiner is not None and self.config.load_best_model_at_end:
-            self.examiner.put_best()
-        elif self.average is not None:
-            self.average.put()
-        if self.config.load_in_4bit:
-            return merged_onto(load_causal_lm(init), self.policy.model)
-        self.policy.merge()
-        return self.policy.model
+        config = self.config
+        gold = None if config.gold is None else self.scorer(config.gold, "gold")
+        models.offload.put_away([] if gold is None else gold.models)
+        exam = Exam(held_out, asking, pricing, gold, self.sweep_cut, self.place)
+        return Examiner(exam, models, keeps_best=config.load_best_model_at_end)

@@ -254,7 +254,7 @@ def test_weights_disturbed_after_the_rollout_are_noticed(parts: Parts, tmp_path:
             policy.model.lm_head.weight.mul_(1.1)
         return update(policy, *args, **options)
 
-    monkeypatch.setattr("pipeline.rl.updates.update", disturbed)
+    monkeypatch.setattr("pipeline.rl.loop.update", disturbed)
     with pytest.raises(TrainingError, match="ratio of the first minibatch is off 1"):
         run(parts, tmp_path)
 

@@ -215,7 +215,7 @@ def test_a_reward_model_kept_apart(parts: Parts, tmp_path: Path, monkeypatch: py
         seen.append((experience, objective))
         return update(policy, critic, experience, objective, *rest)
 
-    monkeypatch.setattr("pipeline.rl.updates.update", spy)
+    monkeypatch.setattr("pipeline.rl.loop.update", spy)
     run(parts, tmp_path, **VALUES | {"reward": None, "shared_trunk": True, "total_episodes": 32})
     (first, objective), (second, _) = seen
     assert not first.values_BT.any()

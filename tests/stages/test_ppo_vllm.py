@@ -16,10 +16,10 @@ from pipeline.model.adapters import adapt, lora
 from pipeline.model.build import load_causal_lm
 from pipeline.recipe import PeftConfig
 from pipeline.rl import updates
+from pipeline.rl.loop import HEALTHY_GAP
 from pipeline.rl.masking import alone
 from pipeline.rl.place import Place
 from pipeline.rl.vllm_engine import VLLMEngine, load_engine, merged_weights, sums
-from stages.ppo import HEALTHY_GAP
 from tests.rl.stand_in_for_vllm import LLM, Faults, stand_in
 from tests.stages.ppo_runs import Parts, furthest, run, same
 
