@@ -27,6 +27,7 @@ from pipeline.reward_config import Reward
 from pipeline.rl.family import PRESETS, Algorithm, Estimator, needs_a_group
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from pipeline.data.shown import ShownRow
@@ -87,7 +88,9 @@ class PPOConfig(StageConfig):
     bf16: bool | None = field(None, "autocast to bf16; where the hardware gains by it unless set")
     peft: PeftConfig | None = field(None, "train LoRA adapters: the reference is the policy without them")
     load_in_4bit: bool = field(False, "peft: the policy's frozen weights in four bits (bitsandbytes, CUDA)")
-    shared_trunk: bool = field(False, "peft: the critic is adapters of its own on the policy's frozen trunk")
+    shared_trunk: bool = field(
+        False, "peft: critic, and a reward model trained by peft from `init`, are adapters on the policy's frozen trunk"
+    )
     offload: bool = field(
         False, "reference and reward models are on the device only while they are read", run_only=True
     )
@@ -162,8 +165,6 @@ class PPOConfig(StageConfig):
             raise ValueError(f"{what} is of what adapters stand on, and there are none: set peft")
         if self.load_in_4bit and self.rollout_engine == "vllm":
             raise ValueError("weights in four bits are not sent to vLLM: rollout_engine native, or no load_in_4bit")
-        if self.shared_trunk and self.advantage_estimator != "gae":
-            raise ValueError(f"shared_trunk is of policy and critic, and {self.advantage_estimator} has no critic")
         return self
 
 
@@ -452,7 +453,7 @@ class _Parts:
         check_vocabulary(policy, len(self.tokenizer), "ppo.init")
         return prepare(
             policy,
-            self.scorer(config.reward, "reward"),
+            lambda trunk: self.scorer(config.reward, "reward", trunk),
             init,
             Optimisation(config.adam_epsilon, config.weight_decay, config.max_grad_norm),
             temperature=config.temperature,
@@ -466,8 +467,8 @@ class _Parts:
             shares_trunk=config.shared_trunk,
         )
 
-    def scorer(self, reward: Reward, role: str) -> Scorer:
-        """What scores by `reward`, the field `role`."""
+    def scorer(self, reward: Reward, role: str, trunk: PeftModel | None) -> Scorer:
+        """What scores by `reward`, the field `role`; of the policy's adapters as `trunk` where it is shared."""
         from pipeline.rl.scoring import load_scorer
 
         return load_scorer(
@@ -481,6 +482,7 @@ class _Parts:
             runtime=self.runtime,
             role=role,
             stop_strings=self.config.stop_strings,
+            trunk=trunk,
         )
 
     def asking(self) -> Asking:
@@ -615,7 +617,8 @@ class _Parts:
         from pipeline.rl.examiner import Exam, Examiner
 
         config = self.config
-        gold = None if config.gold is None else self.scorer(config.gold, "gold")
+        trunk = models.policy.adapters if config.shared_trunk else None
+        gold = None if config.gold is None else self.scorer(config.gold, "gold", trunk)
         models.offload.put_away([] if gold is None else gold.models)
         exam = Exam(held_out, asking, pricing, gold, self.sweep_cut, self.place)
         return Examiner(exam, models, keeps_best=config.load_best_model_at_end)

@@ -57,7 +57,13 @@ def run(config: RewardConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
     from pipeline.data.chat import stop_token_id
     from pipeline.data.formats import read_rows
     from pipeline.data.tokenizers import load_tokenizer
-    from pipeline.model.reward import RewardModel, build_reward_model, pooling_pad_id, save_reward_model
+    from pipeline.model.reward import (
+        RewardModel,
+        build_reward_model,
+        pooling_pad_id,
+        save_adapter,
+        save_reward_model,
+    )
     from pipeline.runtime import derive_seed
     from pipeline.schedule import schedule
 
@@ -88,6 +94,8 @@ def run(config: RewardConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
 
     # 4. the scale of its scores, then save, then evaluate
     flops = adapter.training_flops(trainer, plan)
+    if config.peft is not None and runtime.is_main:
+        save_adapter(adapter.adapters_of(trainer), out / "model")
     bf16 = runtime.bf16 if config.bf16 is None else config.bf16
     raw = RewardModel(
         adapter.trained_model(trainer), 0.0, 1.0, (stop_id,), init.tokenizer_hash, init.template_hash, bf16

@@ -101,6 +101,7 @@ def test_ppo_with_fewer_models_on_the_device(road: Path) -> None:
     assert copies(CPU, function, "ppo.peft={r: 4}") == 2
     assert copies(CPU, function, "ppo.peft={r: 4}", "ppo.shared_trunk=true") == 1
     assert copies(CPU, "ppo.peft={r: 4}", "ppo.shared_trunk=true") == 2  # and the reward model
+    assert copies(CPU, "ppo.peft={r: 4}", "ppo.shared_trunk=true", "reward.peft={r: 4}") == 1  # that is adapters
     assert [copies(device, "ppo.offload=true") for device in (CPU, card)] == [4, 3]
     assert copies(card, "ppo.offload=true", "ppo.algorithm=grpo") == 2
 

@@ -234,6 +234,11 @@ class Planner:
         model = model_of(self.recipe, self.store, refs[0]) if refs else None
         return float(count_parameters(model)[0]) if model is not None else 0.0
 
+    def _is_adapter_on(self, reward: str, init: str) -> bool:
+        """Whether a reward model of this recipe is trained by adapters on that model."""
+        node = self.recipe.nodes.get(reward)
+        return node is not None and getattr(node.config, "peft", None) is not None and node.inputs["init"] == (init,)
+
     def _tokens_there(self, node: Node) -> float | None:
         ref = node.inputs["tokens"][0]
         artifact = self.store.find(self.recipe.run, ref) if ref in self.recipe.nodes else self.store.resolve(ref)
@@ -284,10 +289,9 @@ class Planner:
         length = prompt + config.response_length
         tokens = episodes * length
         total, _ = count_parameters(model)
-        refs_of = node.inputs.items()
-        rewards = sum(
-            len(refs) for role, refs in refs_of if node.stage.inputs[role] == "reward-model" and role[:4] != "gold"
-        )
+        roles = [role for role, kind in node.stage.inputs.items() if kind == "reward-model" and role[:4] != "gold"]
+        scoring = [ref for role in roles for ref in node.inputs.get(role, ())]
+        rewards = len(scoring)
         judges = sum(self._size_of([ref]) for ref in node.inputs.get("reward.judge", ()))
         critics = int(config.advantage_estimator == "gae")
         # Forwards: decode, policy, reference, critic, what scores. Frozen weights have no gradients to work out.
@@ -298,7 +302,8 @@ class Planner:
         trained = (1 + critics) * (adapter_parameters(model, config.peft.r) if config.peft else float(total))
         copies = critics + 1 + rewards  # beside the policy: critic, reference, reward models
         if config.peft:  # the reference is the policy without adapters, the reward model the critic without its own
-            copies = rewards if config.shared_trunk else max(critics, rewards)
+            apart = [ref for ref in scoring if not self._is_adapter_on(ref, node.inputs["init"][0])]
+            copies = len(apart) if config.shared_trunk else max(critics, rewards)
         elif config.offload and self.device.kind != "cpu":  # one of the frozen at a time
             copies = critics + max(1, rewards)
         others = total * copies + judges

@@ -162,6 +162,13 @@ def building() -> Iterator[None]:
         raise ConfigError(f"TRL refuses this: {error}", where="the stage's fields and `trainer`") from error
 
 
+def adapters_of(trainer: Any) -> PeftModel:
+    """What is trained by `peft`, before `trained_model` merges it."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    assert isinstance(model, PeftModel)
+    return model
+
+
 def trained_model(trainer: Any) -> PreTrainedModel:
     """The trained model without the trainer's wrappers: adapters merged, in evaluation mode, attention as loaded."""
     model = trainer.accelerator.unwrap_model(trainer.model)

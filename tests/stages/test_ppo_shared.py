@@ -1,8 +1,11 @@
-"""Policy and critic as two sets of adapters on one frozen trunk: the same numbers as two trunks, and nothing leaks."""
+"""Policy, critic and reward model as sets of adapters on one frozen trunk: the same numbers as on trunks of their own,
+and nothing leaks."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +13,21 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from pipeline.artifacts import Artifact
 from pipeline.data.chat import stop_token_id
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import MachineError, Stopped
 from pipeline.model.adapters import adapt, lora
 from pipeline.model.build import load_causal_lm
+from pipeline.model.reward import (
+    RewardModel,
+    build_reward_model,
+    load_reward_model,
+    reward_model_on,
+    save_adapter,
+    save_reward_model,
+    stands_on,
+)
 from pipeline.recipe import PeftConfig
 from pipeline.rl.forwards import response_values
 from pipeline.rl.learners import restore, saved
@@ -25,7 +38,7 @@ from pipeline.rl.scoring import load_scorer
 from pipeline.rl.updates import Objective, update
 from pipeline.runtime import Runtime
 from stages import ppo as stage
-from tests.stages.ppo_runs import Done, Parts, furthest, run, same, start
+from tests.stages.ppo_runs import Done, Parts, artifact, furthest, run, same, start
 
 if TYPE_CHECKING:
     from tests.conftest import Warm
@@ -44,9 +57,9 @@ def shared(parts: Parts, folder: Path) -> Models:
         pad_id=0, batch_size=4, bf16=False, runtime=runtime,
     )  # fmt: skip
     models = prepare(
-        load_causal_lm(parts.init.model), scorer, parts.init, Optimisation(1e-5, 0.0, 1.0), temperature=1.0,
-        has_critic=True, adapters=lora(PeftConfig(r=4), "CAUSAL_LM"), of_critic=None, seed=0, bf16=False, longest=48,
-        offload=Offload.of(CPU, False), shares_trunk=True,
+        load_causal_lm(parts.init.model), lambda trunk: scorer, parts.init, Optimisation(1e-5, 0.0, 1.0),
+        temperature=1.0, has_critic=True, adapters=lora(PeftConfig(r=4), "CAUSAL_LM"), of_critic=None, seed=0,
+        bf16=False, longest=48, offload=Offload.of(CPU, False), shares_trunk=True,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     assert models.critic is not None
@@ -223,11 +236,89 @@ def test_a_reward_model_kept_apart(parts: Parts, tmp_path: Path, monkeypatch: py
     assert (objective.value_mean, objective.value_std) == (0.0, 1.0)
 
 
+@pytest.fixture
+def adapted_reward(parts: Parts, tmp_path: Path) -> Artifact:
+    """A reward model trained by adapters on the policy's start, as the reward stage writes it."""
+    stop = stop_token_id(load_tokenizer(parts.init.model))
+    model = build_reward_model(parts.init.model, 0, 3)
+    settings = lora(PeftConfig(r=2, lora_alpha=8), "SEQ_CLS", ["score"])
+    assert settings is not None
+    adapted = adapt(model, settings, 5, train_rows=False)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.2, generator=generator)
+    folder = tmp_path / "adapted" / "model"
+    save_adapter(adapted, folder)
+    merged = adapted.merge_and_unload()
+    save_reward_model(merged, folder, parts.init, mean=0.3, std=0.7, suffix_ids=[stop])
+    return artifact(tmp_path / "adapted", "reward-model")
+
+
+def apart_from(reward: Artifact, folder: Path) -> Artifact:
+    """The same reward model without its adapters: the merged weights alone."""
+    shutil.copytree(reward.path, folder / "merged")
+    shutil.rmtree(folder / "merged" / "model" / "adapter")
+    return artifact(folder / "merged", "reward-model")
+
+
+def test_a_reward_model_on_the_policys_trunk_scores_as_on_its_own(
+    parts: Parts, tmp_path: Path, adapted_reward: Artifact
+):
+    models = shared(parts, tmp_path)
+    adapters = models.policy.adapters
+    assert adapters is not None
+    assert stands_on(adapted_reward, parts.init)
+    ids_BT, lengths_B = torch.tensor([[5, 6, 7, 8], [9, 5, 0, 0]]), torch.tensor([4, 2])
+    with torch.no_grad():
+        said = models.policy.model(input_ids=IDS).logits
+    on_trunk = reward_model_on(adapters, adapted_reward, "reward", bf16=False)
+    runtime = Runtime.start(tmp_path / "own", seed=0, threads=1, quiet=True)
+    runtime.bf16 = False
+    alone = load_reward_model(adapted_reward, runtime)
+    torch.testing.assert_close(on_trunk.score(ids_BT, lengths_B), alone.score(ids_BT, lengths_B))
+    plain = load_reward_model(parts.reward, runtime)
+    assert (on_trunk.score(ids_BT, lengths_B) - plain.score(ids_BT, lengths_B)).abs().max() > 0.1
+    with torch.no_grad():
+        assert models.policy.model(input_ids=IDS).logits.equal(said)
+    assert {id(p) for p in models.policy.parameters} == {id(p) for p in adapters.parameters() if p.requires_grad}
+    assert on_trunk.model.base_model is models.policy.model.base_model
+
+
+def test_a_reward_model_of_another_start_has_a_trunk_of_its_own(parts: Parts, adapted_reward: Artifact):
+    other = dataclasses.replace(parts.init, fingerprint="another")
+    assert not stands_on(adapted_reward, other)
+    assert not stands_on(parts.reward, parts.init)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("values", [{}, {"algorithm": "grpo", "num_generations": 4}], ids=["ppo", "grpo"])
+def test_a_run_against_it_is_that_against_the_merged_model(
+    parts: Parts, tmp_path: Path, adapted_reward: Artifact, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    loaded: list[Artifact] = []
+
+    def spy(artifact: Artifact, runtime: Runtime) -> RewardModel:
+        loaded.append(artifact)
+        return load_reward_model(artifact, runtime)
+
+    monkeypatch.setattr("pipeline.rl.scoring.load_reward_model", spy)
+    values = VALUES | {"reward": None, "shared_trunk": True} | values
+    merged = apart_from(adapted_reward, tmp_path)
+    two = run(dataclasses.replace(parts, reward=merged), tmp_path / "two", **values)
+    assert loaded == [merged]
+    one = run(dataclasses.replace(parts, reward=adapted_reward), tmp_path / "one", **values)
+    assert loaded == [merged]  # no trunk was loaded for it
+    assert furthest(one.policy(), two.policy()) < 1e-4
+    for left, right in zip(one.lines(), two.lines(), strict=True):
+        assert left == pytest.approx(right, abs=1e-3, rel=1e-3)
+    assert one.policy().keys() == two.policy().keys()
+
+
 def test_what_does_not_go_with_it_is_refused():
     with pytest.raises(ValueError, match="there are none: set peft"):
         stage.PPOConfig(shared_trunk=True)
-    with pytest.raises(ValueError, match="grpo has no critic"):
-        stage.PPOConfig(shared_trunk=True, peft=PeftConfig(), algorithm="grpo", num_generations=2)
     with pytest.raises(ValueError, match="load_in_4bit is of what adapters stand on"):
         stage.PPOConfig(load_in_4bit=True)
     with pytest.raises(ValueError, match="are not sent to vLLM"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from trl import RewardConfig as Arguments
 from trl import RewardTrainer
 
@@ -18,7 +19,8 @@ from pipeline.data.chat import encode_messages, stop_token_id
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import DataError, Stopped
 from pipeline.evals.reward_accuracy import rewards
-from pipeline.model.reward import build_reward_model, load_reward_model
+from pipeline.model.build import load_causal_lm
+from pipeline.model.reward import build_reward_model, load_reward_model, reward_model_on, stands_on
 from pipeline.recipe import DataEntry, PeftConfig
 from pipeline.runtime import derive_seed
 from pipeline.schedule import schedule
@@ -147,15 +149,31 @@ def test_pad_equal_to_eos_trains_the_same_model(
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-def test_lora_trains_the_head_too_and_is_merged(init: Any, runtime: Any, config: Any) -> None:
+def test_lora_trains_the_head_too_and_is_merged(init: Any, runtime: Any, config: Any, tmp_path: Path) -> None:
     out, here = runtime("lora")
     reward.run(config(peft=PeftConfig(r=2)), {"init": init}, out, here)
-    assert not list((out / "model").glob("adapter*"))
     here.bf16 = False
-    after = load_reward_model(outside_model(out / "model"), here).model
+    reward_model = load_reward_model(outside_model(out / "model"), here)
+    after = reward_model.model
     before = build_reward_model(init.model, after.config.pad_token_id, derive_seed(0, "reward head"))
     assert after.state_dict().keys() == before.state_dict().keys()
     assert not torch.equal(after.score.weight, before.score.weight)
+    # The adapters are kept beside the merged weights: on the model they were trained on they say the same.
+    written = outside_model(out / "model")
+    assert stands_on(written, init)
+    assert not stands_on(written, written)
+    assert str(tmp_path) not in (out / "model" / "adapter" / "adapter_config.json").read_text()
+    policy = get_peft_model(load_causal_lm(init.model), LoraConfig(task_type="CAUSAL_LM", r=3))
+    on_trunk = reward_model_on(policy, written, "reward", bf16=False)
+    ids_BT, lengths_B = torch.tensor([[5, 6, 7, 8], [9, 5, 0, 0]]), torch.tensor([4, 2])
+    torch.testing.assert_close(on_trunk.raw(ids_BT, lengths_B), reward_model.raw(ids_BT, lengths_B))
+
+
+def test_without_adapters_none_are_kept(init: Any, runtime: Any, config: Any) -> None:
+    out, here = runtime("whole")
+    reward.run(config(max_steps=1), {"init": init}, out, here)
+    assert not (out / "model" / "adapter").exists()
+    assert "adapter_base" not in json.loads((out / "model" / "reward.json").read_text())
 
 
 def test_stopped_it_goes_on_to_the_same_bits(

@@ -1,11 +1,18 @@
-"""LoRA adapters: peft's, for every stage that trains some."""
+"""LoRA adapters: peft's, for every stage that trains some, and several sets of them on one trunk."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PreTrainedModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from pipeline.errors import ConfigError
 from pipeline.model.build import head_weight
@@ -52,3 +59,50 @@ def adapt(
             if weight is not None:
                 weight.requires_grad_(True)
     return adapted
+
+
+@contextmanager
+def worn(adapters: PeftModel, name: str) -> Iterator[None]:
+    """The adapters of this name as the active ones for a while, alone in requiring gradients."""
+    others = adapters.active_adapter
+    adapters.set_adapter(name)
+    try:
+        yield
+    finally:
+        adapters.set_adapter(others)
+
+
+def add_adapter(adapters: PeftModel, name: str, config: LoraConfig, seed: int) -> None:
+    """Further adapters on the same trunk, their first values a function of `seed`. The active ones stay it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapters.add_adapter(name, config)
+    adapters.set_adapter(adapters.active_adapter)  # whose gradients alone are wanted
+
+
+def add_saved_adapter(adapters: PeftModel, name: str, folder: Path) -> Tensor:
+    """As `add_adapter`, of what a stage has saved of a model with a head of one number: its weight, [1, D]."""
+    config = LoraConfig.from_pretrained(folder)
+    config.modules_to_save, config.inference_mode = None, False
+    add_adapter(adapters, name, config, 0)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    heads = [key for key in tensors if key.endswith("score.weight")]
+    assert len(heads) == 1, list(tensors)
+    head = tensors.pop(heads[0])
+    found = set_peft_model_state_dict(adapters, tensors, adapter_name=name)
+    assert not found.unexpected_keys, found.unexpected_keys
+    return head
+
+
+def headed(model: PreTrainedModel, head: Tensor) -> PreTrainedModel:
+    """A classifier of one label, [1, D] `head`, on the very trunk of `model`, in eval mode."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    with torch.device("meta"):  # its own trunk is never filled
+        classifier = AutoModelForSequenceClassification.from_config(config)
+    assert isinstance(classifier, PreTrainedModel)
+    setattr(classifier, classifier.base_model_prefix, model.base_model)
+    classifier.score = torch.nn.Linear(head.shape[1], 1, bias=False, device=model.device, dtype=torch.float32)
+    with torch.no_grad():
+        classifier.score.weight.copy_(head)
+    return classifier.eval()

@@ -6,6 +6,8 @@ A reward model is a Hugging Face `*ForSequenceClassification` folder with `rewar
     pooling         "last": the number is read at a row's last token, found by its length, never by "not pad"
     suffix_ids      what every row it was trained on ends with: the stop token
     tokenizer_hash, template_hash     of the tokens and the chat template it was trained on
+    adapter_base    where it was trained by adapters: the fingerprint of the model they stand on. They and the head then
+                    also lie in `adapter/` as peft writes them
 
 Without these a score means nothing, so a folder that lacks them is refused. Letters of shapes: B rows, T tokens
 (padded on the right), D width.
@@ -16,20 +18,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.artifacts import Artifact, runs_code_of, write_json
 from pipeline.errors import MismatchError
+from pipeline.model.adapters import add_saved_adapter, headed, worn
 from pipeline.model.build import copy_tokenizer
 from pipeline.runtime import Runtime
 
 FILE = "reward.json"
+ADAPTER = "adapter"
 POOLING = "last"
 RETRAIN = "train it again with `llmpipe reward` from the same sft model that the policy starts from"
 
@@ -45,12 +51,15 @@ class RewardModel:
     tokenizer_hash: str
     template_hash: str
     bf16: bool = False
+    adapter: tuple[PeftModel, str] | None = None
+    """Where it stands on another model's trunk: that one's adapters, and the name of its own among them."""
 
     @torch.no_grad()
     def raw(self, input_ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """The number the model gives each row, float32 [B]. Padding on the right, of any id."""
         device = self.model.device
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        wearing = nullcontext() if self.adapter is None else worn(*self.adapter)
+        with wearing, torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
             return last_scores(self.model, input_ids_BT.to(device), lengths_B.to(device))
 
     def score(self, input_ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
@@ -113,12 +122,21 @@ def pooling_pad_id(tokenizer: PreTrainedTokenizerFast, stop_id: int) -> int:
     return usable[0] if usable else int(stop_id == 0)
 
 
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapters of a reward model in training, and its head, into its folder."""
+    (config,) = model.peft_config.values()
+    config.base_model_name_or_path = None  # where it lay on this machine
+    model.save_pretrained(folder / ADAPTER)
+
+
 def save_reward_model(
     model: PreTrainedModel, folder: Path, init: Artifact, *, mean: float, std: float, suffix_ids: Sequence[int]
 ) -> None:
-    """Write the model's folder: weights, the tokenizer's files of `init`, reward.json last."""
+    """Write the model's folder: weights, the tokenizer's files of `init`, reward.json last. What `save_adapter` has
+    written there counts as trained on `init`."""
     model.save_pretrained(folder)
     copy_tokenizer(init.model, folder)
+    base = {"adapter_base": init.fingerprint} if (folder / ADAPTER).exists() else {}
     write_json(
         folder / FILE,
         {
@@ -128,6 +146,7 @@ def save_reward_model(
             "suffix_ids": list(suffix_ids),
             "tokenizer_hash": init.tokenizer_hash,
             "template_hash": init.template_hash,
+            **base,
         },
     )
 
@@ -138,18 +157,39 @@ def load_reward_model(artifact: Artifact, runtime: Runtime) -> RewardModel:
     Raises MismatchError where reward.json is missing or lacks its normaliser, says another pooling, or speaks of
     another tokenizer or chat template than lie in the folder.
     """
-    settings = read_settings(artifact)
     model = AutoModelForSequenceClassification.from_pretrained(
         artifact.model, dtype=torch.float32, attn_implementation="sdpa"
     )
+    return _of(artifact, model.to(runtime.device).eval(), runtime.bf16, None)
+
+
+def stands_on(artifact: Artifact, base: Artifact) -> bool:
+    """Whether the reward model was trained by adapters on `base`, and they were kept."""
+    return (artifact.model / ADAPTER).exists() and read_settings(artifact).get("adapter_base") == base.fingerprint
+
+
+def reward_model_on(adapters: PeftModel, artifact: Artifact, name: str, *, bf16: bool) -> RewardModel:
+    """The reward model of an artifact that `stands_on` the model that has these adapters, as further ones of them.
+
+    It holds no trunk of its own. Raises as `load_reward_model`.
+    """
+    head = add_saved_adapter(adapters, name, artifact.model / ADAPTER)
+    trunk = adapters.get_base_model()
+    assert isinstance(trunk, PreTrainedModel)
+    return _of(artifact, headed(trunk, head), bf16, (adapters, name))
+
+
+def _of(artifact: Artifact, model: PreTrainedModel, bf16: bool, adapter: tuple[PeftModel, str] | None) -> RewardModel:
+    settings = read_settings(artifact)
     return RewardModel(
-        model=model.to(runtime.device).eval(),
+        model=model,
         mean=settings["mean"],
         std=settings["std"],
         suffix_ids=tuple(settings["suffix_ids"]),
         tokenizer_hash=settings["tokenizer_hash"],
         template_hash=settings["template_hash"],
-        bf16=runtime.bf16,
+        bf16=bf16,
+        adapter=adapter,
     )
 
 

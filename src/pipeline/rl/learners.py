@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.checkpoint import load_optimizer, optimizer_tensors
+from pipeline.model.adapters import worn
 from pipeline.model.build import copy_tokenizer, load_parameters, unique_parameters
 from pipeline.rl.masking import Reduce, alone
 
@@ -63,12 +64,8 @@ class Learner:
             yield self.model
             return
         assert self.adapters is not None
-        others = self.adapters.active_adapter
-        self.adapters.set_adapter(self.adapter)
-        try:
+        with worn(self.adapters, self.adapter):
             yield self.model
-        finally:
-            self.adapters.set_adapter(others)
 
     @contextmanager
     def without_adapters(self) -> Iterator[PreTrainedModel]:

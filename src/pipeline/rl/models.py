@@ -2,23 +2,23 @@
 
 With all weights trained they are four: policy, reference (a copy of its start), critic (a copy of the reward model),
 reward model. With adapters they are two: the reference is the policy with its adapters off, and the reward model the
-critic with its own off. On a shared trunk they are one, beside whatever scores: policy and critic are two sets of
-adapters in one frozen model. Without a critic (the group methods) there is one less.
+critic with its own off. On a shared trunk they are one: policy, critic and a reward model that was trained by adapters
+on the policy's start are sets of adapters in one frozen model. Without a critic (the group methods) there is one less.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.artifacts import Artifact
-from pipeline.model.adapters import adapt
+from pipeline.model.adapters import adapt, add_adapter, headed, worn
 from pipeline.model.attention import use_plain_products
 from pipeline.model.next_token import has_plain_head
 from pipeline.rl.forwards import Reading
@@ -86,7 +86,7 @@ class Models:
 
 def prepare(
     policy: PreTrainedModel,
-    scorer: Scorer,
+    load_scorer: Callable[[PeftModel | None], Scorer],
     init: Artifact,
     optimisation: Optimisation,
     *,
@@ -100,7 +100,8 @@ def prepare(
     offload: Offload,
     shares_trunk: bool = False,
 ) -> Models:
-    """The models of a run that starts from `policy`, which is taken over. `longest` is that of a whole row, tokens."""
+    """The models of a run that starts from `policy`, which is taken over. What scores is loaded when the policy has its
+    adapters, and told them where its trunk is shared. `longest` is that of a whole row, tokens."""
     policy = policy.eval()
     reading = Reading(temperature, has_plain_head(policy))
     start, own = None, None
@@ -108,6 +109,7 @@ def prepare(
         start = copy.deepcopy(policy).requires_grad_(False)
     else:
         own = adapt(policy, adapters, derive_seed(seed, "adapters"), train_rows=False, stage="ppo")
+    scorer = load_scorer(own if shares_trunk else None)
     critic = None
     if has_critic and shares_trunk:
         assert own is not None
@@ -146,25 +148,12 @@ def _critic(
 
 def _critic_on(policy: PreTrainedModel, adapters: PeftModel, optimisation: Optimisation, seed: int) -> Learner:
     """The critic as further adapters on the policy's trunk, with a head of zeros. The policy's stay the active ones."""
-    config = copy.deepcopy(policy.config)
-    config.num_labels = 1
-    with torch.device("meta"):  # its trunk is never filled
-        critic = AutoModelForSequenceClassification.from_config(config)
-    assert isinstance(critic, PreTrainedModel)
-    setattr(critic, critic.base_model_prefix, policy.base_model)
-    width = critic.score.weight.shape[1]
-    critic.score = torch.nn.Linear(width, 1, bias=False, device=policy.device, dtype=torch.float32)
-    torch.nn.init.zeros_(critic.score.weight)
+    width = policy.get_input_embeddings().weight.shape[1]
+    critic = headed(policy, torch.zeros(1, width))
     own = copy.deepcopy(adapters.peft_config[adapters.active_adapter])  # with the modules that were found for it
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "critic's adapters"))
-        adapters.add_adapter(SHARED, own)
-    policys = adapters.active_adapter
-    adapters.set_adapter(SHARED)
-    try:
+    add_adapter(adapters, SHARED, own, derive_seed(seed, "critic's adapters"))
+    with worn(adapters, SHARED):
         return _learner(critic, optimisation, adapters, SHARED)
-    finally:
-        adapters.set_adapter(policys)
 
 
 def _learner(

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.artifacts import Artifact
 from pipeline.errors import ConfigError, DataError, MismatchError, TrainingError
 from pipeline.model.build import check_vocabulary
-from pipeline.model.reward import RewardModel, build_reward_model, load_reward_model
+from pipeline.model.reward import RewardModel, build_reward_model, load_reward_model, reward_model_on, stands_on
 from pipeline.model.stop_strings import before_stop
 from pipeline.reward_config import FUNCTIONS, RewardTerm
 from pipeline.rl import terms as math_of
@@ -100,8 +101,8 @@ class Scorer:
 
     @property
     def models(self) -> list[PreTrainedModel]:
-        """The reward models, which read rows as the policy's."""
-        return [reward.model for term in self.terms for reward in term.models]
+        """The reward models, which read rows as the policy's; without those on its trunk."""
+        return [reward.model for term in self.terms for reward in term.models if reward.adapter is None]
 
     @property
     def origin(self) -> RewardModel | None:
@@ -154,6 +155,8 @@ class Loading:
     batch_size: int
     bf16: bool
     runtime: Runtime
+    trunk: PeftModel | None
+    """The policy's adapters, where reward models may stand beside them."""
 
 
 def load_scorer(
@@ -168,12 +171,15 @@ def load_scorer(
     runtime: Runtime,
     role: str = "reward",
     stop_strings: tuple[str, ...] = (),
+    trunk: PeftModel | None = None,
 ) -> Scorer:
     """The scorer that the field `role` of a recipe says, of the artifacts in `inputs` (by role).
 
-    Raises MismatchError for a reward model of another tokenizer, chat template or row end than the policy's.
+    With the policy's adapters as `trunk`, reward models that were trained by adapters on the policy's start are loaded
+    as further adapters beside them. Raises MismatchError for a reward model of another tokenizer, chat template or row
+    end than the policy's.
     """
-    loading = Loading(inputs["init"], tokenizer, stop_id, pad_id, batch_size, bf16, runtime)
+    loading = Loading(inputs["init"], tokenizer, stop_id, pad_id, batch_size, bf16, runtime, trunk)
     if isinstance(reward, str):
         artifact = inputs.get(role)
         if artifact is None:
@@ -289,7 +295,11 @@ def _models(
 
 def load_fitting(artifact: Artifact, loading: Loading) -> RewardModel:
     """The reward model in `artifact`; MismatchError where it reads other rows than the policy writes."""
-    reward = replace(load_reward_model(artifact, loading.runtime), bf16=loading.bf16)
+    if loading.trunk is not None and stands_on(artifact, loading.init):
+        name = f"reward{len(loading.trunk.peft_config)}"
+        reward = reward_model_on(loading.trunk, artifact, name, bf16=loading.bf16)
+    else:
+        reward = replace(load_reward_model(artifact, loading.runtime), bf16=loading.bf16)
     reward.check_fits(loading.init)
     check_vocabulary(reward.model, len(loading.tokenizer), "ppo.reward")
     if reward.suffix_ids != (loading.stop_id,):
