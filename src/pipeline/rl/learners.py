@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from pipeline.checkpoint import load_optimizer, optimizer_tensors
 from pipeline.model.adapters import worn
 from pipeline.model.build import copy_tokenizer, load_parameters, unique_parameters
 from pipeline.rl.masking import Reduce, alone
+
+BUCKET = 2**24
+"""Numbers that are summed over the ranks at once: few collectives, and little is held twice."""
 
 
 class Learner:
@@ -36,11 +39,10 @@ class Learner:
 
     def gather(self, reduce: Reduce) -> Tensor:
         """Sum the gradients over the ranks; their norm, scalar. A rank without rows counts as zeros."""
-        if reduce is not alone:
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        for bucket in [] if reduce is alone else buckets(self.parameters):
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
             flat = reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-            sizes = [parameter.numel() for parameter in self.parameters]
-            for parameter, part in zip(self.parameters, torch.split(flat, sizes), strict=True):
+            for parameter, part in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):
                 parameter.grad = part.view_as(parameter)
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
@@ -78,6 +80,19 @@ class Learner:
         """Add the adapters in for good; training is over."""
         if self.adapters is not None:
             self.adapters.merge_and_unload()
+
+
+def buckets(parameters: Sequence[torch.nn.Parameter], size: int = BUCKET) -> list[list[torch.nn.Parameter]]:
+    """The parameters in their order, in groups of at most `size` numbers; a larger one is a group of its own."""
+    found: list[list[torch.nn.Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        if not found or parameter.numel() > room:
+            found.append([])
+            room = size
+        found[-1].append(parameter)
+        room -= parameter.numel()
+    return found
 
 
 class Average:
