@@ -73,6 +73,9 @@ class DataEntry(Section):
     label: str | None = field(None, "tokenize: its name in mixtures and tables; short for `source` unless set")
     weight: float = field(1.0, "how often its rows are drawn, relative to the other sources", gt=0)
     limit: int | None = field(None, "take only the first rows", unit="rows", gt=0)
+    max_bad_rows: int = field(
+        0, "rows that can't be read or don't fit are left out, so many at most", unit="rows", ge=0
+    )
 
 
 def _as_entries(value: Any) -> Any:

@@ -76,9 +76,76 @@ def test_preferences(name: str, tmp_path: Path) -> None:
     row, prompt = PREFERENCES[name]
     entry = written(tmp_path / "rows.jsonl", row, {**row, "kind": "truncated"})
     first, second = read_rows([entry], "preference", split="all")
-    assert first == {"prompt": prompt, "chosen": [A], "rejected": [C], "kind": ""}
+    assert first == {"prompt": prompt, "chosen": [A], "rejected": [C], "kind": "", "margin": 0.0, "preference": 1.0}
     assert second["kind"] == "truncated"
     assert read_rows([entry], "prompt", split="all")[0] == {"prompt": prompt, "reference": "A"}
+
+
+def test_a_tie_a_probability_and_a_margin_are_the_rows_own(tmp_path: Path) -> None:
+    pair = {"prompt": "Q", "chosen": "A", "rejected": "C"}
+    entry = written(tmp_path / "rows.jsonl", {**pair, "preference": 0.5, "margin": 3}, {**pair, "preference": 0.75})
+    rows = read_rows([entry], "preference", split="all")
+    assert [(row["preference"], row["margin"]) for row in rows] == [(0.5, 3.0), (0.75, 0.0)]
+
+
+def test_unpaired_rows_are_read_as_they_are_and_pairs_are_taken_apart(tmp_path: Path) -> None:
+    lone = written(
+        tmp_path / "lone.jsonl",
+        {"prompt": "Q", "completion": "A", "label": True},
+        {"prompt": [S, Q], "completion": [C], "label": False, "kind": "rude"},
+    )
+    said: list[str] = []
+    good = {"prompt": [Q], "completion": [A], "label": True, "kind": ""}
+    bad = {"prompt": [S, Q], "completion": [C], "label": False, "kind": "rude"}
+    assert read_rows([lone], "unpaired", split="all", say=said.append) == [good, bad]
+    assert said[0].endswith("lone.jsonl: unpaired rows (prompt, completion, label)")
+    assert [row["reference"] for row in read_rows([lone], "prompt", split="all")] == ["A", ""]
+
+    pair = {"prompt": "Q", "chosen": "A", "rejected": "C", "kind": "other"}
+    pairs = written(tmp_path / "pairs.jsonl", pair, {**pair, "preference": 0.5}, {**pair, "preference": 0.9})
+    apart = [
+        {"prompt": [Q], "completion": [A], "label": True, "kind": "other"},
+        {"prompt": [Q], "completion": [C], "label": False, "kind": "other"},
+    ]
+    assert read_rows([pairs], "unpaired", split="all") == apart * 2, "a tie says nothing of either answer"
+
+    with pytest.raises(ConfigError, match="unpaired rows, and demonstrations") as caught:
+        read_rows([lone], "messages", split="all")
+    assert "format: prompt_completion" in caught.value.mend
+    with pytest.raises(ConfigError, match="unpaired rows, and preferences are needed"):
+        read_rows([lone], "preference", split="all")
+    with pytest.raises(ConfigError, match="alpaca rows, and preferences or answers with a label are needed"):
+        read_rows(
+            [written(tmp_path / "a.jsonl", {"instruction": "Q", "output": "A"})],
+            "unpaired",
+            split="all",
+        )
+    forced = lone.model_copy(update={"format": "prompt_completion"})
+    assert read_rows([forced], "messages", split="all")[0] == {"messages": [Q, A]}
+
+
+def test_bad_rows_are_left_out_up_to_a_number_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"prompt": "Q", "completion": "A"})
+    lines = ['{"query": "first of all"}', good, "no JSON", '{"prompt": "Q"}', good, "[1]", good]
+    path.write_bytes("\n".join(lines).encode() + b"\n\xff\n")
+    entry = DataEntry(source=str(path), max_bad_rows=5)
+    said: list[str] = []
+    assert read_rows([entry], "messages", split="all", say=said.append) == [{"messages": [Q, A]}] * 3
+    assert said[1].startswith(f"{path}: 5 bad rows are left out, the first at {path}:1: no known format has the fields")
+    with pytest.raises(DataError, match=r"not UTF-8 .* \(bad row 5; max_bad_rows is 4\)") as caught:
+        read_rows([entry.model_copy(update={"max_bad_rows": 4})], "messages", split="all")
+    assert caught.value.where == f"{path}:8"
+    with pytest.raises(DataError, match=r"no known format has the fields query\n"):
+        read_rows([entry.model_copy(update={"max_bad_rows": 0})], "messages", split="all")
+
+    listed = tmp_path / "rows.json"
+    listed.write_text(json.dumps([json.loads(good), 3, json.loads(good)]))
+    entry = DataEntry(source=str(listed), max_bad_rows=1)
+    assert len(read_rows([entry], "messages", split="all", say=said.append)) == 2
+    assert said[-1] == f"{listed}: 1 bad rows are left out, the first at {listed}: row 2: " + (
+        "a row is an object with named fields, not int"
+    )
 
 
 BAD_DEMONSTRATIONS = {
@@ -143,7 +210,55 @@ BAD_ROWS = {
         {"chosen": [Q, A], "rejected": [Q, C]},
         {"chosen": [Q, A], "rejected": [B, C]},
         "preference",
-        "`chosen` is user assistant where the two sides part",
+        "the prompts of chosen and rejected differ (user assistant where the two sides part)",
+    ),
+    "one prompt that differs": (
+        {"prompt": "Q", "chosen": [Q, A], "rejected": [Q, C]},
+        {"prompt": "Q", "chosen": [Q, A], "rejected": [{**Q, "content": "another"}, C]},
+        "preference",
+        "the prompts of chosen and rejected differ",
+    ),
+    "two answers to one": (
+        {"prompt": "Q", "chosen": "A", "rejected": "C"},
+        {"prompt": "Q", "chosen": [A, B, A], "rejected": [C]},
+        "preference",
+        "`chosen` is assistant user assistant where the two sides part, not one assistant's answer",
+    ),
+    "a preference below a half": (
+        {"prompt": "Q", "chosen": "A", "rejected": "C", "preference": 0.5},
+        {"prompt": "Q", "chosen": "A", "rejected": "C", "preference": 0.4},
+        "preference",
+        "`preference` is 0.4, not a number between 0.5 and 1",
+    ),
+    "a margin below nothing": (
+        {"prompt": "Q", "chosen": "A", "rejected": "C", "margin": 0},
+        {"prompt": "Q", "chosen": "A", "rejected": "C", "margin": -1},
+        "preference",
+        "`margin` is -1, not a number of at least 0",
+    ),
+    "a margin that is a word": (
+        {"prompt": "Q", "chosen": "A", "rejected": "C", "margin": 2},
+        {"prompt": "Q", "chosen": "A", "rejected": "C", "margin": "much"},
+        "preference",
+        "`margin` is 'much', not a number",
+    ),
+    "a label that is no label": (
+        {"prompt": "Q", "completion": "A", "label": True},
+        {"prompt": "Q", "completion": "A", "label": 1},
+        "unpaired",
+        "`label` is 1, not true or false",
+    ),
+    "a completion of several": (
+        {"prompt": "Q", "completion": "A", "label": True},
+        {"prompt": [Q], "completion": [A, B, A], "label": False},
+        "unpaired",
+        "`completion` is assistant user assistant, not one assistant's answer",
+    ),
+    "an empty lone answer": (
+        {"prompt": "Q", "completion": "A", "label": True},
+        {"prompt": "Q", "completion": " ", "label": False},
+        "unpaired",
+        "an assistant's, is empty",
     ),
     "an empty side": (
         {"prompt": "Q", "chosen": "A", "rejected": "C"},
@@ -273,14 +388,15 @@ def test_compressed_rows_are_the_same_rows(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("layout", ["messages", "preference", "prompt"])
+@pytest.mark.parametrize("layout", ["messages", "preference", "unpaired", "prompt"])
 def test_pydocs_is_divided_by_itself(layout: str) -> None:
     train = read_rows([DataEntry(source="pydocs", limit=50)], layout)
     held_out = read_rows([DataEntry(source="pydocs", limit=50)], layout, split="held_out")
-    assert len(train) == len(held_out) == 50
+    assert len(train) == len(held_out) == (100 if layout == "unpaired" else 50)  # two of each pair
     assert not {prompt_key(row) for row in train} & {prompt_key(row) for row in held_out}
     keys = {"messages": {"messages"}, "prompt": {"prompt", "reference"}}
-    assert set(train[0]) == keys.get(layout, {"prompt", "chosen", "rejected", "kind"})
+    keys["unpaired"] = {"prompt", "completion", "label", "kind"}
+    assert set(train[0]) == keys.get(layout, {"prompt", "chosen", "rejected", "kind", "margin", "preference"})
     with pytest.raises(ConfigError, match="pydocs is divided by llmpipe itself"):
         read_rows([DataEntry(source="pydocs", split="test")], layout)
 

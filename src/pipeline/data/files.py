@@ -15,7 +15,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -28,6 +28,22 @@ ROWS = (*LINES, ".json", ".parquet")
 COMPRESSED = (".gz", ".zst")
 
 Row = dict[str, Any]
+Bad = Callable[[DataError], None]
+"""What is told of a bad row: it raises, or the row is left out."""
+
+
+class BadRows:
+    """Counts the bad rows of a source: up to `most` are left out, one more is the error."""
+
+    def __init__(self, most: int = 0) -> None:
+        self.most, self.count, self.first = most, 0, ""
+
+    def __call__(self, error: DataError) -> None:
+        self.count += 1
+        self.first = self.first or f"{error.where}: {error.what}"
+        if self.count > self.most:
+            beyond = f" (bad row {self.count:,}; max_bad_rows is {self.most:,})" if self.most else ""
+            raise DataError(error.what + beyond, where=error.where, mend=error.mend) from error
 
 
 def kind(path: Path) -> str:
@@ -114,19 +130,23 @@ def decoded(data: bytes, where: str) -> str:
         ) from error
 
 
-def file_rows(path: Path) -> Iterator[tuple[Row, str]]:
-    """The rows of one file, each with where it stands: `file:line`, or `file: row n` without lines."""
+def file_rows(path: Path, bad: Bad | None = None) -> Iterator[tuple[Row, str]]:
+    """The rows of one file, each with where it stands: `file:line`, or `file: row n` without lines.
+
+    `bad` is told of each row that can't be read by itself; without it the first one is the error.
+    """
+    bad = bad or BadRows()
     if kind(path) == ".parquet":
         yield from parquet_rows(path)
     elif kind(path) in LINES:
-        yield from line_rows(path)
+        yield from line_rows(path, bad)
     else:
         with open_bytes(path) as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-        yield from list_rows(path) if start == b"[" else line_rows(path)
+        yield from list_rows(path, bad) if start == b"[" else line_rows(path, bad)
 
 
-def line_rows(path: Path) -> Iterator[tuple[Row, str]]:
+def line_rows(path: Path, bad: Bad) -> Iterator[tuple[Row, str]]:
     """A JSON object a line; empty lines are skipped."""
     with open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
@@ -136,17 +156,26 @@ def line_rows(path: Path) -> Iterator[tuple[Row, str]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(decoded(line, where))
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"not JSON: {error.msg} at column {error.colno}",
-                    where=where,
-                    mend="a row is one JSON object a line",
-                ) from error
-            yield as_row(row, where), where
+                row = row_in(line, where)
+            except DataError as error:
+                bad(error)
+                continue
+            yield row, where
 
 
-def list_rows(path: Path) -> Iterator[tuple[Row, str]]:
+def row_in(line: bytes, where: str) -> Row:
+    """The JSON object that a line holds."""
+    try:
+        return as_row(json.loads(decoded(line, where)), where)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"not JSON: {error.msg} at column {error.colno}",
+            where=where,
+            mend="a row is one JSON object a line",
+        ) from error
+
+
+def list_rows(path: Path, bad: Bad) -> Iterator[tuple[Row, str]]:
     """A JSON file that is one list of objects."""
     try:
         rows = json.loads(read_text(path))
@@ -156,9 +185,14 @@ def list_rows(path: Path) -> Iterator[tuple[Row, str]]:
             where=f"{path}:{error.lineno}",
             mend="mend the file",
         ) from error
-    for number, row in enumerate(rows, start=1):
+    for number, value in enumerate(rows, start=1):
         where = f"{path}: row {number}"
-        yield as_row(row, where), where
+        try:
+            row = as_row(value, where)
+        except DataError as error:
+            bad(error)
+            continue
+        yield row, where
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[Row, str]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.data.files import ROWS, TEXT, Row, file_rows, kind, read_text
+from pipeline.data.files import ROWS, TEXT, Bad, Row, file_rows, kind, read_text
 from pipeline.errors import ConfigError, DataError, MissingInputError
 from pipeline.recipe import DataEntry
 
@@ -110,8 +110,9 @@ def _documents(entry: DataEntry, split: Split) -> Iterator[Document]:
                     yield Document(text_of(row, entry.text_field, where), where)
 
 
-def read_source_rows(entry: DataEntry) -> Iterator[tuple[Row, str]]:
-    """All rows of a file, folder, glob or hub dataset (whatever its limit), with where each stands."""
+def read_source_rows(entry: DataEntry, bad: Bad | None = None) -> Iterator[tuple[Row, str]]:
+    """All rows of a file, folder, glob or hub dataset (whatever its limit), with where each stands; `bad` as in
+    `file_rows`."""
     if entry.source.startswith(HUB):
         yield from hub_rows(entry)
         return
@@ -122,7 +123,7 @@ def read_source_rows(entry: DataEntry) -> Iterator[tuple[Row, str]]:
                 where=str(path),
                 mend="name jsonl, json or parquet files here; text files are for `tokenize`",
             )
-        yield from file_rows(path)
+        yield from file_rows(path, bad)
 
 
 def is_few_documents(entry: DataEntry, few: int) -> bool:

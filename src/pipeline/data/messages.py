@@ -1,0 +1,77 @@
+"""The messages in a row: texts and lists of messages read, roles named alike, what nobody can learn from refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.data.files import Row
+from pipeline.errors import DataError
+
+Message = dict[str, str]
+
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+SHAREGPT_ROLES = ROLES | {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+}
+
+
+def side(row: Row, key: str, role: str, where: str) -> list[Message]:
+    """A field that holds a text (then it is one message of `role`) or a list of messages."""
+    if isinstance(row[key], str):
+        return [{"role": role, "content": row[key]}]
+    return messages_of(row[key], key, ROLES, where)
+
+
+def system_of(row: Row, where: str) -> list[Message]:
+    """The system message of a row with a `system` field, if it has one."""
+    return [{"role": "system", "content": text_in(row, "system", where)}] if row.get("system") else []
+
+
+def text_in(row: Row, key: str, where: str) -> str:
+    """A field that must hold text."""
+    if not isinstance(row[key], str):
+        raise DataError(f"field `{key}` holds {type(row[key]).__name__}, not text", where=where, mend="mend the row")
+    text: str = row[key]
+    return text
+
+
+def messages_of(value: Any, key: str, roles: dict[str, str], where: str) -> list[Message]:
+    """A list of {role, content} or {from, value}, role names as `roles` says."""
+    if not isinstance(value, list) or not value:
+        raise DataError(f"`{key}` is no list of messages", where=where, mend='[{"role": "user", "content": …}, …]')
+    messages = []
+    for number, message in enumerate(value, start=1):
+        place = f"message {number} of `{key}`"
+        if not isinstance(message, dict):
+            raise DataError(f"{place} is {type(message).__name__}, not an object", where=where)
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if role not in roles:
+            raise DataError(f"{place} has the role {role!r}", where=where, mend=f"one of {', '.join(roles)}")
+        if not isinstance(content, str):
+            raise DataError(f"{place} has no text as its content", where=where, mend="contents are texts")
+        messages.append({"role": roles[role], "content": content})
+    return messages
+
+
+def check_conversation(messages: list[Message], where: str) -> None:
+    """DataError where an assistant says nothing, or nobody but the system speaks."""
+    for number, message in enumerate(messages, start=1):
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise DataError(f"message {number}, an assistant's, is empty", where=where, mend="take the row out")
+    if all(message["role"] == "system" for message in messages):
+        raise DataError("nobody speaks in this row but the system", where=where, mend="take the row out")
+
+
+def checked_prompt(prompt: list[Message], where: str) -> list[Message]:
+    """A prompt that can be answered: not empty, and the last word not the assistant's."""
+    if not prompt or prompt[-1]["role"] == "assistant":
+        what = "ends with an assistant's message" if prompt else "is empty"
+        raise DataError(f"the prompt {what}", where=where, mend="end the prompt with a user's message")
+    return prompt

@@ -1,0 +1,159 @@
+"""Rows that say which answers are better: pairs of answers, and lone answers with a label."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.data.files import Row
+from pipeline.data.messages import (
+    SHAREGPT_ROLES,
+    Message,
+    check_conversation,
+    checked_prompt,
+    messages_of,
+    side,
+    system_of,
+)
+from pipeline.errors import DataError
+
+TIE = 0.5
+"""The `preference` of a row whose answers are equally good."""
+
+
+def preference(row: Row, chosen: str, where: str) -> Row:
+    """A preference row: what is common to both sides is the prompt, each side is one assistant's message.
+
+    Its own `kind` (a text, by which accuracies are told apart), `margin` (by how much chosen is better, in units of
+    whoever labelled it, at least 0) and `preference` (the probability that chosen is the better one, 0.5 for a tie to
+    1) are taken along; "", 0 and 1 without them.
+    """
+    if chosen == "sharegpt_preference":
+        prompt = system_of(row, where) + messages_of(row["conversations"], "conversations", SHAREGPT_ROLES, where)
+        good, bad = (answer_of(row[key], key, where) for key in ("chosen", "rejected"))
+    else:
+        prompt = side(row, "prompt", "user", where) if row.get("prompt") is not None else []
+        good, bad = (side(row, key, "assistant", where) for key in ("chosen", "rejected"))
+    prompt, good, bad = common_prompt(prompt, good, bad, where)
+    for key, messages in (("chosen", good), ("rejected", bad)):
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            roles = " ".join(message["role"] for message in messages)
+            if len(good) == len(bad) and len(messages) > 1 and messages[-1]["role"] == "assistant":
+                raise DataError(
+                    f"the prompts of chosen and rejected differ ({roles} where the two sides part)",
+                    where=where,
+                    mend="let both sides have the same prompt, or take the row out",
+                )
+            raise DataError(
+                f"`{key}` is {roles or 'nothing'} where the two sides part, not one assistant's answer",
+                where=where,
+                mend="let both sides have the same prompt and one answer each",
+            )
+        check_conversation([*prompt, *messages], where)
+    return {
+        "prompt": checked_prompt(prompt, where),
+        "chosen": good,
+        "rejected": bad,
+        "kind": kind_of(row),
+        "margin": number_in(row, "margin", 0.0, (0.0, math.inf), where),
+        "preference": number_in(row, "preference", 1.0, (0.5, 1.0), where),
+    }
+
+
+def unpaired(row: Row, where: str) -> Row:
+    """A lone answer and whether it is a good one: {"prompt", "completion": [message], "label": bool, "kind": str}."""
+    prompt, answer = side(row, "prompt", "user", where), side(row, "completion", "assistant", where)
+    if len(answer) != 1 or answer[0]["role"] != "assistant":
+        roles = " ".join(message["role"] for message in answer)
+        raise DataError(
+            f"`completion` is {roles}, not one assistant's answer",
+            where=where,
+            mend="put what comes before in `prompt`",
+        )
+    if not isinstance(row["label"], bool):
+        raise DataError(
+            f"`label` is {row['label']!r}, not true or false",
+            where=where,
+            mend="true for a desirable answer; or, where labels mean something else, `format: prompt_completion`",
+        )
+    check_conversation([*prompt, *answer], where)
+    return {
+        "prompt": checked_prompt(prompt, where),
+        "completion": answer,
+        "label": row["label"],
+        "kind": kind_of(row),
+    }
+
+
+def as_unpaired(pair: Row) -> list[Row]:
+    """A canonical preference row as a desirable and an undesirable answer; a tie says neither."""
+    if pair["preference"] == TIE:
+        return []
+    return [
+        {"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen", "kind": pair["kind"]}
+        for key in ("chosen", "rejected")
+    ]
+
+
+def pairs_of(rows: Sequence[Row]) -> list[Row]:
+    """Preference rows from canonical unpaired ones: the n-th desirable answer to a prompt with its n-th undesirable
+    one. What was taken apart by `as_unpaired` comes together again; an answer without a partner is left out.
+    """
+    waiting: dict[tuple[str, bool], list[Row]] = {}
+    found = []
+    for row in rows:
+        prompt = json.dumps(row["prompt"])
+        partners = waiting.get((prompt, not row["label"]), [])
+        if not partners:
+            waiting.setdefault((prompt, row["label"]), []).append(row)
+            continue
+        other = partners.pop(0)
+        chosen, rejected = (row, other) if row["label"] else (other, row)
+        sides = {"chosen": chosen["completion"], "rejected": rejected["completion"]}
+        if sides["chosen"] != sides["rejected"]:
+            found.append({"prompt": row["prompt"], **sides, "kind": rejected["kind"], "margin": 0.0, "preference": 1.0})
+    return found
+
+
+def kind_of(row: Row) -> str:
+    """The row's own kind, empty without one."""
+    return row["kind"] if isinstance(row.get("kind"), str) else ""
+
+
+def number_in(row: Row, key: str, default: float, bounds: tuple[float, float], where: str) -> float:
+    """An optional number of a row within its bounds; DataError for anything else."""
+    value = row.get(key)
+    if value is None:
+        return default
+    low, high = bounds
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        between = f"of at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+        mend = "swap the sides of a row whose chosen answer is the worse one" if key == "preference" else ""
+        raise DataError(f"`{key}` is {value!r}, not a number {between}", where=where, mend=mend)
+    return float(value)
+
+
+def common_prompt(
+    prompt: list[Message], good: list[Message], bad: list[Message], where: str
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """(prompt, chosen, rejected), the messages that both sides begin with moved into the prompt.
+
+    Where the sides repeat the prompt that is given (UltraFeedback's habit), it is taken once.
+    """
+    if prompt and good[: len(prompt)] == prompt and bad[: len(prompt)] == prompt:
+        good, bad = good[len(prompt) :], bad[len(prompt) :]
+    if good == bad:
+        raise DataError("chosen and rejected are the same", where=where, mend="take the row out")
+    shared = 0
+    while good[shared : shared + 1] == bad[shared : shared + 1]:
+        shared += 1
+    return prompt + good[:shared], good[shared:], bad[shared:]
+
+
+def answer_of(value: Any, key: str, where: str) -> list[Message]:
+    """One side of a sharegpt preference: a message, a list of messages, or its text."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    return messages_of(value if isinstance(value, list) else [value], key, SHAREGPT_ROLES, where)
