@@ -205,7 +205,27 @@ def test_other_stages_are_not_waited_for(store: Store):
         pass
 
 
-@pytest.mark.parametrize("name", ["../x", "..", ".", "", "a/b", "/etc", ".hidden", "a\n", "a b", "-a", "a@1", "x" * 65])
+OUTSIDE = [
+    "../x",
+    "..",
+    ".",
+    "",
+    "a/b",
+    "/etc",
+    ".hidden",
+    "a\n",
+    "a b",
+    "-a",
+    "@1",
+    "a@",
+    "a@@1",
+    "a@/",
+    "a@..=/",
+    "x" * 65,
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
 def test_names_cannot_leave_the_root(store: Store, name: str):
     for run, stage in ((name, "sft"), ("run", name)):
         with pytest.raises(ConfigError, match="is no name of a run or stage"):

@@ -10,6 +10,7 @@ from pipeline.cli.stages import load_stage
 from pipeline.errors import MissingInputError, PipelineError, RecipeError
 from pipeline.graph import Recipe, build
 from pipeline.reading import read_recipe
+from pipeline.unroll import unroll
 
 ROAD = """\
 seed: 7
@@ -37,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def recipe(folder: Path, text: str, *overrides: str) -> Recipe:
     path = folder / "r.yaml"
     path.write_text(text)
-    return build(read_recipe(path, overrides), load_stage, Store(folder / "artifacts"))
+    return build(unroll(read_recipe(path, overrides)), load_stage, Store(folder / "artifacts"))
 
 
 def refused(folder: Path, text: str, *overrides: str, kind: type[PipelineError] = RecipeError) -> PipelineError:

@@ -18,7 +18,7 @@ SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")
 LAYERS = [
     {"errors"},
     {"recipe", "hub"},
-    {"artifacts", "roles", "reading", "usercode", "progress", "trainer_config", "reward_config"},
+    {"artifacts", "roles", "reading", "unroll", "usercode", "progress", "trainer_config", "reward_config"},
     {"data", "model", "rl", "evals", "checkpoint", "runtime", "trainer", "schedule", "hardware"},
     {"stages"},
     {"graph", "fingerprint", "lineage", "launch", "plan", "report"},

@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.graph import build
 from pipeline.lineage import Standing, brief, survey
 from pipeline.reading import read_recipe
+from pipeline.unroll import unroll
 
 STAGE = """
 from pipeline.recipe import Data, Ref, StageConfig, field
@@ -42,7 +43,7 @@ class Toy:
         (folder / "r.yaml").write_text(RECIPE)
 
     def survey(self, *overrides: str, keep: Collection[str] = (), **options: Any) -> dict[str, Standing]:
-        document = read_recipe(self.folder / "r.yaml", overrides)
+        document = unroll(read_recipe(self.folder / "r.yaml", overrides))
         return survey(build(document, load_stage, self.store), self.store, keep, **options)
 
     def states(self, *overrides: str) -> list[str]:

@@ -27,7 +27,7 @@ from typing import Any
 
 from pipeline.errors import ArtifactError, ConfigError, MachineError, MismatchError, MissingInputError
 from pipeline.hub import hub_folder
-from pipeline.recipe import NAME
+from pipeline.recipe import NAME, STAGE_NAME
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -71,8 +71,8 @@ class Store:
 
     def folder(self, run: str, stage: str) -> Path:
         """Where the artifact lies; ConfigError for a name that could leave the root."""
-        for name in (run, stage):
-            if not NAME.fullmatch(name):
+        for name, shape in ((run, NAME), (stage, STAGE_NAME)):
+            if not shape.fullmatch(name):
                 raise ConfigError(f"{name!r} is no name of a run or stage", where=str(self.root))
         return self.root / run / stage
 
@@ -102,7 +102,7 @@ class Store:
     def resolve_or_unfinished(self, reference: str) -> Artifact | Path:
         """As `resolve`; for a stage that has not finished, the folder it works in."""
         run, slash, stage = reference.partition("/")
-        is_name = bool(slash) and NAME.fullmatch(run) is not None and NAME.fullmatch(stage) is not None
+        is_name = bool(slash) and NAME.fullmatch(run) is not None and STAGE_NAME.fullmatch(stage) is not None
         if is_name and self.find(run, stage) is None:
             begun = self.unfinished(run, stage)
             if begun is not None:
@@ -111,8 +111,7 @@ class Store:
 
     def unfinished(self, run: str, stage: str) -> Path | None:
         """The newest folder in which the stage has begun to work; None where there is none."""
-        folders = self.folder(run, stage).parent.glob(f".{stage}.*.partial")
-        return max(folders, key=lambda path: path.stat().st_mtime, default=None)
+        return max(_siblings(self.folder(run, stage), "partial"), key=lambda path: path.stat().st_mtime, default=None)
 
     def partial(self, run: str, stage: str, fingerprint: str) -> Path:
         """The folder in which the stage works, made if need be."""

@@ -6,6 +6,7 @@ unknown stages, unknown references, kinds that do not fit, cycles, missing files
 
 from __future__ import annotations
 
+import copy
 import glob
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from pipeline.errors import ArtifactError, MissingInputError, RecipeError
 from pipeline.reading import Document, Key, meant, validate
 from pipeline.recipe import (
     NAME,
+    STAGE_NAME,
     USER_CODE,
     DataEntry,
     Section,
@@ -33,6 +35,7 @@ from pipeline.recipe import (
     preset_of,
 )
 from pipeline.roles import NO_TOKENIZER, TOKENIZER, fits, input_of, rows_of
+from pipeline.unroll import meaning
 
 LoadStage = Callable[[str, Path], Stage]
 """(type as the recipe wrote it, folder its path starts at) -> the stage; raises RecipeError's parents."""
@@ -75,6 +78,11 @@ class Recipe:
     run: str
     seed: int
     nodes: Mapping[str, Node]
+    document: Document
+
+    def select(self, name: str) -> tuple[str, ...]:
+        """The stages that a user means by `name`: of `repeat:` the last round, of `matrix:` all; () for none."""
+        return tuple(found for found in meaning(self.document, "", name) if found in self.nodes)
 
     def descendants(self, name: str) -> set[str]:
         """All stages that take what `name` makes, directly or not."""
@@ -94,9 +102,10 @@ class Recipe:
 
 
 def build(document: Document, load_stage: LoadStage, store: Store) -> Recipe:
-    """The recipe in `document`, validated as a whole. Raises RecipeError or MissingInputError."""
+    """The recipe in `document` (unrolled), validated as a whole. Raises RecipeError or MissingInputError."""
     top = validate(RecipeFile, document.values, document, ())
-    for name, key in [(top.run, ("run",)), *((stage, ("stages", stage)) for stage in top.stages)]:
+    written = {stage: document.scopes[stage].base if stage in document.scopes else stage for stage in top.stages}
+    for name, key in [(top.run, ("run",)), *((base, ("stages", stage)) for stage, base in written.items())]:
         if not NAME.fullmatch(name):
             raise RecipeError(
                 f"{name!r} is no name: letters, digits, '.', '_' and '-', at most 64, a letter or digit first",
@@ -108,7 +117,7 @@ def build(document: Document, load_stage: LoadStage, store: Store) -> Recipe:
     rows = {name: str(rows_of(store, top.run, name)) for name, stage in stages.items() if stage.kind == "rows"}
     nodes = {name: _node(document, name, stages, top.seed, store, rows) for name in stages}
     nodes = {name: replace(node, rows=_written(node, rows)) for name, node in _inherit(document, nodes).items()}
-    recipe = Recipe(document.name, top.run, top.seed, _ordered(document, nodes))
+    recipe = Recipe(document.name, top.run, top.seed, _ordered(document, nodes), document)
     for node in recipe.nodes.values():
         _check_tokenizers(document, recipe, node, store)
     return recipe
@@ -129,15 +138,18 @@ def _node(
     stage = stages[name]
     key = ("stages", name)
     values = {k: v for k, v in (document.values["stages"][name] or {}).items() if k != "stage"}
-    config = validate(stage.config, values, document, key)
+    config = validate(stage.config, _spread(document, key, stage, values), document, key)
     filled, preset = config.model_fields_set, preset_of(config)
     origins = {
         name: document.place(*key, name) if name in values else preset if name in filled else "default"
         for name in stage.config.model_fields
     }
     if "seed" not in values:
-        config = config.model_copy(update={"seed": seed})
+        scope = document.scopes.get(name)
+        turn = 1 if scope is None or scope.turn is None else scope.turn  # another round is another draw
+        config = config.model_copy(update={"seed": seed + turn - 1})
         origins["seed"] = document.place("seed") if "seed" in document.values else "default"
+        origins["seed"] += f" + {turn - 1}, round {turn}" if turn > 1 else ""
     inputs: dict[str, tuple[str, ...]] = {}
     is_list: dict[str, bool] = {}
     updates: dict[str, Any] = {}
@@ -158,13 +170,32 @@ def _node(
             if origins[role] == "default":
                 refs = _present(document, name, role, refs, stages, stage)
             resolved = tuple(
-                _reference(document, (*key, role, i), ref, kind, stages, store) for i, ref in enumerate(refs)
+                found
+                for i, ref in enumerate(refs)
+                for found in _references(document, (*key, role, i), ref, kind, stages, store, is_list[role])
             )
             inputs[role] = tuple(ref for ref in resolved if not USER_CODE.fullmatch(ref))
             updates[role] = resolved if is_list[role] else (resolved[0] if resolved else None)
     config = config.model_copy(update=updates)
     config = config.model_copy(update=_paths(document, key, config, rows, stage.inputs))
     return Node(name, stage, config, inputs, is_list, origins)
+
+
+def _spread(document: Document, key: Key, stage: Stage, values: dict[str, Any]) -> dict[str, Any]:
+    """`values` where each name in a list of a section is what it means: a section checks how many there are."""
+    values = copy.deepcopy(values)
+    for outer, _, inner in (role.partition(".") for role in stage.inputs):
+        sections = values.get(outer)
+        sections = [sections] if isinstance(sections, dict) else sections
+        for i, section in enumerate(sections if inner and isinstance(sections, list) else ()):
+            refs = section.get(inner) if isinstance(section, dict) else None
+            if isinstance(refs, list) and all(isinstance(ref, str) for ref in refs):
+                at = (*key, outer, i, inner)
+                found = [(each, (*at, j)) for j, ref in enumerate(refs) for each in meaning(document, str(key[1]), ref)]
+                places = [document.place(*place) for _, place in found]
+                document.places |= {(*at, j): place for j, place in enumerate(places)}
+                section[inner] = [each for each, _ in found]
+    return values
 
 
 def _in_sections(
@@ -184,7 +215,11 @@ def _in_sections(
         if value is not None:
             refs = value if isinstance(value, tuple) else (value,)
             refs = tuple(
-                _reference(document, (*key, i, name, j), ref, kind, stages, store) for j, ref in enumerate(refs)
+                each
+                for j, ref in enumerate(refs)
+                for each in _references(
+                    document, (*key, i, name, j), ref, kind, stages, store, isinstance(value, tuple)
+                )
             )
             found += refs
             section = section.model_copy(update={name: refs if isinstance(value, tuple) else refs[0]})
@@ -196,7 +231,7 @@ def _present(
     document: Document, name: str, role: str, refs: tuple[str, ...], stages: Mapping[str, Stage], stage: Stage
 ) -> tuple[str, ...]:
     """A default reference that the recipe lacks: none where the field may be null, else an error."""
-    absent = [ref for ref in refs if ref not in stages]
+    absent = [ref for ref in refs if not stages.keys() >= {*meaning(document, name, ref)}]
     may_be_null = type(None) in get_args(stage.config.model_fields[role].annotation)
     if absent and not may_be_null:
         raise RecipeError(
@@ -204,7 +239,21 @@ def _present(
             where=document.place("stages", name),
             mend=f"set {name}.{role} to a stage of the recipe, run/stage, ./folder or hub:org/name",
         )
-    return tuple(ref for ref in refs if ref in stages)
+    return tuple(ref for ref in refs if ref not in absent)
+
+
+def _references(
+    document: Document, key: Key, ref: str, kind: str, stages: Mapping[str, Stage], store: Store, is_list: bool
+) -> tuple[str, ...]:
+    """What `ref` means in its stage, checked: one reference, or where a list of them is taken any number."""
+    found = meaning(document, str(key[1]), ref)
+    if len(found) > 1 and not is_list:
+        raise RecipeError(
+            f"`{'.'.join(map(str, key[2:-1]))}` takes one {kind}, and `{ref}` is {len(found)}: {', '.join(found)}",
+            where=document.place(*key),
+            mend=f"name one, such as {found[0]}",
+        )
+    return tuple(_reference(document, key, each, kind, stages, store) for each in found)
 
 
 def _reference(document: Document, key: Key, ref: str, kind: str, stages: Mapping[str, Stage], store: Store) -> str:
@@ -232,7 +281,7 @@ def _reference(document: Document, key: Key, ref: str, kind: str, stages: Mappin
     if ref.startswith("hub:"):
         return ref
     run, slash, stage_name = ref.partition("/")
-    if slash and NAME.fullmatch(run) and NAME.fullmatch(stage_name):
+    if slash and NAME.fullmatch(run) and STAGE_NAME.fullmatch(stage_name):
         try:
             _check_outside(role, ref, kind, store, where)
         except ArtifactError as error:
@@ -277,7 +326,9 @@ def _paths(
     for name in type(config).model_fields:
         value, place = getattr(config, name), (*key, name)
         if is_data(type(config), name) and value:
-            updates[name] = tuple(_entry(document, (*place, i), entry, rows) for i, entry in enumerate(value))
+            updates[name] = tuple(
+                found for i, entry in enumerate(value) for found in _entries(document, (*place, i), entry, rows)
+            )
         elif isinstance(value, BaseModel):
             updates[name] = value.model_copy(update=_paths(document, place, value, rows))
         elif is_section_list(value):
@@ -299,6 +350,15 @@ def _file(document: Document, key: Key, file: str) -> Path:
     if not path.is_file():
         raise MissingInputError(f"`{key[-1]}`: no file {path}", where=document.place(*key))
     return path
+
+
+def _entries(document: Document, key: Key, entry: DataEntry, rows: Mapping[str, str]) -> Iterator[DataEntry]:
+    """The entry as it is meant in its stage: with a name of its round, or one for each of several stages of rows."""
+    found = meaning(document, str(key[1]), entry.source)
+    is_rows = all(source in rows for source in found)
+    is_outside = found[0] not in document.values["stages"]  # what `carry` names, or a path as it was written
+    for source in found if is_rows or is_outside else (entry.source,):
+        yield _entry(document, key, entry.model_copy(update={"source": source}), rows)
 
 
 def _entry(document: Document, key: Key, entry: DataEntry, rows: Mapping[str, str]) -> DataEntry:

@@ -37,12 +37,13 @@ def survey(recipe: Recipe, store: Store, keep: Collection[str] = (), *, bless: b
 
     `keep` names stale stages that shall stand as they are; `bless` writes that on their record.
     """
-    unknown = [name for name in keep if name not in recipe.nodes]
+    unknown = [name for name in keep if not recipe.select(name)]
     if unknown:
         raise ConfigError(f"--keep {unknown[0]}: the recipe has no such stage", where=recipe.name)
+    kept = {name for each in keep for name in recipe.select(each)}
     found: dict[str, Standing] = {}
     for node in recipe.nodes.values():
-        found[node.name] = _standing(recipe, node, store, found, node.name in keep, bless)
+        found[node.name] = _standing(recipe, node, store, found, node.name in kept, bless)
     return found
 
 

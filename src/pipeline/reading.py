@@ -25,6 +25,20 @@ Config = TypeVar("Config", bound=BaseModel)
 Key = tuple[str | int, ...]
 
 
+@dataclass(frozen=True)
+class Scope:
+    """Where a stage comes from that a recipe's `repeat:` or `matrix:` has made."""
+
+    base: str
+    """Its name as written."""
+    turn: int | None
+    """Its round, from 1; None outside of `repeat:`."""
+    settings: Mapping[str, str]
+    """Field of its matrix -> the value's name; {} without a matrix."""
+    names: Mapping[str, str]
+    """What the names of its block mean in its round; {} outside of `repeat:`."""
+
+
 @dataclass
 class Document:
     """A recipe as written: its values, and for every key path the place it came from."""
@@ -34,6 +48,10 @@ class Document:
     """Relative paths of the recipe start here; those of `--set` at the current folder."""
     values: dict[str, Any]
     places: dict[Key, str] = field(default_factory=dict)
+    later: list[tuple[str, str]] = field(default_factory=list)
+    """(assignment, where) of `--set`s on names with an `@`, which are there once the recipe is unrolled."""
+    scopes: dict[str, Scope] = field(default_factory=dict)
+    """Of the stages that `repeat:` and `matrix:` have made, where each comes from."""
 
     def place(self, *key: str | int) -> str:
         """`file:line` of the value, or of the nearest mapping around it that has one."""
@@ -130,12 +148,20 @@ def _plain(node: Any, key: Key, document: Document) -> Any:
 
 def _assign(document: Document, assignment: str, where: str) -> None:
     """Lay `a.b=value` over the document; the value is read as YAML."""
+    path = assignment.partition("=")[0]
+    if "@" in path.partition(".")[0]:
+        document.later.append((assignment, where))
+    else:
+        assign_to(document, ("stages",) if "." in path else (), assignment, where)
+
+
+def assign_to(document: Document, under: Key, assignment: str, where: str) -> None:
+    """Lay `a.b=value` over what stands at `under`; RecipeError where it leads nowhere."""
     path, equals, text = assignment.partition("=")
     keys: Key = tuple(int(part) if part.isdigit() else part for part in path.strip().split("."))
     if not equals or not all(str(part) for part in keys):
         raise RecipeError("write it as stage.field=value", where=where)
-    if len(keys) > 1:
-        keys = ("stages", *keys)
+    keys = (*under, *keys)
     node: Any = document.values
     for depth, part in enumerate(keys[:-1]):
         if isinstance(node, dict) and node.get(str(part)) is None and (str(part) in node or depth > 1):

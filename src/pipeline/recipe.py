@@ -21,6 +21,10 @@ from pipeline.errors import ConfigError
 
 KINDS = ("tokens", "causal-lm", "reward-model", "rows", "evaluation")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Of a run, and of a stage as a user writes it."""
+LONGEST_NAME = 200  # of 255 bytes that a file's name may have: `.NAME.FINGERPRINT.partial` is one too
+STAGE_NAME = re.compile(rf"(?=.{{1,{LONGEST_NAME}}}\Z){NAME.pattern}(@[A-Za-z0-9._=+-]+)*")
+"""Of a stage as it is kept: `repeat:` and `matrix:` add what follows an `@`."""
 USER_CODE = re.compile(r"(\./|/).*\.py:[A-Za-z_]\w*")
 """A function or class in a user's file: `./rewards.py:exact`, `./gpt.py:GPT`."""
 

@@ -91,8 +91,8 @@ def accepts(part: Any, value: Any, root: dict[str, Any]) -> bool:
         return bool(part)
     if "$ref" in part:
         return accepts(root["$defs"][part["$ref"].rpartition("/")[2]], value, root)
-    if "anyOf" in part:
-        return any(accepts(option, value, root) for option in part["anyOf"])
+    if "anyOf" in part and not any(accepts(option, value, root) for option in part["anyOf"]):
+        return False
     if "type" in part and not is_of(value, part["type"]):
         return False
     if value not in part.get("enum", [value]) or value != part.get("const", value):
@@ -149,6 +149,13 @@ GOOD = {"tokenize": {"data": "a"}, "pretrain": {}, "dpo-ipo": {"stage": "dpo", "
         ({**GOOD, "tokenize": {}}, False),
         ({**GOOD, "tokenize": {"data": [{"weight": 1}]}}, False),
         ({**GOOD, "mine": {}}, False),
+        ({**GOOD, "dpo": {"matrix": {"seed": [0, 1], "data": {"a": "a", "b": ["b"]}}}}, True),
+        ({**GOOD, "dpo": {"matrix": {"seed": 3}, "data": "a"}}, False),
+        ({**GOOD, "repeat": {"times": 2, "stages": {"dpo": {"data": "a"}}}}, True),
+        ({**GOOD, "repeat": [{"times": 2, "carry": {"p": {"first": "sft", "then": "dpo"}}, "stages": {}}]}, True),
+        ({**GOOD, "repeat": {"times": 0, "stages": {}}}, False),
+        ({**GOOD, "repeat": {"times": 2, "stages": {"dpo": {"dat": "a"}}}}, False),
+        ({**GOOD, "repeat": {"times": 2, "carry": {"p": {"first": "sft"}}, "stages": {}}}, False),
     ],
 )
 def test_the_schema_refuses_what_the_recipe_would(stages: dict[str, Any], is_good: bool):

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 def show_rows(session: Session, name: str, *, rows: int, ids: bool, as_json: bool) -> None:
     """The first `rows` rows of the stage `name`. Raises MissingInputError while no tokenizer of it stands."""
     nodes = session.recipe.nodes
-    if name not in nodes:
-        raise ConfigError(f"no stage `{name}`{meant(name, nodes)}", where=session.recipe.name)
-    node = nodes[name]
+    found = session.recipe.select(name)
+    if len(found) != 1:
+        what = f"`{name}` is {len(found)} stages: {', '.join(found)}" if found else f"no stage `{name}`"
+        raise ConfigError(f"{what}{'' if found else meant(name, nodes)}", where=session.recipe.name)
+    node = nodes[found[0]]
     if node.stage.preview is None:
         raise ConfigError(f"{node.stage.type} has no rows to show", where=f"{session.recipe.name}: {name}")
     inputs = _inputs(session, node)

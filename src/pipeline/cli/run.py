@@ -25,9 +25,11 @@ def run_graph(
 ) -> None:
     """Run every stage of the recipe (or those that `until` needs) that does not stand."""
     recipe = session.recipe
-    if until is not None and until not in recipe.nodes:
-        raise ConfigError(f"--until {until}: no such stage{meant(until, recipe.nodes)}", where=recipe.name)
-    names = recipe.ancestors(until) if until else list(recipe.nodes)
+    last = recipe.select(until) if until is not None else tuple(recipe.nodes)
+    if not last:
+        raise ConfigError(f"--until {until}: no such stage{meant(str(until), recipe.nodes)}", where=recipe.name)
+    needed = {needed for name in last for needed in recipe.ancestors(name)}
+    names = [name for name in recipe.nodes if name in needed]
     _check_strategy(session, names)
     _run(session, names, keep=keep, force=force, dry_run=dry_run, as_json=as_json)
 
@@ -77,9 +79,12 @@ def _pick(session: Session, type_name: str, only: str | None) -> str:
     nodes = session.recipe.nodes.values()
     names = [node.name for node in nodes if type_name in (node.stage.type, node.name)]
     if only is not None:
-        if only not in names:
-            raise ConfigError(f"--stage {only}: no {type_name} stage{meant(only, names)}", where=session.recipe.name)
-        return only
+        chosen = [name for name in session.recipe.select(only) if name in names]
+        if len(chosen) != 1:
+            several = f"{len(chosen)} stages: {', '.join(chosen)}" if chosen else ""
+            what = several or f"no {type_name} stage{meant(only, names)}"
+            raise ConfigError(f"--stage {only}: {what}", where=session.recipe.name)
+        return chosen[0]
     if len(names) == 1 or type_name in names:
         return type_name if type_name in names else names[0]
     what = f"several {type_name} stages: {', '.join(names)}" if names else f"no {type_name} stage"
@@ -174,12 +179,13 @@ def _say_plan(standings: dict[str, Standing], names: list[str], force: bool, as_
         will_run = force or standing.state != "stands"
         why = brief(standing.reasons) or ("" if standing.state != "missing" else "has not run")
         rows.append({"stage": name, "state": standing.state, "runs": will_run, "why": why})
+    width = max(12, *map(len, names))
     if as_json:
         print(json.dumps(rows, indent=1))
         return
     for row in rows:
         why = f": {row['why']}" if row["why"] else ""
-        print(f"{row['stage']:<12} {'would run' if row['runs'] else 'stands'}{why}")
+        print(f"{row['stage']:<{width}} {'would run' if row['runs'] else 'stands'}{why}")
 
 
 def _results(session: Session, standings: dict[str, Standing], names: list[str]) -> dict[str, Any]:

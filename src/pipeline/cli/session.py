@@ -12,6 +12,7 @@ from pipeline.cli.stages import find_recipe, load_stage
 from pipeline.graph import Recipe, build
 from pipeline.launch import Launch
 from pipeline.reading import Document, read_recipe
+from pipeline.unroll import unroll
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def open_session(
     launch: Launch | None = None,
 ) -> Session:
     """Read and validate the recipe; raises RecipeError or MissingInputError before anything heavy loads."""
-    document = read_recipe(find_recipe(recipe), overrides)
+    document = unroll(read_recipe(find_recipe(recipe), overrides))
     if run is not None:
         document.values["run"] = run
         document.places["run",] = f"--run {run}"

@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.graph import RecipeFile
 from pipeline.reading import meant
 from pipeline.recipe import is_section_list, unit_of
+from pipeline.unroll import MATRIX, REPEAT, Repeat
 
 
 def show_config(session: Session, *, as_json: bool) -> None:
@@ -71,16 +72,30 @@ def schema() -> dict[str, Any]:
         stage = load_stage(name, Path.cwd()).config.model_json_schema(ref_template="#/$defs/{model}")
         definitions |= stage.pop("$defs", {})
         stage["properties"]["stage"] = {"type": "string", "description": "the stage's type, or ./file.py"}
-        if not stage.get("required"):
+        stage["properties"][MATRIX] = {
+            "type": "object",
+            "description": "field -> its values: a stage for each combination",
+            "additionalProperties": {"type": ["array", "object"]},
+        }
+        required = stage.pop("required", [])
+        if required:  # the matrix may hold it
+            stage["anyOf"] = [{"required": required}, {"required": [MATRIX]}]
+        else:
             stage["type"] = ["object", "null"]  # `pretrain:` and nothing behind it is all its defaults
         definitions[name] = stage
     top = RecipeFile.model_json_schema()
     top["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    top["properties"]["stages"] = {
+    repeat = Repeat.model_json_schema(ref_template="#/$defs/{model}")
+    definitions |= repeat.pop("$defs", {}) | {REPEAT: repeat}
+    in_block: dict[str, Any] = {
         "type": "object",
         "properties": {name: {"$ref": f"#/$defs/{name}"} for name in STAGES},
         "additionalProperties": {"type": "object", "required": ["stage"]},
     }
+    repeat["properties"]["stages"] = in_block
+    block = {"$ref": f"#/$defs/{REPEAT}"}
+    blocks = {"anyOf": [block, {"type": "array", "items": block}]}
+    top["properties"]["stages"] = in_block | {"properties": in_block["properties"] | {REPEAT: blocks}}
     top["$defs"] = definitions
     return top
 
