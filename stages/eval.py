@@ -41,6 +41,9 @@ class EvalConfig(StageConfig):
     match: Literal["exact", "number"] | None = field(
         None, "exact_match: an answer is right by its text, or by its last number; not measured unless set"
     )
+    matched_by: Literal["kl", "flops"] | None = field(
+        None, "compare each variant of a stage with another stage's that is nearest in KL from the baseline or in FLOPs"
+    )
     tasks: tuple[TaskName, ...] | None = field(None, "what to measure; all that applies unless set")
     held_out: float = field(0.05, "share of rows of files that is held out: as the stages that trained on them", gt=0)
     documents: int = field(200, "for bits per byte", unit="documents", gt=0)
@@ -64,17 +67,26 @@ def run(config: EvalConfig, inputs: dict[str, Any], out: Path, runtime: Runtime)
     import math
     from dataclasses import asdict
 
+    from pipeline.evals.export import lines_of, write_csv, write_latex
     from pipeline.evals.results import write_jsonl
     from pipeline.evals.runner import evaluate
+    from pipeline.evals.variants import compare, variants
 
     # 1. what is measured, and on what
     plan = _plan(config, inputs, runtime)
 
     # 2. every task over every model, a resumable unit each
-    results, items = evaluate(plan, runtime.checkpoints.folder / "units", runtime)
+    results, items, per_item = evaluate(plan, runtime.checkpoints.folder / "units", runtime)
 
-    # 3. the figures, and the items behind them
+    # 3. variants of one stage: over their seeds, and against each other
+    spent = {model.name: float(model.artifact.manifest.get("flops") or math.nan) for model in plan.models}
+    comparisons = compare(config.models, per_item, spent, config.matched_by, config.seed)
+
+    # 4. the figures, and the items behind them
     if runtime.is_main:
+        lines = lines_of(results, comparisons, variants(config.models), spent)
+        write_csv(out / "table.csv", lines)
+        write_latex(out / "table.tex", lines)
         write_jsonl(out / "results.jsonl", map(asdict, results))
         write_jsonl(out / "samples.jsonl", items)
     figures = {f"{row.model}.{row.task}.{row.metric}": row.value for row in results}
@@ -152,6 +164,11 @@ def _tasks(config: EvalConfig, inputs: dict[str, Any]) -> tuple[str, ...]:
         "greedy": "" if config.data else "data",
         "sampled": "" if config.data else "data",
     }
+    if config.matched_by == "kl" and (
+        "sampled" not in (config.tasks or TASKS) or lacks["sampled"] or not inputs["baseline"]
+    ):
+        mend = "add them, or match by flops"
+        raise ConfigError("matched_by: kl needs the task sampled and a baseline", where="eval", mend=mend)
     for task in config.tasks or ():
         if lacks[task]:
             raise ConfigError(f"the task {task} needs `{lacks[task]}`", where="eval", mend="set it, or leave it out")

@@ -20,6 +20,7 @@ from pipeline.data.shards import ShardWriter
 from pipeline.data.tokenizers import encode_text, train_bpe
 from pipeline.errors import ConfigError, Stopped
 from pipeline.evals import runner
+from pipeline.evals.export import read_csv
 from pipeline.model.build import save_model
 from pipeline.model.presets import Shape, build_config
 from pipeline.model.reward import build_reward_model, save_reward_model
@@ -292,3 +293,43 @@ def test_exact_match_is_measured_where_it_is_told_how(house: dict[str, Artifact]
     assert len(items) == 10
     for item in items:
         assert item["correct"] == float(item["ended"] and item["answer"].split() == item["reference"].split())
+
+
+def test_members_of_a_matrix_are_averaged_and_compared(house: dict[str, Artifact], tmp_path: Path) -> None:
+    """Two variants of two seeds, each variant two times the same two models: the difference is that of the models."""
+    own = {f"ppo@beta={beta}@seed={seed}": house[("sft", "ppo")[seed]] for beta in (1, 2) for seed in (0, 1)}
+    own["dpo"] = house["ppo"]
+    models = {
+        name: replace(each, fingerprint=name, manifest={"stage": "ppo", "flops": 1e9 * place})
+        for place, (name, each) in enumerate(own.items())
+    }
+    out = tmp_path / "out"
+    measure(house | models, out, models=("sft", *models), tasks=("multiple_choice", "sampled"), matched_by="kl")
+    table = read_csv(out / "table.csv")
+    assert {(line["kind"], line["model"], line["against"]) for line in table} == {
+        *(("model", name, "") for name in ("sft", *models)),
+        *(("mean", f"ppo@beta={beta}", "") for beta in (1, 2)),
+        ("difference", "ppo@beta=2", "ppo@beta=1"),
+        ("matched", "dpo", "ppo@beta=1"),  # as near as the other one, and before it
+    }
+    for line in table:
+        if line["kind"] == "model":
+            assert line["value"] == value(out, line["model"], line["task"], line["metric"])
+        elif line["kind"] == "mean":
+            both = [value(out, f"{line['model']}@seed={seed}", line["task"], line["metric"]) for seed in (0, 1)]
+            assert line["value"] == pytest.approx(sum(both) / 2)
+            assert line["seeds_high"] - line["seeds_low"] == pytest.approx(12.7062 * abs(both[0] - both[1]))
+        elif line["kind"] == "difference":
+            assert [line[key] for key in ("value", "seeds_low", "seeds_high", "low", "high")] == [0.0] * 5
+    flops = {(line["kind"], line["model"]): line["flops"] for line in table}
+    assert flops["mean", "ppo@beta=2"] == 2.5e9
+    assert flops["model", "ppo@beta=1@seed=0"] is None, "a stage that counts none"
+    kls = {line["model"]: line["kl"] for line in table}
+    assert kls["ppo@beta=1"] == pytest.approx(kls["dpo"] / 2, abs=0.01), "one of the two is the baseline's model"
+    assert (out / "table.tex").read_text().count("\\begin{tabular}") == 2
+
+
+def test_a_match_in_kl_needs_what_measures_it(house: dict[str, Artifact], tmp_path: Path) -> None:
+    for fields in ({"tasks": ("greedy",)}, {"baseline": None}, {"data": None, "tasks": ("bits_per_byte",)}):
+        with pytest.raises(ConfigError, match="matched_by: kl needs the task sampled and a baseline"):
+            measure(house, tmp_path / "out", matched_by="kl", **fields)

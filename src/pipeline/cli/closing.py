@@ -32,12 +32,22 @@ def close(session: Session, standings: dict[str, Standing], names: list[str], ra
 
 
 def _print_table(standing: Standing, console: Console) -> None:
-    from pipeline.evals.table import render_table
+    from pipeline.evals.export import read_csv
+    from pipeline.evals.table import render_comparisons, render_table
 
     assert standing.artifact is not None
-    lines = (standing.artifact.path / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    console.print(render_table([json.loads(line) for line in lines]))
+    folder = standing.artifact.path
+    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    table = (
+        read_csv(folder / "table.csv") if (folder / "table.csv").exists() else []
+    )  # a stage of one's own writes none
+    flops = {line["model"]: line["flops"] for line in table if line["kind"] == "model"}
+    console.print(render_table([json.loads(line) for line in lines], flops=flops, width=console.width))
     console.print()
+    for kind in ("mean", "difference", "matched"):
+        if any(line["kind"] == kind for line in table):
+            console.print(render_comparisons(table, kind, width=console.width))
+            console.print()
 
 
 def _next(session: Session, standings: dict[str, Standing]) -> list[str]:

@@ -19,7 +19,7 @@ from pipeline.data.shards import TokenFile
 from pipeline.data.tokenizers import encode_text, load_tokenizer
 from pipeline.evals import statistics
 from pipeline.evals.likelihood import Request
-from pipeline.evals.statistics import Estimate
+from pipeline.evals.statistics import Estimate, PerItem
 from pipeline.evals.subject import Subject
 from pipeline.model.held_out import choose_documents
 
@@ -59,3 +59,8 @@ def figures(items: Sequence[Item], seed: int) -> dict[str, Estimate]:
     """bits_per_byte, over documents."""
     bits = [item["nats"] / math.log(2) for item in items]
     return {"bits_per_byte": statistics.ratio(bits, [item["bytes"] for item in items], seed)}
+
+
+def per_item(items: Sequence[Item]) -> PerItem:
+    """Bits and bytes of every document."""
+    return {"bits_per_byte": {item["item"]: (item["nats"] / math.log(2), item["bytes"]) for item in items}}

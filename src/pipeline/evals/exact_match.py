@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pipeline.evals import samples, statistics
-from pipeline.evals.statistics import Estimate
+from pipeline.evals.statistics import Estimate, PerItem
 from pipeline.evals.subject import Subject
 from pipeline.rl import verifiable
 
@@ -46,3 +46,9 @@ def figures(items: Sequence[Item], baseline: Sequence[Item] | None, seed: int) -
         ours, others = zip(*pairs, strict=True) if pairs else ((), ())
         found["difference"] = statistics.paired_difference(ours, others, seed)
     return found
+
+
+def per_item(items: Sequence[Item]) -> PerItem:
+    """Whether each prompt is answered right, and the answer's length and end."""
+    columns = {"accuracy": "correct", "length": "length", "ended": "ended"}
+    return {name: {item["item"]: (float(item[key]), 1.0) for item in items} for name, key in columns.items()}

@@ -22,7 +22,7 @@ from pipeline.data.pydocs import Question
 from pipeline.data.tokenizers import encode_text
 from pipeline.evals import statistics
 from pipeline.evals.likelihood import Request
-from pipeline.evals.statistics import Estimate, Floats
+from pipeline.evals.statistics import Estimate, Floats, PerItem
 from pipeline.evals.subject import Subject, chat_request
 
 Item = dict[str, Any]
@@ -91,6 +91,18 @@ def figures(items: Sequence[Item], baseline: Sequence[Item] | None, seed: int) -
         theirs = (_pmi(baseline, "named") == answer_N).astype(float)
         found["pmi_difference"] = statistics.paired_difference(correct, theirs, seed)
     return found
+
+
+def per_item(items: Sequence[Item]) -> PerItem:
+    """Whether each question is right, by its place: the same questions are put to every model."""
+    answer_N = np.array([item["answer"] for item in items])
+    named_NK = _matrix(items, "named")
+    taken = {
+        "pmi": _pmi(items, "named"),
+        "acc": named_NK.argmax(1),
+        "acc_norm": (named_NK / _matrix(items, "bytes")).argmax(1),
+    }
+    return {name: {i: (float(hit), 1.0) for i, hit in enumerate(taken[name] == answer_N)} for name in taken}
 
 
 def _matrix(items: Sequence[Item], key: str) -> Floats:

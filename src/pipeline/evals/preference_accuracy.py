@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.evals.pairs import Row, Scorer, accuracies, describe
-from pipeline.evals.statistics import Estimate
+from pipeline.evals.statistics import Estimate, PerItem
 from pipeline.evals.subject import Subject, chat_request
 
 Item = dict[str, Any]
@@ -41,6 +41,13 @@ def figures(items: Sequence[Item], reference: Sequence[Item], length_only: Score
     both = [item for item in items if item["item"] in theirs]
     margins = [_margin(item) - _margin(theirs[item["item"]]) for item in both]
     return accuracies(margins, both, length_only, seed)
+
+
+def per_item(items: Sequence[Item], reference: Sequence[Item]) -> PerItem:
+    """Whether each row is right; a tie is a half."""
+    theirs = {item["item"]: item for item in reference}
+    margins = {item["item"]: _margin(item) - _margin(theirs[item["item"]]) for item in items if item["item"] in theirs}
+    return {"accuracy": {item: ((margin > 0) + 0.5 * (margin == 0), 1.0) for item, margin in margins.items()}}
 
 
 def _margin(item: Item) -> float:

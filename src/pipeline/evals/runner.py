@@ -28,8 +28,9 @@ from pipeline.evals import (
     samples,
 )
 from pipeline.evals.results import Result
-from pipeline.evals.statistics import Estimate
+from pipeline.evals.statistics import Estimate, PerItem
 from pipeline.evals.subject import Subject, is_chat, load_subject
+from pipeline.evals.variants import Found
 from pipeline.model.reward import RewardModel, load_reward_model
 
 if TYPE_CHECKING:
@@ -104,8 +105,9 @@ def _tasks_of(plan: Plan, model: Model) -> list[str]:
     return [task for task in plan.tasks if task in possible and (task != "preference_accuracy" or plan.baseline)]
 
 
-def evaluate(plan: Plan, folder: Path, runtime: Runtime) -> tuple[list[Result], list[Item]]:
-    """All figures, and all items behind them, each with its model and task. Every rank returns the same.
+def evaluate(plan: Plan, folder: Path, runtime: Runtime) -> tuple[list[Result], list[Item], Found]:
+    """All figures, all items behind them, each with its model and task, and what the models' figures are item by item.
+    Every rank returns the same.
 
     folder: where the units' files are kept and looked for.
     """
@@ -134,7 +136,12 @@ def evaluate(plan: Plan, folder: Path, runtime: Runtime) -> tuple[list[Result], 
         for unit in reported
         for item in found[unit.model.name, unit.task]
     ]
-    return results, items
+    per_item: dict[str, dict[str, PerItem]] = {model.name: {} for model in plan.models}
+    for unit in reported:
+        if unit.task != "reward_accuracy":  # the reward model's, which is one
+            name, task = unit.model.name, unit.task
+            per_item[name][task] = _per_item(task, found[name, task], _baselines(plan, unit, found))
+    return results, items, per_item
 
 
 def _work(plan: Plan, todo: Sequence[tuple[Unit, Path]], total: int, runtime: Runtime) -> None:
@@ -245,12 +252,29 @@ class Scorers:
 
 def _results(plan: Plan, unit: Unit, found: dict[tuple[str, str], list[Item]]) -> Iterator[Result]:
     items = found[unit.model.name, unit.task]
-    baseline = None
-    if plan.baseline is not None and unit.model.name != plan.baseline.name:
-        baseline = found.get((plan.baseline.name, unit.task))
-    for metric, estimate in _figures(plan, unit.task, items, baseline).items():
+    for metric, estimate in _figures(plan, unit.task, items, _baselines(plan, unit, found)).items():
         figure = (estimate.value, estimate.low, estimate.high, estimate.n)
         yield Result(unit.model.name, unit.model.artifact.fingerprint, unit.task, metric, *figure)
+
+
+def _baselines(plan: Plan, unit: Unit, found: dict[tuple[str, str], list[Item]]) -> list[Item] | None:
+    """The baseline's items of the unit's task; None for the baseline itself."""
+    if plan.baseline is None or unit.model.name == plan.baseline.name:
+        return None
+    return found.get((plan.baseline.name, unit.task))
+
+
+def _per_item(task: str, items: list[Item], baseline: list[Item] | None) -> PerItem:
+    """The figures of one unit, item by item, of those that are a mean or a ratio of sums."""
+    if task == "bits_per_byte":
+        return bits_per_byte.per_item(items)
+    if task == "multiple_choice":
+        return multiple_choice.per_item(items)
+    if task == "preference_accuracy":
+        return preference_accuracy.per_item(items, baseline) if baseline is not None else {}
+    if task == "exact_match":
+        return exact_match.per_item(items)
+    return samples.per_item(items)
 
 
 def _figures(plan: Plan, task: str, items: list[Item], baseline: list[Item] | None) -> dict[str, Estimate]:

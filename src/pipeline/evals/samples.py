@@ -25,7 +25,7 @@ from pipeline.data.chat import encode_prompt, stop_token_id
 from pipeline.data.pydocs import gold
 from pipeline.evals import statistics
 from pipeline.evals.likelihood import Request
-from pipeline.evals.statistics import Estimate
+from pipeline.evals.statistics import Estimate, PerItem
 from pipeline.evals.subject import Subject
 from pipeline.model.generation import GREEDY, Generation, Sampling, draw_uniforms, generate
 
@@ -115,4 +115,15 @@ def figures(items: Sequence[Item], baseline: Sequence[Item] | None, seed: int) -
     if "reward" in found:
         both = np.array([[a["reward"], b["reward"]] for a, b in pairs]).reshape(-1, 2)
         found["reward_sd"] = statistics.standardised_difference(both[:, 0], both[:, 1], seed)
+    return found
+
+
+def per_item(items: Sequence[Item]) -> PerItem:
+    """What each answer is worth, its length and end, and the samples' log-ratio to the baseline."""
+    found: dict[str, dict[int, tuple[float, float]]] = {}
+    for name in ("length", "ended", "gold", "reward"):
+        if items and name in items[0]:
+            found[name] = {item["item"]: (float(item[name]), 1.0) for item in items}
+    if items and "baseline_logprob" in items[0]:
+        found["kl"] = {item["item"]: (item["logprob"] - item["baseline_logprob"], 1.0) for item in items}
     return found

@@ -5,19 +5,23 @@ interval runs between the percentiles of what came out. Where two models answer 
 together (paired), so that what is hard for both cancels. Everything is seeded: the same items give the same
 interval.
 
-Shapes: N items, R resamples.
+Over a few seeds a bootstrap would be too narrow: there the interval is Student's, with the seeds' own spread.
+
+Shapes: N items, R resamples, S seeds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+PerItem = Mapping[str, Mapping[int, tuple[float, float]]]
+"""Metric -> item -> (numerator, denominator): the metric is the sum over items of the one by that of the other."""
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -94,6 +98,49 @@ def standardised_difference(values_N: npt.ArrayLike, others_N: npt.ArrayLike, se
         return np.asarray((a - b).mean(-1) / np.where(spread > 0, spread, np.nan))
 
     return bootstrap(statistic, values_N, others_N, seed=seed)
+
+
+def ratio_difference(
+    values_N: npt.ArrayLike,
+    weights_N: npt.ArrayLike,
+    others_N: npt.ArrayLike,
+    their_weights_N: npt.ArrayLike,
+    seed: int,
+) -> Estimate:
+    """Sum of values over sum of weights, minus the same of the others, over the same items."""
+    arrays = (values_N, weights_N, others_N, their_weights_N)
+    return bootstrap(lambda a, v, b, w: a.sum(-1) / v.sum(-1) - b.sum(-1) / w.sum(-1), *arrays, seed=seed)
+
+
+def over_seeds(values_S: npt.ArrayLike) -> Estimate:
+    """Mean over training seeds with Student's interval: mean ± t(0.975, S - 1) sd / sqrt(S); n is S.
+
+    The ends are NaN for fewer than two seeds, where nothing tells their spread.
+    """
+    values = np.asarray(values_S, dtype=np.float64)
+    n = len(values)
+    if n < 2:
+        return Estimate(float(values[0]) if n else math.nan, math.nan, math.nan, n)
+    half = student_t(n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
+    middle = float(values.mean())
+    return Estimate(middle, middle - half, middle + half, n)
+
+
+_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+
+
+def student_t(freedom: int) -> float:
+    """The 97.5 % quantile of Student's distribution; from 11 degrees of freedom on by Fisher's expansion (to 2e-4)."""
+    assert freedom >= 1
+    if freedom <= len(_STUDENT):
+        return _STUDENT[freedom - 1]
+    z = 1.959964
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum((term / freedom**power for power, term in enumerate(terms, 1)), 0.0)
 
 
 def wins(values_N: npt.ArrayLike, others_N: npt.ArrayLike) -> Floats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -34,24 +35,119 @@ HEADLINES = {
 }
 
 
-def render_table(results: Sequence[Row], *, details: bool = False) -> Table:
+PAIRS = 6
+"""Differences within a stage that the terminal shows, at most; where there are more, those against the first."""
+MATCHED = {"kl": "nearest in KL", "flops": "nearest in FLOPs"}
+
+Lines = list[tuple[str, list[str]]]
+"""(label, a cell a column)."""
+
+
+def render_table(
+    results: Sequence[Row],
+    *,
+    details: bool = False,
+    flops: Mapping[str, float | None] | None = None,
+    width: int = 120,
+) -> Group:
     """Figures down, models across, each with half the width of its interval. `results`: rows of results.jsonl.
 
-    The headlines only, kinds of negative included; with `details` every figure there is.
+    The headlines only, kinds of negative included; with `details` every figure there is. `flops`: of each model's
+    training, None where it is not known. What does not fit the width is put below.
     """
     models = list(dict.fromkeys(result["model"] for result in results))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("held out, ± 95 %")
-    for model in models:
-        table.add_column(model, justify="right", no_wrap=True)
     cells: dict[tuple[str, str], dict[str, Row]] = {}
     for result in results:
         cells.setdefault((result["task"], result["metric"]), {})[result["model"]] = result
+    lines: Lines = []
     for key in _order(list(cells), details):
         label, digits, factor = _style(*key)
         row = cells[key]
-        table.add_row(label, *(_cell(row[m], digits, factor) if m in row else "" for m in models))
-    return table
+        lines.append((label, [_cell(row[m], digits, factor) if m in row else "" for m in models]))
+    if flops and any(flops.values()):
+        lines.append(("training FLOPs", [_flops(flops.get(model)) for model in models]))
+    return _tables("held out, ± 95 %", [_folded(model) for model in models], lines, width)
+
+
+def render_comparisons(rows: Sequence[Row], kind: str, *, width: int = 120) -> Group:
+    """Headlines down; variants, or pairs of them, across, each with half its interval over seeds and over items.
+
+    rows: of table.csv. kind: mean, difference or matched.
+    """
+    shown = [row for row in rows if row["kind"] == kind]
+    everything = across = list(dict.fromkeys((row["model"], row["against"]) for row in shown))
+    if kind == "difference" and len(across) > PAIRS:
+        firsts = {model.partition("@")[0]: against for model, against in reversed(across)}
+        across = [pair for pair in across if pair[1] == firsts[pair[0].partition("@")[0]]]
+    cells = {((row["task"], row["metric"]), (row["model"], row["against"])): row for row in shown}
+    lines: Lines = []
+    for key in _order(list(dict.fromkeys(key for key, _ in cells)), details=False):
+        label, digits, factor = _style(*key)
+        found = [cells.get((key, pair)) for pair in across]
+        lines.append((label, ["" if row is None else _both(row, digits, factor) for row in found]))
+    known = {(row["model"], row["against"]): row for row in shown}
+    for label, name, style in (("KL of both, nats", "kl", ".2f"), ("training FLOPs", "flops", ".3g")):
+        sides = (name, f"against_{name}") if kind != "mean" else (name,) if name == "flops" else ()
+        costs = [[known[pair][side] for side in sides] for pair in across]
+        if any(value is not None for pair in costs for value in pair):
+            lines.append((label, [", ".join("–" if v is None else f"{v:{style}}" for v in pair) for pair in costs]))
+    heads = [_folded(model) + (f"\n− {_folded(against)}" if against else "") for model, against in across]
+    what = {"mean": "mean over seeds", "difference": "difference"}.get(kind) or MATCHED[shown[0]["nearest"]]
+    left = len(everything) - len(across)
+    return _tables(f"{what},\n± 95 % over seeds | items", heads, lines, width, f"{left} more in table.csv" * (left > 0))
+
+
+def _tables(title: str, heads: Sequence[str], lines: Lines, width: int, note: str = "") -> Group:
+    """As many columns beside each other as fit, the others below, under the same labels."""
+    labels = max(len(line) for text in (title, *(label for label, _ in lines)) for line in text.split("\n"))
+    columns = [[*head.split("\n"), *(cells[i] for _, cells in lines)] for i, head in enumerate(heads)]
+    wide = [2 + max(map(len, column)) for column in columns]
+    tables: list[Table | str] = []
+    start = 0
+    while start < len(heads):
+        end = start + 1
+        while end < len(heads) and labels + sum(wide[start : end + 1]) <= width:
+            end += 1
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column(title, no_wrap=True)
+        for head in heads[start:end]:
+            table.add_column(head, justify="right", no_wrap=True)
+        for label, cells in lines:
+            if any(cells[start:end]):
+                table.add_row(label, *cells[start:end])
+        tables += [""] * bool(tables) + [table]
+        start = end
+    return Group(*tables, *[note] * bool(note))
+
+
+def _folded(model: str) -> str:
+    """A name that a recipe's `repeat:` or `matrix:` made, a line for each of its parts, two for a long one."""
+    first, *parts = model.split("@")
+    return "\n@".join([first, *(part.replace("=", "\n=") if len(part) > 16 else part for part in parts)])
+
+
+def _flops(value: float | None) -> str:
+    return f"{value:.3g}" if value else ""
+
+
+def _both(line: Row, digits: int, factor: int) -> str:
+    """`+1.2 ± 0.8 | 0.5`; a dash where there are no two seeds."""
+    if line["value"] is None:
+        return "–"
+    sign = "" if line["kind"] == "mean" else "+"
+    ends = [(line["seeds_low"], line["seeds_high"]), (line["low"], line["high"])]
+    halves = ["–" if low is None else f"{factor * (high - low) / 2:.{digits}f}" for low, high in ends]
+    return f"{factor * line['value']:{sign}.{digits}f} ± {halves[0]} | {halves[1]}"
+
+
+def full_label(task: str, metric: str) -> str:
+    """The label of a headline where it stands alone: `gold (greedy): against baseline, %`."""
+    above = ""
+    for key, (label, _, _) in HEADLINES.items():
+        above = above if label.startswith(" ") else label
+        if key == (task, metric):
+            return label if label == above else f"{above.removesuffix(', %')}: {label.strip()}"
+    raise AssertionError(f"{task}.{metric} is no headline")
 
 
 def _order(keys: Sequence[tuple[str, str]], details: bool) -> list[tuple[str, str]]:
