@@ -21,7 +21,7 @@ LAYERS = [
     {"artifacts", "roles", "reading", "unroll", "usercode", "progress", "trainer_config", "reward_config"},
     {"data", "model", "rl", "evals", "checkpoint", "runtime", "trainer", "schedule", "hardware"},
     {"stages"},
-    {"graph", "fingerprint", "lineage", "launch", "plan", "report"},
+    {"graph", "paths", "fingerprint", "lineage", "launch", "plan", "report"},
     {"cli"},
 ]
 """Each may import what stands in its own line and above; `stages` only itself (a stage never imports a stage), and

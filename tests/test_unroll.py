@@ -308,9 +308,9 @@ def test_a_block_is_its_stages_round_by_round(folder: Path):
 
 def test_every_round_draws_anew_unless_it_is_told_a_seed(folder: Path):
     nodes = recipe(folder, ROUNDS).nodes
-    assert [nodes[f"dpo@{k}"].config.seed for k in (1, 2, 3)] == [7, 8, 9]
+    assert [nodes[f"dpo@{k}"].config.seed for k in (1, 2, 3)] == [7, 1007, 2007]
     assert nodes["dpo@1"].origins["seed"].endswith("r.yaml:1")
-    assert nodes["dpo@3"].origins["seed"].endswith("r.yaml:1 + 2, round 3")
+    assert nodes["dpo@3"].origins["seed"].endswith("r.yaml:1 + 2000, round 3")
     nodes = recipe(folder, ROUNDS, "repeat.stages.dpo.seed=4").nodes
     assert [nodes[f"dpo@{k}"].config.seed for k in (1, 2, 3)] == [4, 4, 4]
 
@@ -454,6 +454,81 @@ def test_a_matrix_in_a_block(folder: Path):
         f"dpo@{k}@seed={s}" for k in (1, 2, 3) for s in (1, 2)
     ]
     assert nodes["eval"].inputs["models"] == ("sft", *(f"dpo@{k}@seed={s}" for k in (1, 3) for s in (1, 2)))
+
+
+CHAINS = ROUNDS.replace("    times: 3\n", "    times: 2\n    matrix: {dpo.beta: [0.1, 0.2], seed: [0, 1]}\n")
+
+
+def test_a_matrix_of_a_block_is_a_chain_of_rounds_a_combination(folder: Path):
+    nodes: dict[str, Any] = dict(recipe(folder, CHAINS).nodes)
+    ends = [f"@dpo.beta={beta}@seed={seed}" for beta in (0.1, 0.2) for seed in (0, 1)]
+    assert [n for n in nodes if "@" in n] == [f"{n}@{k}{end}" for k in (1, 2) for end in ends for n in ("label", "dpo")]
+    for end, beta, seed in zip(ends, (0.1, 0.1, 0.2, 0.2), (0, 1, 0, 1), strict=True):
+        assert nodes[f"label@1{end}"].parents(nodes) == ["sft"]
+        assert nodes[f"label@2{end}"].parents(nodes) == [f"dpo@1{end}"]
+        assert nodes[f"dpo@2{end}"].parents(nodes) == [f"dpo@1{end}", f"label@2{end}", f"label@1{end}"]
+        for turn in (1, 2):
+            assert nodes[f"dpo@{turn}{end}"].config.beta == beta
+            assert (
+                nodes[f"dpo@{turn}{end}"].config.seed
+                == nodes[f"label@{turn}{end}"].config.seed
+                == seed + 1000 * (turn - 1)
+            )
+    assert nodes[f"dpo@2{ends[0]}"].origins["beta"].endswith("r.yaml:8")
+    assert nodes["eval"].inputs["models"] == ("sft", *(f"dpo@{turn}{end}" for turn in (1, 2) for end in ends))
+    whole = recipe(folder, CHAINS)
+    assert whole.select("dpo@1@seed=1") == tuple(f"dpo@1{end}" for end in ends if end.endswith("1"))
+    assert whole.select("dpo@dpo.beta=0.2@seed=0") == (f"dpo@2{ends[2]}",)
+
+
+def test_a_stage_with_a_matrix_in_a_block_with_one(folder: Path):
+    text = CHAINS.replace("      dpo:\n", "      dpo:\n        matrix: {max_steps: [3, 4]}\n").replace(
+        " policy}", " sft}"
+    )
+    text = text.replace("init: policy", "init: sft").replace("dpo.beta: [0.1, 0.2], ", "")
+    nodes = recipe(folder, text.replace("then: dpo}", "then: label}")).nodes
+    assert [name for name in nodes if name.startswith("dpo@2")] == [
+        f"dpo@2@max_steps={steps}@seed={seed}" for seed in (0, 1) for steps in (3, 4)
+    ]
+    assert nodes["dpo@2@max_steps=4@seed=1"].parents(nodes) == ["sft", "label@2@seed=1", "label@1@seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "at", "what"),
+    [
+        ("dpo.beta", "beta", 8, "`matrix.beta`: a block's matrix is of `seed` and of its stages' fields"),
+        ("dpo.beta", "sft.beta", 8, "`matrix.sft.beta`: a block's matrix is of `seed` and of its stages' fields"),
+        ("dpo.beta", "dpo", 8, "`dpo` is set, and in the matrix too"),
+        ("dpo.beta", "dpo.bta", 8, "unknown key `bta`; did you mean `beta`?"),
+        ("[0, 1]", "[x, 1]", 8, "`seed`: input should be a valid integer"),
+        ("[0, 1]", "[]", 8, "`matrix.seed` is empty"),
+        ("{dpo.beta: [0.1, 0.2], seed: [0, 1]}", "{}", 8, "`matrix` is a mapping of fields to lists"),
+        ("{dpo.beta: [0.1, 0.2], seed: [0, 1]}", "[1]", 8, "`matrix` is a mapping of fields to lists"),
+        (
+            "        init: policy\n",
+            "        init: policy\n        beta: 3.0\n",
+            8,
+            "`dpo.beta` is set, and in the matrix",
+        ),
+        (
+            "        init: policy\n",
+            "        init: policy\n        seed: 3\n",
+            8,
+            "`seed` of `dpo` is set, and in the block's",
+        ),
+        (
+            "        init: policy\n",
+            "        init: policy\n        matrix: {beta: [3.0]}\n",
+            8,
+            "`beta` of `dpo` is set, and in the block's matrix too",
+        ),
+    ],
+)
+def test_a_matrix_of_a_block_that_cannot_be_is_refused(folder: Path, old: str, new: str, at: int, what: str):
+    assert old in CHAINS
+    error = refused(folder, CHAINS.replace(old, new, 1))
+    assert what in error.what
+    assert line(error) == at
 
 
 def test_a_recipe_without_them_is_as_it_was(folder: Path):

@@ -7,8 +7,7 @@ unknown stages, unknown references, kinds that do not fit, cycles, missing files
 from __future__ import annotations
 
 import copy
-import glob
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -18,24 +17,22 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from pipeline.artifacts import Store, tokenizer_hash
-from pipeline.data.sources import BUILT_IN, HUB
 from pipeline.errors import ArtifactError, MissingInputError, RecipeError
+from pipeline.paths import absolute_paths, written_by
 from pipeline.reading import Document, Key, meant, validate
 from pipeline.recipe import (
     NAME,
     STAGE_NAME,
     USER_CODE,
-    DataEntry,
     Section,
     Stage,
     StageConfig,
     field,
-    is_data,
     is_section_list,
     preset_of,
 )
 from pipeline.roles import NO_TOKENIZER, TOKENIZER, fits, input_of, rows_of
-from pipeline.unroll import meaning
+from pipeline.unroll import SEEDS_A_ROUND, meaning
 
 LoadStage = Callable[[str, Path], Stage]
 """(type as the recipe wrote it, folder its path starts at) -> the stage; raises RecipeError's parents."""
@@ -116,7 +113,9 @@ def build(document: Document, load_stage: LoadStage, store: Store) -> Recipe:
         raise RecipeError("no stages", where=document.place("stages"))
     rows = {name: str(rows_of(store, top.run, name)) for name, stage in stages.items() if stage.kind == "rows"}
     nodes = {name: _node(document, name, stages, top.seed, store, rows) for name in stages}
-    nodes = {name: replace(node, rows=_written(node, rows)) for name, node in _inherit(document, nodes).items()}
+    nodes = {
+        name: replace(node, rows=written_by(node.config, rows)) for name, node in _inherit(document, nodes).items()
+    }
     recipe = Recipe(document.name, top.run, top.seed, _ordered(document, nodes), document)
     for node in recipe.nodes.values():
         _check_tokenizers(document, recipe, node, store)
@@ -146,10 +145,11 @@ def _node(
     }
     if "seed" not in values:
         scope = document.scopes.get(name)
-        turn = 1 if scope is None or scope.turn is None else scope.turn  # another round is another draw
-        config = config.model_copy(update={"seed": seed + turn - 1})
+        turn = 1 if scope is None or scope.turn is None else scope.turn
+        more = SEEDS_A_ROUND * (turn - 1)  # another round is another draw
+        config = config.model_copy(update={"seed": seed + more})
         origins["seed"] = document.place("seed") if "seed" in document.values else "default"
-        origins["seed"] += f" + {turn - 1}, round {turn}" if turn > 1 else ""
+        origins["seed"] += f" + {more}, round {turn}" if more else ""
     inputs: dict[str, tuple[str, ...]] = {}
     is_list: dict[str, bool] = {}
     updates: dict[str, Any] = {}
@@ -177,7 +177,7 @@ def _node(
             inputs[role] = tuple(ref for ref in resolved if not USER_CODE.fullmatch(ref))
             updates[role] = resolved if is_list[role] else (resolved[0] if resolved else None)
     config = config.model_copy(update=updates)
-    config = config.model_copy(update=_paths(document, key, config, rows, stage.inputs))
+    config = config.model_copy(update=absolute_paths(document, key, config, rows, stage.inputs))
     return Node(name, stage, config, inputs, is_list, origins)
 
 
@@ -305,77 +305,6 @@ def _check_outside(role: str, ref: str, kind: str, store: Store, where: str) -> 
 def _check_kind(what: str, found: str, kind: str, where: str) -> None:
     if not fits(kind, found):
         raise RecipeError(f"{what} {found}", where=where, mend=NO_TOKENIZER if kind == TOKENIZER else "")
-
-
-def _written(node: Node, rows: Mapping[str, str]) -> dict[str, str]:
-    """Of the node's data sources those that a stage writes, with that stage; `rows`: stage -> the file it writes."""
-    stage_of = {path: name for name, path in rows.items()}
-    fields = [name for name in type(node.config).model_fields if is_data(type(node.config), name)]
-    sources = [entry.source for name in fields for entry in getattr(node.config, name) or ()]
-    return {source: stage_of[source] for source in sources if source in stage_of}
-
-
-def _paths(
-    document: Document, key: Key, config: BaseModel, rows: Mapping[str, str], roles: Collection[str] = ()
-) -> dict[str, Any]:
-    """The config's data entries and user files, those of its sections too, with absolute paths.
-
-    `rows`: stage of the recipe -> the file of rows that it writes. Raises MissingInputError where nothing is there.
-    """
-    updates: dict[str, Any] = {}
-    for name in type(config).model_fields:
-        value, place = getattr(config, name), (*key, name)
-        if is_data(type(config), name) and value:
-            updates[name] = tuple(
-                found for i, entry in enumerate(value) for found in _entries(document, (*place, i), entry, rows)
-            )
-        elif isinstance(value, BaseModel):
-            updates[name] = value.model_copy(update=_paths(document, place, value, rows))
-        elif is_section_list(value):
-            updates[name] = tuple(
-                section.model_copy(update=_paths(document, (*place, i), section, rows))
-                for i, section in enumerate(value)
-            )
-        elif isinstance(value, str) and USER_CODE.fullmatch(value) and name not in roles:
-            file, _, member = value.rpartition(":")
-            updates[name] = f"{_file(document, place, file)}:{member}"
-        elif isinstance(value, Path):
-            updates[name] = _file(document, place, str(value))
-    return updates
-
-
-def _file(document: Document, key: Key, file: str) -> Path:
-    base = Path.cwd() if document.is_set(*key) else document.base
-    path = (base / file).resolve()
-    if not path.is_file():
-        raise MissingInputError(f"`{key[-1]}`: no file {path}", where=document.place(*key))
-    return path
-
-
-def _entries(document: Document, key: Key, entry: DataEntry, rows: Mapping[str, str]) -> Iterator[DataEntry]:
-    """The entry as it is meant in its stage: with a name of its round, or one for each of several stages of rows."""
-    found = meaning(document, str(key[1]), entry.source)
-    is_rows = all(source in rows for source in found)
-    is_outside = found[0] not in document.values["stages"]  # what `carry` names, or a path as it was written
-    for source in found if is_rows or is_outside else (entry.source,):
-        yield _entry(document, key, entry.model_copy(update={"source": source}), rows)
-
-
-def _entry(document: Document, key: Key, entry: DataEntry, rows: Mapping[str, str]) -> DataEntry:
-    if entry.source in BUILT_IN or entry.source.startswith(HUB):
-        return entry
-    where = document.place(*key, "source")
-    base = Path.cwd() if document.is_set(*key, "source") else document.base
-    path = str((base / Path(entry.source).expanduser()).absolute())
-    if entry.source in rows:
-        if Path(path).exists():
-            what = f"`{entry.source}` is a stage of the recipe and a file beside it"
-            raise RecipeError(what, where=where, mend=f"./{entry.source} for the file, or another name for the stage")
-        return entry.model_copy(update={"source": rows[entry.source]})
-    if not Path(path).exists() and not glob.glob(path, recursive=True):
-        mend = f"hub:{entry.source} for a dataset of the hub" if entry.source.count("/") == 1 else ""
-        raise MissingInputError(f"no file or folder {path}", where=where, mend=mend)
-    return entry.model_copy(update={"source": path})
 
 
 def _inherit(document: Document, nodes: dict[str, Node]) -> dict[str, Node]:

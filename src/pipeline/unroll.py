@@ -5,6 +5,8 @@
     dpo: {matrix: {seed: [0, 1], beta: [0.05, 0.1]}, init: sft}
                                         → dpo@beta=0.05@seed=0, dpo@beta=0.05@seed=1, dpo@beta=0.1@seed=0, …
 
+A block may have a matrix too: each combination is a chain of rounds of its own (`dpo@2@seed=1` after `dpo@1@seed=1`).
+
 A name is the stage's own, then `@round`, then `@field=value` by the fields' names, the seed last: the order in which a
 matrix is written does not count, so that what stands goes on standing. `@` is in no name that a user writes. Every
 value keeps its file and line. Which stages a reference means is `meaning`; the graph asks it with what it resolves.
@@ -25,8 +27,14 @@ from pipeline.reading import Document, Key, Scope, assign_to, meant, validate
 from pipeline.recipe import LONGEST_NAME, Section, field
 
 REPEAT, MATRIX, SEED = "repeat", "matrix", "seed"
+SEEDS_A_ROUND = 1000
+"""What a round adds to a seed: more than anyone counts seeds, so that no round draws as another seed's does."""
 LABEL = re.compile(r"[A-Za-z0-9._+-]+")
 NO_AT = "`@` stands in the names that `repeat:` and `matrix:` make alone"
+
+
+Variant = dict[str, tuple[str, Any, Key]]
+"""Field -> (label, value, key of the value in the recipe as written)."""
 
 
 class Carry(Section):
@@ -41,6 +49,9 @@ class Repeat(Section):
 
     times: int = field(..., "rounds", unit="rounds", ge=1)
     carry: dict[str, Carry] = field({}, "name -> what it means in the first round and in the next ones")
+    matrix: Any = field(
+        None, "`seed` of all its stages, or stage.field -> values: a chain of rounds for each combination"
+    )
     stages: dict[str, dict[str, Any] | None] = field(..., "name -> the stage's fields, as in the recipe")
 
 
@@ -59,7 +70,7 @@ def unroll(document: Document) -> Document:
             for key, block in _blocks(document, values):
                 _unroll_block(document, made, key, block)
         else:
-            _unroll_stage(document, made, ("stages", name), name, values, None, {})
+            _unroll_stage(document, made, ("stages", name), name, values, None, {}, {})
     for assignment, where in document.later:
         _assign_later(made, assignment, where)
     return made
@@ -90,11 +101,32 @@ def _unroll_block(document: Document, made: Document, key: Key, block: Repeat) -
     _check_names(document, block.stages, (*key, "stages"))
     _check_block(document, made, key, block)
     first = {name: _first(document, (*key, "carry", name), carry) for name, carry in block.carry.items()}
-    for turn in range(1, block.times + 1):
-        before = {name: f"{carry.then}@{turn - 1}" for name, carry in block.carry.items()}
-        names = {name: f"{name}@{turn}" for name in block.stages} | (first if turn == 1 else before)
+    chains = _chains(document, key, block)
+    for turn, chain in itertools.product(range(1, block.times + 1), chains):
+        labels = "".join(f"@{path}={label}" for path, (label, _, _) in chain.items())
+        before = {name: f"{carry.then}@{turn - 1}{labels}" for name, carry in block.carry.items()}
+        names = {name: f"{name}@{turn}{labels}" for name in block.stages} | (first if turn == 1 else before)
         for name, values in block.stages.items():
-            _unroll_stage(document, made, (*key, "stages", name), name, values, turn, names)
+            _unroll_stage(document, made, (*key, "stages", name), name, values, turn, names, chain)
+
+
+def _chains(document: Document, key: Key, block: Repeat) -> list[Variant]:
+    """The combinations of the block's own matrix; its fields are `seed` and `stage.field`."""
+    if block.matrix is None:
+        return [{}]
+    chains = _variants(document, (*key, MATRIX), {**block.stages, MATRIX: block.matrix})
+    for path in block.matrix:
+        stage, dot, inner = path.partition(".")
+        where = document.place(*key, MATRIX, path)
+        if path != SEED and not (dot and stage in block.stages):
+            what = f"`matrix.{path}`: a block's matrix is of `seed` and of its stages' fields"
+            raise RecipeError(what, where=where, mend=f"such as {next(iter(block.stages))}.{stage}")
+        for name, values in block.stages.items() if path == SEED else [(stage, block.stages[stage])]:
+            own = inner or SEED
+            if isinstance(values, dict) and (own in values or own in (values.get(MATRIX) or {})):
+                what = f"`{own}` of `{name}` is set, and in the block's matrix too"
+                raise RecipeError(what, where=where, mend="take one of the two out")
+    return chains
 
 
 def _check_block(document: Document, made: Document, key: Key, block: Repeat) -> None:
@@ -129,14 +161,22 @@ def _first(document: Document, key: Key, carry: Carry) -> str:
 
 
 def _unroll_stage(
-    document: Document, made: Document, key: Key, base: str, values: Any, turn: int | None, names: Mapping[str, str]
+    document: Document,
+    made: Document,
+    key: Key,
+    base: str,
+    values: Any,
+    turn: int | None,
+    names: Mapping[str, str],
+    chain: Variant,
 ) -> None:
-    """The stage written at `key`, as many as its matrix has combinations, in the round `turn`."""
+    """The stage written at `key`, as many as its matrix has combinations, in the round `turn` of `chain`."""
     is_matrix = isinstance(values, dict) and MATRIX in values
     variants = _variants(document, (*key, MATRIX), values) if is_matrix else [{}]
     written = {k: v for k, v in values.items() if k != MATRIX} if isinstance(values, dict) else values
     for variant in variants:
-        labels = {path: label for path, (label, _, _) in variant.items()}
+        given = {**chain, **variant}
+        labels = {path: given[path][0] for path in sorted(given, key=_seed_last)}
         parts = [] if turn is None else [str(turn)]
         name = "@".join([base, *parts, *(f"{path}={label}" for path, label in labels.items())])
         if len(name) > LONGEST_NAME:
@@ -152,13 +192,25 @@ def _unroll_stage(
             made.values["stages"][name] = own = {}
         if isinstance(own, dict):
             own.setdefault("stage", base)
-            for path, (_, value, origin) in variant.items():
+            for path, value, origin in [
+                *_of_chain(chain, base, turn),
+                *((p, v, o) for p, (_, v, o) in variant.items()),
+            ]:
                 _set(document, own, path, value, origin)
                 _copy_places(document, made, origin, ("stages", name, *path.split(".")))
 
 
-Variant = dict[str, tuple[str, Any, Key]]
-"""Field -> (label, value, key of the value in the recipe as written)."""
+def _of_chain(chain: Variant, base: str, turn: int | None) -> Iterator[tuple[str, Any, Key]]:
+    """(field, value, key) of what the block's matrix says of this stage; a seed is another in every round."""
+    for path, (_, value, origin) in chain.items():
+        if path == SEED and isinstance(value, int) and turn is not None:
+            yield SEED, value + SEEDS_A_ROUND * (turn - 1), origin
+        elif path == SEED or path.startswith(f"{base}."):
+            yield path.removeprefix(f"{base}."), value, origin
+
+
+def _seed_last(path: str) -> tuple[bool, str]:
+    return (path == SEED, path)
 
 
 def _variants(document: Document, key: Key, values: Mapping[str, Any]) -> list[Variant]:
@@ -171,7 +223,7 @@ def _variants(document: Document, key: Key, values: Mapping[str, Any]) -> list[V
         if path.partition(".")[0] == MATRIX or _reaches(values, path):
             what = f"`{path}` is set, and in the matrix too"
             raise RecipeError(what, where=document.place(*key, path), mend="take one of the two out")
-    fields = sorted(matrix, key=lambda path: (path == SEED, path))
+    fields = sorted(matrix, key=_seed_last)
     choices = [_choices(document, (*key, path), path, matrix[path]) for path in fields]
     return [dict(zip(fields, chosen, strict=True)) for chosen in itertools.product(*choices)]
 

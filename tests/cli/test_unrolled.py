@@ -59,7 +59,7 @@ def test_all_is_shown_by_the_names_that_are_made(toy: Any):
     found = {f"{row['stage']}.{row['field']}": (row["value"], row["from"]) for row in shown}
     assert found["next@1.init"] == ("start", "r.yaml:8")
     assert found["next@2.init"] == ("next@1", "r.yaml:8")
-    assert found["next@2.seed"] == (1, "default + 1, round 2")
+    assert found["next@2.seed"] == (1000, "default + 1000, round 2")
     assert found["wide@size=3.size"] == (3, "r.yaml:11")
     assert found["wide@size=2.seed"] == (0, "default")
     assert found["wide@size=3.seed"] == (5, "--set wide@size=3.seed=5")
@@ -106,13 +106,13 @@ def test_rounds_run_are_skipped_and_go_on(toy: Any):
     states = [line.split()[:2] for line in done.stderr.splitlines()]
     assert [name for name, state in states if state == "stands"] == NAMES[:2]
     assert [name for name, state in states if state == "done"] == NAMES[2:]
-    assert rows(toy.folder, "next@2") == ["1.0", "1.0", "1.1"]
-    assert rows(toy.folder, "wide@size=3") == ["1.0", "1.0", "1.1", "3.0"]
+    assert rows(toy.folder, "next@2") == ["1.0", "1.0", "1.1000"]
+    assert rows(toy.folder, "wide@size=3") == ["1.0", "1.0", "1.1000", "3.0"]
     more = ("--set", "repeat.times=3")
     assert runs(toy("run", "r.yaml", "--dry-run", "--json", *more)) == ["next@3", *NAMES[3:]]
     done = toy("run", "r.yaml", *more, "--set", "next@3.size=7")
     assert done.code == 0, done.stderr
-    assert rows(toy.folder, "wide@size=2") == ["1.0", "1.0", "1.1", "7.2", "2.0"]
+    assert rows(toy.folder, "wide@size=2") == ["1.0", "1.0", "1.1000", "7.2000", "2.0"]
     shown = toy("status", "toy/wide@size=2", "--verify")
     assert "init         toy/next@3" in shown.stdout
     assert toy("gc", "--older-than", "0").code == 0
