@@ -25,16 +25,10 @@ from pipeline.recipe import Stage, StageConfig, is_data, is_run_only, is_section
 
 PACKAGES = Path(pipeline.__file__).resolve().parent.parent
 NO_BEARING = (
-    *("pipeline.errors", "pipeline.recipe", "pipeline.reading", "pipeline.graph", "pipeline.usercode"),
-    *("pipeline.unroll", "pipeline.paths", "pipeline.artifacts", "pipeline.fingerprint", "pipeline.lineage"),
-    *(
-        "pipeline.checkpoint",
-        "pipeline.progress",
-        "pipeline.launch",
-        "pipeline.plan",
-        "pipeline.report",
-        "pipeline.cli",
-    ),
+    *("pipeline.errors", "pipeline.recipe", "pipeline.reading", "pipeline.unroll", "pipeline.paths"),
+    *("pipeline.graph", "pipeline.usercode", "pipeline.artifacts", "pipeline.fingerprint", "pipeline.lineage"),
+    *("pipeline.checkpoint", "pipeline.progress", "pipeline.launch", "pipeline.plan", "pipeline.report"),
+    "pipeline.cli",
 )
 """Modules that read a recipe, or run, show and keep a stage, and do not bear on what it computes."""
 

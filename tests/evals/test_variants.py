@@ -92,7 +92,7 @@ def test_means_and_the_paired_difference_by_hand() -> None:
     assert difference.value == -0.375
     assert difference.seeds_high + 0.375 == pytest.approx(1.58828, abs=1e-5)
     items = statistics.paired_difference([1, 0, 0, 0], [1, 1, 0.5, 0], 0)  # the seeds averaged, item by item
-    assert (difference.items_low, difference.items_high) == (items.low, items.high)
+    assert (difference.items_low, difference.items_high) == (pytest.approx(items.low), pytest.approx(items.high))
 
 
 def test_a_pair_is_of_the_seeds_and_items_that_both_have() -> None:
@@ -131,6 +131,8 @@ def test_documents_weigh_by_their_bytes() -> None:
     }
     (row,) = compare([*found], found, {}, None, 0)
     assert row.value == pytest.approx((8 - 2) / 5 - (4 + 2) / 5)
+    # two documents drawn: both the first (2 - 1), both the second (-2 - 2), or one of each (as above)
+    assert (row.items_low, row.items_high) == (pytest.approx(-4.0), pytest.approx(1.0))
 
 
 MATCHED = {

@@ -180,7 +180,11 @@ def _estimates(
         sums.append(both_SN2.mean(0).T)
     if len(sides) == 1:
         return statistics.over_seeds(figures[0]), statistics.ratio(sums[0][0], sums[0][1], seed)
-    over_items = statistics.ratio_difference(sums[0][0], sums[0][1], sums[1][0], sums[1][1], seed)
+    (a_N, v_N), (b_N, w_N) = sums
+    if (v_N == 1).all() and (w_N == 1).all():  # a mean: the same numbers in a quarter of the time
+        over_items = statistics.mean(a_N - b_N, seed)
+    else:
+        over_items = statistics.ratio_difference(a_N, v_N, b_N, w_N, seed)
     if not is_paired:  # nothing says which seed goes with which
         return Estimate(math.nan, math.nan, math.nan, 0), over_items
     return statistics.over_seeds(figures[0] - figures[1]), over_items
