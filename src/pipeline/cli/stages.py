@@ -19,6 +19,7 @@ STAGES = {
     "reward": "train a reward model on preferences",
     "ppo": "optimise the policy against the reward model",
     "dpo": "optimise the policy on preferences directly",
+    "sample": "let a model answer, score the answers and make rows of them",
     "eval": "measure any set of models, with intervals",
 }
 

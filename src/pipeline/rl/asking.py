@@ -39,6 +39,9 @@ class Asking:
     """A response ends with the first token at which its text holds one of these, too."""
     decode: Callable[[list[int]], str] | None = None
     """Ids to text, where there are stop strings."""
+    top_k: int = 0
+    top_p: float = 1.0
+    """With `top_k`: what is left of the distribution; these leave it whole."""
 
     def answers(
         self,
@@ -84,7 +87,7 @@ class Asking:
             max_new_tokens=steps,
             stop_ids=[self.stop_id],
             pad_id=self.pad_id,
-            sampling=GREEDY if uniforms_BT is None else Sampling(self.temperature),
+            sampling=GREEDY if uniforms_BT is None else Sampling(self.temperature, self.top_k, self.top_p),
             uniforms_BT=uniforms_BT,
             batch_size=self.batch_size,
             samples_per_prompt=samples,

@@ -1,0 +1,318 @@
+"""sample: a model answers prompts, a reward scores the answers, and rows are made of what is kept.
+
+The rows are data for the next stage, by this stage's name (`data: [sample]`): demonstrations for sft, preferences for
+dpo and reward. With a reward and `keep: best` it is best-of-n and rejection-sampling fine-tuning (Touvron et al. 2023,
+Llama 2, section 3.2.3), with a threshold instead ReST's Grow and Improve (Gulcehre et al. 2023), with `keep: pairs` the
+data of iterative dpo, and with `keep: reference` that of SPIN (Chen et al. 2024). docs/sample.md explains every field.
+
+Departures: an answer without a stop token is left out, since whatever trained on it would learn to stop there; a pair
+whose sides are worth the same is no pair; scores are the reward's own, neither clipped nor lowered for missing ends.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import model_validator
+
+from pipeline.errors import ConfigError, DataError
+from pipeline.recipe import Data, Ref, StageConfig, field
+from pipeline.reward_config import Reward
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.data.shown import ShownRow
+    from pipeline.rl.keeping import Group
+    from pipeline.rl.prompts import Prompts
+    from pipeline.rl.scoring import Scorer
+    from pipeline.runtime import Runtime
+
+
+class SampleConfig(StageConfig):
+    """What sample can be told."""
+
+    init: Ref = field("sft", "the model that answers")
+    reward: Reward | None = field(None, "what scores the answers, in the same forms as ppo's")
+    data: Data | None = field(None, "rows whose prompts are answered; those sft was trained on unless set")
+    split: Literal["train", "held_out", "all"] = field("train", "which of these rows")
+    held_out: float = field(0.0, "share of the rows of files that is left out; 0 leaves that to who reads", ge=0, lt=1)
+    prompts: int | None = field(None, "answer so many, drawn by the seed; all unless set", unit="prompts", gt=0)
+    max_prompt_length: int | None = field(None, "leave out longer prompts, chat template included", unit="tokens", gt=0)
+
+    num_generations: int = field(4, "answers to each prompt", unit="answers", gt=0)
+    response_length: int = field(128, "tokens of an answer at most", unit="tokens", gt=0)
+    stop_strings: tuple[str, ...] = field((), "an answer also ends with the token that completes one of these")
+    temperature: float = field(1.0, "of sampling; 0 takes the likeliest token", ge=0)
+    top_k: int = field(0, "draw from so many of the likeliest tokens; 0 for all", unit="tokens", ge=0)
+    top_p: float = field(1.0, "draw from the likeliest tokens that hold this share", gt=0, le=1)
+
+    keep: Literal["all", "best", "pairs", "reference"] = field(
+        "all", "every answer, each prompt's best, its best over another, or the data's own answer over every answer"
+    )
+    against: Literal["worst", "random"] = field("worst", "pairs: what the best answer is set against")
+    threshold: float | None = field(None, "the lowest score that is kept; of a pair, of its better side")
+    min_margin: float = field(0.0, "pairs: scores that differ by no more are a tie, which is left out", ge=0)
+    unfinished: Literal["leave_out", "keep"] = field("leave_out", "what is done with answers that did not end")
+
+    batch_size: int = field(64, "answers written side by side; a kill loses no more", unit="answers", gt=0)
+    bf16: bool | None = field(None, "run the models in bf16; where the hardware gains by it unless set")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> SampleConfig:
+        if self.keep in ("best", "pairs"):
+            if self.reward is None:
+                raise ValueError(f"keep: {self.keep} is by scores, and there is no reward")
+            if self.num_generations == 1:
+                raise ValueError(f"keep: {self.keep} compares answers, and num_generations is 1")
+        if self.threshold is not None and (self.reward is None or self.keep == "reference"):
+            why = "there is no reward" if self.reward is None else "keep: reference goes by none"
+            raise ValueError(f"a threshold is of scores, and {why}")
+        for name in ("against", "min_margin"):
+            if name in self.model_fields_set and self.keep != "pairs":
+                raise ValueError(f"{name} is of pairs, and keep is {self.keep}")
+        if self.temperature == 0 and (self.num_generations > 1 or self.top_k or self.top_p < 1):
+            raise ValueError("at temperature 0 there is one answer: num_generations 1, no top_k, no top_p")
+        if "" in self.stop_strings:
+            raise ValueError("a stop string is text, and one is empty")
+        return self
+
+
+INPUTS = {
+    "init": "causal-lm",
+    "reward": "reward-model",
+    "reward.model": "reward-model",
+    "reward.models": "reward-model",
+    "reward.judge": "causal-lm",
+}
+KIND = "rows"
+DEFAULTS = {"data": "demonstrations"}
+RESULT_VERSION = 1
+
+
+def run(config: SampleConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
+    """Write rows.jsonl; returns how many, and what the answers were like."""
+    import json
+
+    import torch
+
+    from pipeline.rl.best_of_n import kl_bound
+    from pipeline.rl.keeping import Keeping, figures
+    from pipeline.rl.parts import said_of
+
+    # 1. prompts, and the answers to each, in parts that survive a kill
+    with said_of("sample"):
+        speaker = _Speaker(config, inputs, runtime)
+        groups, seconds = speaker.groups()
+
+    # 2. what is kept
+    keeping = Keeping(
+        keep=config.keep,
+        against=config.against,
+        threshold=config.threshold,
+        min_margin=config.min_margin,
+        keeps_unfinished=config.unfinished == "keep",
+        draw=lambda group, n: int(torch.randint(n, (1,), generator=runtime.generator("against", group))),
+    )
+    rows, why = keeping.rows(groups)
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in why.items() if count)
+    if not rows:
+        raise DataError(
+            f"nothing is kept of the answers to {len(groups):,} prompts ({left_out})",
+            where="sample.keep",
+            mend="a longer response_length, more num_generations, a lower threshold, or unfinished: keep",
+        )
+    if left_out:
+        runtime.say(f"left out: {left_out}")
+    if runtime.is_main:
+        with (out / "rows.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    # 3. figures
+    answers = len(groups) * config.num_generations
+    found = {"rows": float(len(rows)), "prompts": float(len(groups)), "answers": float(answers)} | figures(groups)
+    found |= {"left_out": float(why.total()), "answers_per_second": runtime.world_size * answers / max(1e-9, seconds)}
+    if config.keep == "pairs":
+        found["margin"] = sum(row["margin"] for row in rows) / len(rows)
+    if config.keep == "best" and config.threshold is None:
+        found["kl_bound"] = kl_bound(config.num_generations)
+    runtime.metrics.log(answers, speaker.tokens, **found)
+    return {**found, "flops": speaker.flops}
+
+
+def preview(config: SampleConfig, inputs: dict[str, Any], count: int) -> list[ShownRow]:
+    """The first prompts; the model writes the rest."""
+    from pipeline.data.chat import encode_prompt
+    from pipeline.data.formats import read_rows
+    from pipeline.data.shown import ShownRow
+    from pipeline.data.tokenizers import load_tokenizer
+
+    assert config.data is not None
+    tokenizer = load_tokenizer(inputs["init"].model)
+    rows = read_rows(config.data, "prompt", split=config.split, held_out=config.held_out)[:count]
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    return [ShownRow(f"prompt {place}", ids, [False] * len(ids)) for place, ids in enumerate(prompts, 1)]
+
+
+class _Speaker:
+    """The model that answers and what scores it; the prompts of the run in their order."""
+
+    def __init__(self, config: SampleConfig, inputs: dict[str, Any], runtime: Runtime) -> None:
+        from pipeline.data.chat import encode_prompt, stop_token_id
+        from pipeline.data.tokenizers import load_tokenizer
+        from pipeline.rl.place import Place
+        from pipeline.rl.prompts import PromptReader
+        from pipeline.rl.scoring import check_references
+
+        self.config, self.runtime = config, runtime
+        self.place = Place.of(runtime, config.bf16)
+        self.tokenizer = tokenizer = load_tokenizer(inputs["init"].model)
+        self.stop_id = stop_token_id(tokenizer)
+        self.pad_id = self.stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        context = _context(inputs)
+        reading = PromptReader(
+            encode=lambda row: encode_prompt(tokenizer, row["prompt"]),
+            longest=config.max_prompt_length,
+            room=None if context is None else context - config.response_length,
+            generator=runtime.generator,
+        )
+        self.prompts = _prompts(config, reading, runtime)
+        if config.reward is not None:
+            check_references(config.reward, [self.prompts.rows[row] for row in self.prompts.order])
+        self._load(inputs)
+        self.tokens, self.flops = 0, 0.0
+
+    def _load(self, inputs: dict[str, Any]) -> None:
+        """The models, and how they are asked."""
+        from pipeline.model.attention import use_plain_products
+        from pipeline.model.build import check_vocabulary, load_causal_lm
+        from pipeline.rl.asking import Asking
+
+        config, tokenizer = self.config, self.tokenizer
+        self.model = load_causal_lm(inputs["init"].model).to(self.place.device).eval()
+        check_vocabulary(self.model, len(tokenizer), "sample.init")
+        self.scorer = self._scorer(inputs)
+        for model in (self.model, *(self.scorer.models if self.scorer else ())):
+            use_plain_products(model, self.place.bf16, self.prompts.longest + config.response_length)
+        self.asking = Asking(
+            place=self.place,
+            longest=config.response_length,
+            stop_id=self.stop_id,
+            pad_id=self.pad_id,
+            temperature=config.temperature,
+            batch_size=config.batch_size,
+            stop_strings=config.stop_strings,
+            decode=tokenizer.decode if config.stop_strings else None,
+            top_k=config.top_k,
+            top_p=config.top_p,
+        )
+
+    def _scorer(self, inputs: dict[str, Any]) -> Scorer | None:
+        from pipeline.rl.scoring import load_scorer
+
+        if self.config.reward is None:
+            return None
+        return load_scorer(
+            self.config.reward,
+            inputs,
+            self.tokenizer,
+            stop_id=self.stop_id,
+            pad_id=self.pad_id,
+            batch_size=self.config.batch_size,
+            bf16=self.place.bf16,
+            runtime=self.runtime,
+            stop_strings=self.config.stop_strings,
+        )
+
+    def groups(self) -> tuple[list[Group], float]:
+        """Every prompt with its answers, and the seconds that took over all ranks."""
+        from pipeline.model.build import count_parameters
+        from pipeline.rl.keeping import Answer, Group, figures
+        from pipeline.rl.parts import Item, Work, cut, do
+
+        prompts, config = self.prompts, self.config
+        rows = [prompts.rows[row] for row in prompts.order]
+
+        def group(item: Item) -> Group:
+            answers = [Answer(each["text"], each["ended"], each.get("score")) for each in item["answers"]]
+            return Group(item["prompt"], item["reference"], answers)
+
+        def shown(items: Sequence[Item]) -> dict[str, float]:
+            found = figures([group(item) for item in items])
+            return {name: found[name] for name in ("score", "ended", "distinct") if name in found}
+
+        self.runtime.say(f"{len(rows):,} prompts, {config.num_generations} answers to each")
+        lengths = [len(prompts.ids[row]) for row in prompts.order]
+        parts = cut(lengths, max(1, config.batch_size // config.num_generations))
+        work = Work("sample", "answers", self.answer, lambda item: len(item["answers"]), shown)
+        items, seconds = do(work, parts, self.runtime)
+        read = sum(lengths)
+        written = sum(each["length"] for item in items for each in item["answers"])
+        scoring = len(self.scorer.models) * (read * config.num_generations + written) if self.scorer else 0
+        self.tokens = read + written
+        self.flops = 2.0 * count_parameters(self.model)[1] * (self.tokens + scoring)
+        return [group(item) for item in items], seconds
+
+    def answer(self, places: Sequence[int]) -> list[dict[str, Any]]:
+        """The answers to the prompts at these places of the order, an item a prompt. A prompt's random numbers are its
+        own, whatever part it is in."""
+        import torch
+
+        from pipeline.model.generation import draw_uniforms
+        from pipeline.rl.scoring import Responses
+
+        config, prompts, samples = self.config, self.prompts, self.config.num_generations
+        asked = [prompts.order[place] for place in places for _ in range(samples)]
+        uniforms_BT = None
+        if config.temperature > 0:
+            draws = [self.place.generator("sampling", place) for place in places]
+            uniforms_BT = torch.cat([draw_uniforms(samples, config.response_length, draw) for draw in draws])
+        rows = [prompts.rows[row] for row in asked]
+        rollout, rows = self.asking.answers(self.model, [prompts.ids[row] for row in asked], uniforms_BT, rows, samples)
+        texts = Responses(rollout, rows, self.tokenizer, config.stop_strings).texts
+        columns: dict[str, list[Any]] = {
+            "text": texts,
+            "length": rollout.lengths_B.tolist(),
+            "ended": rollout.is_ended_B.tolist(),
+        }
+        if self.scorer is not None:
+            scores_B, terms = self.scorer.score(rollout, rows)
+            columns |= {"score": scores_B.tolist()} | {name: term_B.tolist() for name, term_B in terms.items()}
+        answers = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [
+            {
+                "prompt": prompts.rows[prompts.order[place]]["prompt"],
+                "reference": prompts.rows[prompts.order[place]]["reference"],
+                "answers": answers[number * samples : (number + 1) * samples],
+            }
+            for number, place in enumerate(places)
+        ]
+
+
+def _prompts(config: SampleConfig, reading: Any, runtime: Runtime) -> Prompts:
+    """The prompts, each once, in an order that the seed draws."""
+    from pipeline.data.formats import read_rows
+
+    assert config.data is not None
+    rows = read_rows(config.data, "prompt", split=config.split, held_out=config.held_out, say=runtime.say)
+    prompts: Prompts = reading.take(rows, min(config.prompts or len(rows), len(rows)), "prompts").once()
+    if prompts.left_out:
+        runtime.say(f"{prompts.left_out:,} prompts of more than {config.max_prompt_length} tokens are left out")
+    return prompts
+
+
+def _context(inputs: dict[str, Any]) -> int | None:
+    """Tokens that a row may have: what the model reaches, and what every reward model does with the stop token that it
+    reads behind an answer without one. None where nothing bounds them."""
+    from pipeline.model.build import reach
+
+    scoring = [inputs.get(role) or () for role, kind in INPUTS.items() if kind == "reward-model"]
+    models = [each for found in scoring for each in (found if isinstance(found, list | tuple) else (found,))]
+    reaches = [reach(inputs["init"].model), *(reach(each.model) for each in models)]
+    least = min((found for found in reaches if found is not None), default=None)
+    if least is None:
+        return None
+    if least <= 1:
+        raise ConfigError(f"a context of {least} tokens", where="sample.init")
+    return least - bool(models)
