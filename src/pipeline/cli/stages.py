@@ -20,6 +20,7 @@ STAGES = {
     "ppo": "optimise the policy against the reward model",
     "dpo": "optimise the policy on preferences directly",
     "sample": "let a model answer, score the answers and make rows of them",
+    "label": "say which of two answers is better: a reward, a judge or a person",
     "eval": "measure any set of models, with intervals",
 }
 

@@ -37,10 +37,15 @@ ASKED = (
 
 def judge_text(constitution: str, prompt: Sequence[dict[str, str]], answer: str) -> str:
     """What a judge is asked. `prompt` is a conversation; a single message stands without its role."""
+    return ASKED.format(constitution=constitution.strip(), question=question_of(prompt), answer=answer)
+
+
+def question_of(prompt: Sequence[dict[str, str]]) -> str:
+    """A conversation as a judge reads it; a single message stands without its role."""
     lines = [message["content"] for message in prompt]
     if len(lines) > 1:
         lines = [f"{message['role']}: {line}" for message, line in zip(prompt, lines, strict=True)]
-    return ASKED.format(constitution=constitution.strip(), question="\n".join(lines), answer=answer)
+    return "\n".join(lines)
 
 
 def score_of(grade: float) -> float:
@@ -89,11 +94,16 @@ class Judge:
         return scores_B
 
     def encode(self, text: str) -> list[int]:
-        """The ids the judge reads: a user's turn where it has a chat template, else the text behind its bos."""
-        if self.tokenizer.chat_template:
-            return encode_prompt(self.tokenizer, [{"role": "user", "content": text}])
-        bos = self.tokenizer.bos_token_id
-        return [*([bos] if isinstance(bos, int) else []), *encode_text(self.tokenizer, text)]
+        """The ids the judge reads."""
+        return judge_ids(self.tokenizer, text)
+
+
+def judge_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """The ids a judge reads: a user's turn where it has a chat template, else the text behind its bos."""
+    if tokenizer.chat_template:
+        return encode_prompt(tokenizer, [{"role": "user", "content": text}])
+    bos = tokenizer.bos_token_id
+    return [*([bos] if isinstance(bos, int) else []), *encode_text(tokenizer, text)]
 
 
 @torch.no_grad()
@@ -127,17 +137,25 @@ def load_judge(artifact: Artifact, constitution: str, *, batch_size: int, bf16: 
 
 
 def grade_ids(tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """The ids that write each grade, [G, K]: K is 2 where a word's first piece is another (SentencePiece), else 1."""
+    """The ids that write each grade, [G, K]."""
+    return word_ids(tokenizer, [str(grade) for grade in GRADES], "each digit")
+
+
+def word_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str], what: str) -> Tensor:
+    """The ids that write each word, [words, K]: K is 2 where a word's first piece is another (SentencePiece), else 1.
+
+    MismatchError where one is not a token of its own; `what` is what it calls them.
+    """
     plain = plain_text(tokenizer)
     found = []
-    for grade in GRADES:
-        written = [backend.encode(str(grade), add_special_tokens=False).ids for backend in (plain.bare, plain.prefixed)]
+    for word in words:
+        written = [backend.encode(word, add_special_tokens=False).ids for backend in (plain.bare, plain.prefixed)]
         pieces = [ids[0] for ids in written if len(ids) == 1 and ids[0] != tokenizer.unk_token_id]
         found.append(list(dict.fromkeys(pieces)))
     width = max(map(len, found))
-    if not width or len({i for ids in found for i in ids}) != width * len(GRADES):
+    if not width or len({i for ids in found for i in ids}) != width * len(words):
         raise MismatchError(
-            "the judge's tokenizer does not write each digit as a token of its own, so it can give no grade",
+            f"the judge's tokenizer does not write {what} as a token of its own, so it can say nothing",
             where=tokenizer.name_or_path,
             mend="a judge of another tokenizer, or judge_url",
         )

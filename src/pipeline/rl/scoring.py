@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.artifacts import Artifact
+from pipeline.data.chat import encode_messages, encode_prompt
 from pipeline.errors import ConfigError, DataError, MismatchError, TrainingError
 from pipeline.model.build import check_vocabulary
 from pipeline.model.reward import RewardModel, build_reward_model, load_reward_model, reward_model_on, stands_on
@@ -29,7 +30,7 @@ from pipeline.rl import terms as math_of
 from pipeline.rl import verifiable
 from pipeline.rl.judge import load_judge
 from pipeline.rl.judge_api import RemoteJudge
-from pipeline.rl.rollouts import Rollout, closed_rows, in_cache, last_turns, microbatches, pad_right
+from pipeline.rl.rollouts import Rollout, assemble, closed_rows, in_cache, last_turns, microbatches, pad_right
 from pipeline.runtime import Runtime
 from pipeline.usercode import load_member
 
@@ -233,7 +234,7 @@ def _function(term: RewardTerm, function: str) -> Callable[[Responses], Tensor]:
 
 def _judge(term: RewardTerm, held: Mapping[str, Iterator[Artifact]], loading: Loading) -> Callable[[Responses], Tensor]:
     assert term.constitution is not None
-    constitution = _text_in(term.constitution)
+    constitution = text_in(term.constitution)
     if term.judge_url is not None:
         assert term.judge_model is not None
         remote = RemoteJudge(term.judge_url, term.judge_model, constitution)
@@ -244,8 +245,8 @@ def _judge(term: RewardTerm, held: Mapping[str, Iterator[Artifact]], loading: Lo
     return lambda said: judge.score(said.conversations, said.texts)
 
 
-def _text_in(constitution: Path) -> str:
-    """ConfigError where the file holds none."""
+def text_in(constitution: Path) -> str:
+    """What a file with a constitution says; ConfigError where it holds no text."""
     try:
         text = constitution.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -323,6 +324,26 @@ def model_scores(reward: RewardModel, rollout: Rollout, *, pad_id: int, batch_si
     if not scores_B.isfinite().all():
         raise TrainingError("the reward model gave a score that is not finite", mend="look at its training's figures")
     return scores_B.to(rollout.ids_BL.device)
+
+
+def answers_as_rollout(
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[list[dict[str, str]]],
+    texts: Sequence[str],
+    pad_id: int,
+    stop_id: int,
+) -> Rollout:
+    """Written answers as a policy would have written them, each to its end; for `Scorer.score`."""
+    asked = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    said = []
+    for prompt, ids, text in zip(prompts, asked, texts, strict=True):
+        row = encode_messages(tokenizer, [*prompt, {"role": "assistant", "content": text}]).input_ids
+        assert row[: len(ids)] == ids, "a row begins with its own prompt"
+        said.append(row[len(ids) :])
+    lengths_B = torch.tensor([len(ids) for ids in said])
+    return assemble(
+        asked, pad_right(said, pad_id), lengths_B, torch.ones_like(lengths_B).bool(), pad_id, stop_id=stop_id
+    )
 
 
 def _of_function(function: RewardFunction, where: str, said: Responses) -> Tensor:

@@ -1,0 +1,96 @@
+"""Answers to one prompt, gathered from rows of any layout, and the pairs of them that are compared. Needs no torch.
+
+A demonstration holds one answer, a preference row two. What answers the same messages stands together, wherever it was
+written. Of answers whose text is the same, white space around it aside, the first one counts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.data.formats import PREFERENCES, Message, canonical_rows, recognise, to_layout
+from pipeline.data.sources import BUILT_IN, check_entry, read_source_rows
+from pipeline.errors import ConfigError, DataError
+from pipeline.recipe import DataEntry
+
+Pair = tuple[int, int]
+"""Places of two answers in their group; the first is shown, and asked about, as the first."""
+
+
+@dataclass
+class Answers:
+    """A prompt and different answers to it."""
+
+    prompt: list[Message]
+    texts: list[str] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    """Of each answer the number of the source that it is from."""
+    was_better: set[tuple[str, str]] = field(default_factory=set)
+    """(chosen, rejected) of preference rows, as they were labelled before."""
+
+    def add(self, text: str, source: int) -> None:
+        """One more answer, unless it is there."""
+        if text.strip() not in (each.strip() for each in self.texts):
+            self.texts.append(text)
+            self.sources.append(source)
+
+
+def read_answers(entries: Sequence[DataEntry], say: Callable[[str], None] = lambda text: None) -> list[Answers]:
+    """The prompts of all rows, in the order in which they come first, with the answers to each.
+
+    Raises DataError (file and line) for a bad row and for one without an answer, ConfigError where no prompt has two.
+    """
+    found: dict[str, Answers] = {}
+    for number, entry in enumerate(entries):
+        check_entry(entry)
+        for prompt, texts in itertools.islice(_rows(entry, say), entry.limit):
+            group = found.setdefault(json.dumps(prompt, sort_keys=True), Answers(prompt))
+            for text in texts:
+                group.add(text, number)
+            if len(texts) == 2:
+                group.was_better.add((texts[0], texts[1]))
+    if not any(len(group.texts) > 1 for group in found.values()):
+        raise ConfigError(
+            f"none of {len(found):,} prompts has two different answers",
+            where=entries[0].source,
+            mend="a sample stage with num_generations of 2 or more and keep: all, or preference rows",
+        )
+    return list(found.values())
+
+
+def _rows(entry: DataEntry, say: Callable[[str], None]) -> Iterator[tuple[list[Message], list[str]]]:
+    """(prompt, answers) of each row; of a preference row the chosen one first."""
+    if entry.source in BUILT_IN:
+        for row, _ in canonical_rows(entry, "preference", "train", say):
+            yield row["prompt"], [row["chosen"][0]["content"], row["rejected"][0]["content"]]
+        return
+    chosen = entry.format
+    for row, where in read_source_rows(entry):
+        chosen = chosen or recognise(row, where)
+        if chosen in PREFERENCES:
+            pair = to_layout(row, chosen, "preference", where)
+            yield pair["prompt"], [pair["chosen"][0]["content"], pair["rejected"][0]["content"]]
+            continue
+        answered = to_layout(row, chosen, "prompt", where)
+        if not answered["reference"].strip():
+            raise DataError("a row without an answer", where=where, mend="take it out, or let `sample` answer it")
+        yield answered["prompt"], [answered["reference"]]
+
+
+def pairs_of(group: Answers, number: int, which: Literal["one", "all"], seed: int) -> list[Pair]:
+    """The pairs of a group that are compared: one, or all; of several sources only those between two of them.
+
+    Which one, and which side is the first, is drawn by the seed and the group's number.
+    """
+    possible = list(itertools.combinations(range(len(group.texts)), 2))
+    if len(set(group.sources)) > 1:
+        possible = [(a, b) for a, b in possible if group.sources[a] != group.sources[b]]
+    draw = random.Random(f"{seed} pairs {number}")
+    if which == "one" and possible:
+        possible = [draw.choice(possible)]
+    return [pair if draw.random() < 0.5 else pair[::-1] for pair in possible]
