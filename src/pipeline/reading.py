@@ -84,9 +84,14 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Document:
     document.places.setdefault((), f"{document.name}:1")
     for assignment in _from_environment():
         _assign(document, assignment, f"LLMPIPE_SET {assignment}")
+    lay_over(document, overrides)
+    return document
+
+
+def lay_over(document: Document, overrides: Iterable[str]) -> None:
+    """Lay `--set stage.field=value` over the document; RecipeError for one that leads nowhere."""
     for assignment in overrides:
         _assign(document, assignment, f"--set {assignment}")
-    return document
 
 
 def _from_environment() -> list[str]:

@@ -21,9 +21,16 @@ from pipeline.roles import input_of
 
 
 def run_graph(
-    session: Session, *, until: str | None, keep: Collection[str], force: bool, dry_run: bool, as_json: bool
+    session: Session,
+    *,
+    until: str | None,
+    keep: Collection[str],
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    closes: bool = True,
 ) -> None:
-    """Run every stage of the recipe (or those that `until` needs) that does not stand."""
+    """Run every stage of the recipe (or those that `until` needs) that does not stand; `closes` with what it made."""
     recipe = session.recipe
     last = recipe.select(until) if until is not None else tuple(recipe.nodes)
     if not last:
@@ -31,7 +38,7 @@ def run_graph(
     needed = {needed for name in last for needed in recipe.ancestors(name)}
     names = [name for name in recipe.nodes if name in needed]
     _check_strategy(session, names)
-    _run(session, names, keep=keep, force=force, dry_run=dry_run, as_json=as_json)
+    _run(session, names, keep=keep, force=force, dry_run=dry_run, as_json=as_json, closes=closes)
 
 
 def run_one(
@@ -93,7 +100,14 @@ def _pick(session: Session, type_name: str, only: str | None) -> str:
 
 
 def _run(
-    session: Session, names: list[str], *, keep: Collection[str], force: bool, dry_run: bool, as_json: bool
+    session: Session,
+    names: list[str],
+    *,
+    keep: Collection[str],
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    closes: bool = True,
 ) -> None:
     start = time.monotonic()
     is_main = rank_from_outside() == 0
@@ -116,7 +130,7 @@ def _run(
     standings = survey(session.recipe, session.store)
     if as_json:
         print(json.dumps(_results(session, standings, names), indent=1))
-    elif not session.launch.quiet:
+    elif closes and not session.launch.quiet:
         from pipeline.cli.closing import close
 
         close(session, standings, names, ran, time.monotonic() - start)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.artifacts import Store
 from pipeline.cli.stages import find_recipe, load_stage
 from pipeline.graph import Recipe, build
 from pipeline.launch import Launch
-from pipeline.reading import Document, read_recipe
+from pipeline.reading import Document, lay_over, read_recipe
 from pipeline.unroll import unroll
 
 
@@ -53,3 +54,19 @@ def open_session(
     store = Store(artifacts_root(artifacts))
     built = build(document, load_stage, store)
     return Session(built, document, store, launch or Launch(), recipe)
+
+
+def open_stages(
+    stages: Mapping[str, Mapping[str, Any]],
+    *,
+    run: str,
+    store: Store,
+    named: str,
+    overrides: Sequence[str] = (),
+    launch: Launch | None = None,
+) -> Session:
+    """Stages that a command makes up, as a recipe that no file holds; paths start at the current folder."""
+    values: dict[str, Any] = {"run": run, "stages": {name: dict(fields) for name, fields in stages.items()}}
+    document = Document("the command line", Path.cwd(), values)
+    lay_over(document, overrides)
+    return Session(build(document, load_stage, store), document, store, launch or Launch(), named)
