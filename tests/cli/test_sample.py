@@ -88,7 +88,12 @@ def test_what_is_refused(folder: Path, warm: Warm, arguments: tuple[str, ...], m
 
 def test_names():
     assert [run_of(each) for each in ("demo/sft", "./a/b", "/a", "hub:org/name")] == ["demo", *["answers"] * 3]
-    assert [short(each) for each in ("demo/sft", "./a b/", "hub:org/name@v1", "./é")] == ["sft", "a-b", "name", "model"]
+    assert [short(each) for each in ("demo/dpo@2", "./a b/", "hub:org/name@v1", "./é")] == [
+        "dpo-2",
+        "a-b",
+        "name",
+        "model",
+    ]
     assert [is_recipe(each) for each in ("demo", "a/b.yaml", "demo/sft", "./demo")] == [True, True, False, False]
 
 

@@ -28,10 +28,23 @@ def test_rows_of_two_layouts_and_sources_stand_together(tmp_path: Path):
     left = entry(tmp_path, "left", told("p", "a"), told("q", "x"), told("p", "a "), told("p", "b"))
     pair = {"prompt": [{"role": "user", "content": "p"}], "chosen": "c", "rejected": "b"}
     right = entry(tmp_path, "right", pair, {"prompt": "r", "chosen": "y", "rejected": "z"}, pair, limit=2)
-    p, q, r = read_answers((left, right))
+    tie = entry(tmp_path, "tie", {"prompt": "r", "chosen": "z", "rejected": "y", "preference": 0.5})
+    p, q, r = read_answers((left, right, tie))
     assert (p.prompt, p.texts, p.sources) == ([{"role": "user", "content": "p"}], ["a", "b", "c"], [0, 0, 1])
     assert p.was_better == {("c", "b")}
     assert (q.texts, r.texts, r.sources) == (["x"], ["y", "z"], [1, 1])
+    assert r.was_better == {("y", "z")}, "a tie says neither"
+
+
+def test_lone_answers_and_bad_rows(tmp_path: Path):
+    row = {"prompt": "p", "completion": "a", "label": False}
+    rows = (row, row | {"completion": "b", "label": True}, row | {"completion": " "})
+    said: list[str] = []
+    (group,) = read_answers((entry(tmp_path, "rows", *rows, max_bad_rows=1),), said.append)
+    assert group.texts == ["a", "b"]
+    assert "1 bad rows are left out" in said[0]
+    with pytest.raises(DataError, match="is empty"):
+        read_answers((entry(tmp_path, "rows", *rows),))
 
 
 def test_a_system_message_makes_another_prompt(tmp_path: Path):

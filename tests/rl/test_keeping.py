@@ -60,7 +60,7 @@ def test_the_best_over_the_worst_or_over_one_by_chance():
     rows, _ = kept([FOUR, FOUR], "pairs", against="random", draw=draw)
     assert [row["rejected"] for row in rows] == ["a", "a"]
     assert asked == [(0, 2), (1, 2)], "one of the two others that ended"
-    assert to_layout(rows[0], "preference", "preference", "")["chosen"][0]["content"] == "b"
+    assert to_layout(rows[0], "preference", "preference", "")[0]["chosen"][0]["content"] == "b"
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from pipeline.cli.run import run_graph
 from pipeline.cli.sample import Stages, run_of, sample_fields, short
 from pipeline.cli.session import open_stages
 from pipeline.data.answers import Answers, pairs_of, read_answers
-from pipeline.data.formats import Message
 from pipeline.data.labels import CHANCES, Label, append_label, key_of, mend_end, read_labels
+from pipeline.data.messages import Message
 from pipeline.errors import ConfigError
 from pipeline.launch import Launch
 from pipeline.recipe import DataEntry

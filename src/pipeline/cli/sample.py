@@ -76,5 +76,5 @@ def run_of(reference: str) -> str:
 
 def short(reference: str) -> str:
     """The last part of a reference, as a part of a stage's name."""
-    last = Path(reference.partition("@")[0].rstrip("/")).name
+    last = Path((reference.partition("@")[0] if reference.startswith("hub:") else reference).rstrip("/")).name
     return re.sub(r"[^A-Za-z0-9._-]", "-", last).strip("-._")[:48] or "model"

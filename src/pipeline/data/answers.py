@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.data.formats import PREFERENCES, Message, canonical_rows, recognise, to_layout
+from pipeline.data.files import BadRows, Row
+from pipeline.data.formats import PAIRS, canonical_rows, recognise, to_layout
+from pipeline.data.messages import Message
+from pipeline.data.preferences import TIE
 from pipeline.data.sources import BUILT_IN, check_entry, read_source_rows
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import DataEntry
@@ -48,11 +51,11 @@ def read_answers(entries: Sequence[DataEntry], say: Callable[[str], None] = lamb
     found: dict[str, Answers] = {}
     for number, entry in enumerate(entries):
         check_entry(entry)
-        for prompt, texts in itertools.islice(_rows(entry, say), entry.limit):
+        for prompt, texts, is_pair in itertools.islice(_rows(entry, say), entry.limit):
             group = found.setdefault(json.dumps(prompt, sort_keys=True), Answers(prompt))
             for text in texts:
                 group.add(text, number)
-            if len(texts) == 2:
+            if is_pair:
                 group.was_better.add((texts[0], texts[1]))
     if not any(len(group.texts) > 1 for group in found.values()):
         raise ConfigError(
@@ -63,23 +66,43 @@ def read_answers(entries: Sequence[DataEntry], say: Callable[[str], None] = lamb
     return list(found.values())
 
 
-def _rows(entry: DataEntry, say: Callable[[str], None]) -> Iterator[tuple[list[Message], list[str]]]:
-    """(prompt, answers) of each row; of a preference row the chosen one first."""
+Read = tuple[list[Message], list[str], bool]
+"""(prompt, answers, whether the first of two was labelled the better one)."""
+
+
+def _rows(entry: DataEntry, say: Callable[[str], None]) -> Iterator[Read]:
+    bad = BadRows(entry.max_bad_rows)
     if entry.source in BUILT_IN:
-        for row, _ in canonical_rows(entry, "preference", "train", say):
-            yield row["prompt"], [row["chosen"][0]["content"], row["rejected"][0]["content"]]
+        for row in itertools.chain.from_iterable(canonical_rows(entry, "preference", "train", bad, say)):
+            yield _of_pair(row)
         return
     chosen = entry.format
-    for row, where in read_source_rows(entry):
-        chosen = chosen or recognise(row, where)
-        if chosen in PREFERENCES:
-            pair = to_layout(row, chosen, "preference", where)
-            yield pair["prompt"], [pair["chosen"][0]["content"], pair["rejected"][0]["content"]]
+    for row, where in read_source_rows(entry, bad):
+        try:
+            chosen = chosen or recognise(row, where)
+            found = _answers_in(row, chosen, where)
+        except DataError as error:
+            bad(error)
             continue
-        answered = to_layout(row, chosen, "prompt", where)
-        if not answered["reference"].strip():
-            raise DataError("a row without an answer", where=where, mend="take it out, or let `sample` answer it")
-        yield answered["prompt"], [answered["reference"]]
+        yield found
+    if bad.count:
+        say(f"{entry.source}: {bad.count:,} bad rows are left out, the first at {bad.first}")
+
+
+def _of_pair(pair: Row) -> Read:
+    return pair["prompt"], [pair[side][0]["content"] for side in ("chosen", "rejected")], pair["preference"] > TIE
+
+
+def _answers_in(row: Row, chosen: str, where: str) -> Read:
+    if chosen in PAIRS:
+        return _of_pair(to_layout(row, chosen, "preference", where)[0])
+    if chosen == "unpaired":
+        lone = to_layout(row, chosen, "unpaired", where)[0]
+        return lone["prompt"], [lone["completion"][0]["content"]], False
+    answered = to_layout(row, chosen, "prompt", where)[0]
+    if not answered["reference"].strip():
+        raise DataError("a row without an answer", where=where, mend="take it out, or let `sample` answer it")
+    return answered["prompt"], [answered["reference"]], False
 
 
 def pairs_of(group: Answers, number: int, which: Literal["one", "all"], seed: int) -> list[Pair]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.data.files import file_rows
-from pipeline.data.formats import Message
+from pipeline.data.messages import Message
 from pipeline.errors import DataError
 
 Label = Literal["left", "right", "tie", "skip"]
