@@ -132,6 +132,7 @@ def run(config: SampleConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
     # 3. figures
     answers = len(groups) * config.num_generations
     found = {"rows": float(len(rows)), "prompts": float(len(groups)), "answers": float(answers)} | figures(groups)
+    found |= speaker.terms
     found |= {"left_out": float(why.total()), "answers_per_second": runtime.world_size * answers / max(1e-9, seconds)}
     if config.keep == "pairs":
         found["margin"] = sum(row["margin"] for row in rows) / len(rows)
@@ -182,6 +183,7 @@ class _Speaker:
             check_references(config.reward, [self.prompts.rows[row] for row in self.prompts.order])
         self._load(inputs)
         self.tokens, self.flops = 0, 0.0
+        self.terms: dict[str, float] = {}
 
     def _load(self, inputs: dict[str, Any]) -> None:
         """The models, and how they are asked."""
@@ -248,7 +250,10 @@ class _Speaker:
         work = Work("sample", "answers", self.answer, lambda item: len(item["answers"]), shown)
         items, seconds = do(work, parts, self.runtime)
         read = sum(lengths)
-        written = sum(each["length"] for item in items for each in item["answers"])
+        answers = [each for item in items for each in item["answers"]]
+        written = sum(each["length"] for each in answers)
+        names = [name for name in answers[0] if name.startswith("reward_")]
+        self.terms = {name: sum(each[name] for each in answers) / len(answers) for name in names}
         scoring = len(self.scorer.models) * (read * config.num_generations + written) if self.scorer else 0
         self.tokens = read + written
         self.flops = 2.0 * count_parameters(self.model)[1] * (self.tokens + scoring)

@@ -133,6 +133,25 @@ def test_every_stage_by_hand(road: Path) -> None:
     assert planned(road, CPU, "tokenize.algorithm=bytes")["pretrain"].parameters == total - (1000 - 260) * 64
 
 
+def test_sample_by_hand(road: Path) -> None:
+    """Prompts once, answers in full; a reward model reads both again for every answer. Its rows are not there yet."""
+    more = "  sample: {reward: reward, prompts: 30, response_length: 16, keep: pairs}\n"
+    more += "  again: {stage: dpo, init: sft, data: [sample]}\n"
+    path = road.parent / "rounds.yaml"
+    path.write_text(ROAD + more)
+    found = planned(path)
+    prompt, total = 35 / 3.5 + 8, found["pretrain"].parameters
+    assert total is not None
+    assert found["sample"].tokens == pytest.approx(30 * (prompt + 4 * 16))
+    a_token = (6 * total + 12 * 2 * 64 * 34) / 3
+    assert found["sample"].flops == pytest.approx((30 * (prompt + 64) + 120 * (prompt + 16)) * a_token)
+    plain = planned(path, CPU, "sample.reward=null", "sample.keep=all")["sample"]
+    assert plain.flops == pytest.approx(30 * (prompt + 64) * a_token)
+    assert found["sample"].memory["weights"] == 2 * plain.memory["weights"] == 8 * total
+    assert found["sample"].memory["cache"] == 64 * 34 * 2 * 2 * 64 * 4
+    assert found["again"].notes == ("not estimated: its rows are written by sample, which has not run",)
+
+
 def test_memory_by_part_by_hand() -> None:
     model = build_model("llama", shape_of({"depth": 2, "hidden_size": 64}, 128, 1000), {})
     total = sum(parameter.numel() for parameter in model.parameters())

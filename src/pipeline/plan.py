@@ -137,12 +137,16 @@ class Planner:
             "reward": self._rows,
             "dpo": self._rows,
             "ppo": self._ppo,
+            "sample": self._sample,
         }.get(node.stage.type)
         if make is None:
             what = (
                 "a stage of your own" if "/" in node.stage.type else f"{node.stage.type} hangs on its models' answers"
             )
             return replace(found, notes=(f"not estimated: {what}",))
+        unwritten = [writer for source, writer in node.rows.items() if not Path(source).exists()]
+        if unwritten:
+            return replace(found, notes=(f"not estimated: its rows are written by {unwritten[0]}, which has not run",))
         try:
             found = make(node, found)
         except (PipelineError, OSError) as error:
@@ -317,6 +321,39 @@ class Planner:
             memory=memory_of(model, load),
             disk=4 * total + 3 * 12 * trained,
             notes=(f"{episodes:,} responses of up to {config.response_length} tokens",),
+        )
+
+    def _sample(self, node: Node, found: Estimate) -> Estimate:
+        """Forwards alone: each prompt once, full-length answers, and both again through every model that scores. The
+        cache is that of a model whose heads share no keys."""
+        config: Any = node.config
+        model = model_of(self.recipe, self.store, node.inputs["init"][0])
+        if model is None:
+            return replace(found, notes=("not estimated: what answers is not known",))
+        rows = read_rows(config.data, "prompt", split=config.split, held_out=config.held_out)
+        prompt = mean_length(rows[:SAMPLED_ROWS], self._bytes_a_token())
+        prompts, samples = min(config.prompts or len(rows), len(rows)), config.num_generations
+        tokens = prompts * (prompt + samples * config.response_length)
+        total, _ = count_parameters(model)
+        refs_of = node.inputs.items()
+        rewards = sum(len(refs) for role, refs in refs_of if node.stage.inputs[role] == "reward-model")
+        judges = sum(self._size_of([ref]) for ref in node.inputs.get("reward.judge", ()))
+        length = round(prompt + config.response_length)
+        scored = prompts * samples * length * (rewards + judges / total)
+        on_device = max(config.batch_size, samples)
+        shape = model.config.get_text_config()
+        return replace(
+            found,
+            parameters=total,
+            tokens=tokens,
+            flops=(tokens + scored) * flops_per_token(model, length) / 3,
+            memory={
+                "weights": 4 * (total * (1 + rewards) + judges),
+                "cache": 8.0 * on_device * length * shape.num_hidden_layers * shape.hidden_size,
+                "logits": 8.0 * on_device * shape.vocab_size,
+            },
+            disk=prompts * samples * config.response_length * 2 * self._bytes_a_token(),
+            notes=(f"{prompts:,} prompts, {samples} answers of up to {config.response_length} tokens to each",),
         )
 
     def _bytes_a_token(self) -> float:

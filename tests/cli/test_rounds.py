@@ -12,26 +12,31 @@ from tests.stages.conftest import demonstration, make_model
 RECIPE = """\
 run: rounds
 stages:
-  sample: &sample
+  repeat:
+    times: 2
+    carry:
+      policy: {first: ./chat, then: dpo}
+    stages:
+      sample: {init: policy, data: rows.jsonl, reward: "./rewards.py:short", prompts: 24, num_generations: 3,
+               response_length: 8, keep: pairs, unfinished: keep, bf16: false}
+      dpo: {init: policy, data: [sample], max_steps: 2, held_out: 0.2, bf16: false}
+  best: &sample
+    stage: sample
     init: ./chat
     data: rows.jsonl
     reward: ./rewards.py:short
     prompts: 24
     num_generations: 3
     response_length: 8
-    keep: pairs
+    keep: best
     unfinished: keep
     bf16: false
-  dpo: &dpo {init: ./chat, data: [sample], max_steps: 2, held_out: 0.2, bf16: false}
-  again: {<<: *sample, stage: sample, init: dpo, seed: 1}
-  dpo-2: {<<: *dpo, stage: dpo, init: dpo, data: [again]}
-  best: {<<: *sample, stage: sample, keep: best}
   tuned: {stage: sft, init: ./chat, data: [best], max_steps: 2, held_out: 0.2, bf16: false}
-  own: {<<: *sample, stage: sample, keep: reference, num_generations: 1}
-  spin: {<<: *dpo, stage: dpo, data: [own]}
-  said: {<<: *sample, stage: sample, keep: all, num_generations: 2}
+  own: {<<: *sample, keep: reference, num_generations: 1}
+  spin: &dpo {stage: dpo, init: ./chat, data: [own], max_steps: 2, held_out: 0.2, bf16: false}
+  said: {<<: *sample, keep: all, num_generations: 2}
   label: {data: [said], judge: ./chat, constitution: rules.md, tie_margin: 0.01, bf16: false}
-  rlaif: {<<: *dpo, stage: dpo, data: [label]}
+  rlaif: {<<: *dpo, data: [label]}
 """
 
 
@@ -47,16 +52,16 @@ def test_rounds(warm: Warm):
     folder = warm.folder / "artifacts" / "rounds"
     read = {
         name: [json.loads(line) for line in (folder / name / "rows.jsonl").read_text().splitlines()]
-        for name in ("sample", "again", "best", "own", "said", "label")
+        for name in ("sample@1", "sample@2", "best", "own", "said", "label")
     }
-    assert all(len(row["chosen"]) < len(row["rejected"]) for row in read["sample"] + read["again"])
-    asked = [{json.dumps(row["prompt"]) for row in read[name]} for name in ("sample", "again")]
+    assert all(len(row["chosen"]) < len(row["rejected"]) for row in read["sample@1"] + read["sample@2"])
+    asked = [{json.dumps(row["prompt"]) for row in read[name]} for name in ("sample@1", "sample@2")]
     assert asked[0] != asked[1], "another seed, other prompts"
     own = {json.loads(line)["messages"][-1]["content"] for line in (warm.folder / "rows.jsonl").open()}
     assert {row["chosen"] for row in read["own"]} <= own
     assert all(row["preference"] in (0.5, 1.0) for row in read["label"])
-    parents = json.loads((folder / "dpo-2" / "manifest.json").read_text())["inputs"]
-    assert [each["reference"] for each in (*parents["init"], *parents["data"])] == ["rounds/dpo", "rounds/again"]
+    parents = json.loads((folder / "dpo@2" / "manifest.json").read_text())["inputs"]
+    assert [each["reference"] for each in (*parents["init"], *parents["data"])] == ["rounds/dpo@1", "rounds/sample@2"]
     assert json.loads((folder / "label" / "manifest.json").read_text())["inputs"]["judge"]
     again = warm("run", "rounds.yaml", "--dry-run", "--json")
     assert {row["state"] for row in json.loads(again.stdout)} == {"stands"}

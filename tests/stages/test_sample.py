@@ -82,20 +82,20 @@ def test_what_is_written_is_what_the_next_stage_takes(parts: Parts, tmp_path: Pa
 def test_one_reward_of_two_terms_is_its_sum(parts: Parts, tmp_path: Path):
     function = f"{parts.folder / 'rewards.py'}:vowels"
     terms = [{"function": function}, {"length": 4, "weight": 0.5}]
-    config = stage.SampleConfig.model_validate_json(
-        json.dumps(
-            {"data": str(parts.data), "reward": terms, "prompts": 4, "response_length": 10, "unfinished": "keep"}
-        )
-    )
+    values = {"data": str(parts.data), "reward": terms, "prompts": 4, "response_length": 10, "unfinished": "keep"}
+    config = stage.SampleConfig.model_validate_json(json.dumps(values))
     out = tmp_path / "run"
     out.mkdir()
-    stage.run(config, {"init": parts.init}, out, Runtime.start(out, seed=0, threads=1, quiet=True))
-    for row in rows_in(out):
+    figures = stage.run(config, {"init": parts.init}, out, Runtime.start(out, seed=0, threads=1, quiet=True))
+    rows = rows_in(out)
+    assert len(rows) == 16
+    too_long = []
+    for row in rows:
         vowels = sum(letter in "aeiou" for letter in row["messages"][-1]["content"]) / 10
-        assert (vowels - row["score"]) / 0.5 in (
-            pytest.approx(6, abs=1e-4),
-            *[pytest.approx(n, abs=1e-4) for n in range(6)],
-        )
+        too_long.append(round((vowels - row["score"]) / 0.5, 4))
+    assert set(too_long) <= set(range(7)), "whole tokens over four, of ten at most"
+    assert figures["reward_length"] == pytest.approx(-sum(too_long) / 16)
+    assert figures["score"] == pytest.approx(figures["reward_vowels"] + 0.5 * figures["reward_length"])
 
 
 def test_greedy_is_one_answer(parts: Parts, tmp_path: Path):

@@ -67,8 +67,11 @@ def do(work: Work, parts: Sequence[Sequence[int]], runtime: Runtime) -> tuple[li
     runtime.barrier()  # every rank has looked before any writes: they must agree on what is left
     todo = [(part, file) for part, file in zip(parts, files, strict=True) if file not in done]
     total = sum(map(len, parts))
-    _work(work, todo, total, total - sum(len(part) for part, _ in todo), len(done), runtime)
-    runtime.barrier()
+    _work(work, todo, total, total - sum(len(part) for part, _ in todo), runtime)
+    is_stopping = runtime.stop_requested()  # every rank comes here, and all that was written is there
+    finished = sum(file.exists() for file in files)
+    if is_stopping and finished < len(files):
+        runtime.stop(finished)
     found: list[Item] = [{}] * total
     seconds = 0.0
     for part, file in zip(parts, files, strict=True):
@@ -79,10 +82,9 @@ def do(work: Work, parts: Sequence[Sequence[int]], runtime: Runtime) -> tuple[li
     return found, seconds
 
 
-def _work(
-    work: Work, todo: Sequence[tuple[Sequence[int], Path]], total: int, done: int, before: int, runtime: Runtime
-) -> None:
-    """This rank's share of the parts that are left. The bar counts the places of all ranks, as far as this one is."""
+def _work(work: Work, todo: Sequence[tuple[Sequence[int], Path]], total: int, done: int, runtime: Runtime) -> None:
+    """This rank's share of the parts that are left, or as many as were done when it was asked to stop. The bar counts
+    the places of all ranks, as far as this one is."""
     own: list[Item] = []
     began, units = time.monotonic(), 0
     with runtime.progress(work.phase, total, "prompts") as bar:
@@ -90,7 +92,7 @@ def _work(
         for number, (part, file) in enumerate(todo):
             if number % runtime.world_size == runtime.rank:
                 if runtime.halt.asked is not None:
-                    runtime.stop(before + number)
+                    return
                 start = time.monotonic()
                 items = work.find(part)
                 assert len(items) == len(part), "an item a place"
