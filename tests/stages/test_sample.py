@@ -258,3 +258,24 @@ def test_a_reward_model_of_another_tokenizer(parts: Parts, tmp_path: Path):
         stage.run(
             config, {"init": other, "reward": parts.reward}, out, Runtime.start(out, seed=0, threads=1, quiet=True)
         )
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(parts: Parts, tmp_path: Path, warm: Warm):
+    text = RECIPE.format(init=parts.init.model, reward=f"{parts.folder / 'rewards.py'}:vowels", data=parts.data)
+    (tmp_path / "rounds.yaml").write_text(text)
+    fields = [part for each in ("prompts=70", "batch_size=3") for part in ("--set", f"sample.{each}")]
+    arguments = ("run", "rounds.yaml", "--until", "sample", *fields)
+    assert warm(*arguments, "--artifacts", "one").code == 0
+    running = warm.start(*arguments, "--artifacts", "two", "--num-processes", 2)
+    folder = tmp_path / "two" / "tiny"
+    running.wait_for(lambda: len(list(folder.glob(".sample.*.partial/checkpoints/parts/0*.json"))) >= 3)
+    running.signal(signal.SIGTERM)
+    stopped = running.wait()
+    assert stopped.code == 75, stopped.stderr
+    assert "and saved" in stopped.stderr
+    done = warm(*arguments, "--artifacts", "two", "--num-processes", 2)
+    assert done.code == 0, done.stderr
+    assert json.loads((folder / "sample/manifest.json").read_text())["resumed_from"] >= 3
+    one, two = ((tmp_path / each / "tiny/sample/rows.jsonl").read_bytes() for each in ("one", "two"))
+    assert one == two
