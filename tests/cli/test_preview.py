@@ -15,6 +15,7 @@ stages:
   sft: {data: rows.jsonl}
   reward: {data: pairs.jsonl}
   ppo: {}
+  sample: {}
   dpo: {init: sft, data: pairs.jsonl}
   eval: {models: [sft]}
 """
@@ -39,6 +40,7 @@ EXPECTED = {
     "reward": ["<|im_end|>", "<|im_end|>"],
     "dpo": ["lo mi<|im_end|>", "ru<|im_end|>"],
     "ppo": [""],
+    "sample": [""],
 }
 """Stage -> what is trained in the rows of its first example."""
 
