@@ -1,12 +1,15 @@
-"""dpo: preferences put into the policy directly, by TRL's DPOTrainer and its losses.
+"""dpo: preferences put into the policy directly, in the loop of TRL's DPOTrainer.
 
-Direct Preference Optimization (Rafailov et al. 2023, equation 7): with the implicit reward r(y) = beta log [p(y | x) /
-ref(y | x)], the loss of a pair is -log sigmoid(r(chosen) - r(rejected)). The reference is the model it starts from.
-`loss_type` names any of TRL's losses, or several with `loss_weights`.
+`objective` says which loss. dpo is Direct Preference Optimization (Rafailov et al. 2023, equation 7): with the implicit
+reward r(y) = beta log [p(y | x) / ref(y | x)], the loss of a pair is -log sigmoid(r(chosen) - r(rejected)). The
+reference is the model it starts from. `loss_type` names any of TRL's losses, or several with `loss_weights`. kto
+(Ethayarajh et al. 2024) takes lone answers with a label. orpo (Hong et al. 2024), simpo (Meng et al. 2024) and cpo (Xu
+et al. 2024) take pairs and need no reference. The equations: pipeline/model/preference_losses.py.
 
 Departures: the reference's log-probabilities are computed once, before training and on the batches that will be trained
-on, so that no second model is held; they are kept beside the model. The KL that is reported is exact over the
-vocabulary, along held-out chosen answers.
+on, so that no second model is held; they are kept beside the model. KTO's KL and the likelihood term of orpo and cpo
+are of the whole optimiser step, however it is cut into micro-batches. orpo's likelihood is of the answer, not of the
+prompt. The KL that is reported is exact over the vocabulary, along held-out chosen answers.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import Data, Ref, field
 from pipeline.trainer_config import TrainerConfig
 
@@ -24,8 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from pipeline.data.shown import ShownRow
-    from pipeline.evals.likelihood import Request
+    from pipeline.evals.implicit_reward import HeldOut
     from pipeline.evals.subject import Subject
+    from pipeline.preference_trainer import Objective
     from pipeline.runtime import Runtime
     from pipeline.schedule import Row, Schedule
 
@@ -33,6 +37,9 @@ Loss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 ]  # fmt: skip
+PAIRWISE = ("sigmoid", "hinge", "ipo", "sigmoid_norm")
+"""Losses of one difference, which ties, smoothed labels and margins can be put into."""
+SMOOTHED_BY_TRL = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 
 def _as_tuple(value: Any) -> Any:
@@ -42,34 +49,98 @@ def _as_tuple(value: Any) -> Any:
 Losses = Annotated[tuple[Loss, ...], BeforeValidator(_as_tuple)]
 """A list of TRL's names; a lone name is a list of one."""
 SIDES = ("chosen", "rejected")
-KL_ROWS = 128
-"""Held-out answers along which the KL is taken, at most: two forwards each, one row at a time."""
+PRESETS: dict[str, dict[str, Any]] = {"simpo": {"beta": 2.0, "simpo_gamma": 1.0}, "cpo": {"cpo_alpha": 1.0}}
+"""What an objective sets that the recipe does not."""
+OF = {
+    "loss_type": ("dpo",),
+    "loss_weights": ("dpo",),
+    "margin_weight": ("dpo",),
+    "label_smoothing": ("dpo", "orpo", "simpo", "cpo"),
+    "simpo_gamma": ("simpo",),
+    "cpo_alpha": ("simpo", "cpo"),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+"""Field -> the objectives it counts for."""
 
 
 class DPOConfig(TrainerConfig):
     """What dpo can be told."""
 
     init: Ref = field("sft", "the model to start from, which is also the reference")
-    data: Data = field(..., "preferences: rows with a chosen and a rejected answer")
+    data: Data = field(..., "preferences: rows with a chosen and a rejected answer; kto: or answers with a label")
+    objective: Literal["dpo", "kto", "orpo", "simpo", "cpo"] = field(
+        "dpo", "the loss: dpo (which of them: loss_type), kto, or without a reference orpo, simpo, cpo", preset=True
+    )
     learning_rate: float = field(1e-6, "peak rate", gt=0)
-    beta: float = field(0.1, "how dear it is to leave the reference", gt=0)
-    loss_type: Losses = field(("sigmoid",), "one of TRL's losses, or several")
-    loss_weights: tuple[float, ...] | None = field(None, "weight of each loss; 1 unless set")
+    beta: float = field(
+        0.1, "dpo, kto: how dear it is to leave the reference; simpo (2), cpo: scale of the reward; orpo: lambda", gt=0
+    )
+    loss_type: Losses = field(("sigmoid",), "dpo: one of TRL's losses, or several")
+    loss_weights: tuple[float, ...] | None = field(None, "dpo: weight of each loss; 1 unless set")
     label_smoothing: float = field(0.0, "share of pairs taken to be the wrong way round", ge=0, lt=0.5)
+    margin_weight: float = field(0.0, "dpo: what a row's `margin` is multiplied by before it is asked for", ge=0)
+    simpo_gamma: float = field(0.0, "simpo: how far chosen is to be ahead (1 with `objective: simpo`)", ge=0)
+    cpo_alpha: float = field(
+        0.0, "cpo, simpo: weight of the chosen answers' likelihood (1 with `objective: cpo`)", ge=0
+    )
+    desirable_weight: float = field(1.0, "kto: weight of the desirable answers", ge=0)
+    undesirable_weight: float = field(1.0, "kto: weight of the undesirable answers", ge=0)
+    eval_steps: int = field(
+        0, "steps between evaluations on held-out rows; 0: at the end", unit="steps", ge=0, run_only=True
+    )
+    drift_prompts: int = field(64, "held-out prompts answered greedily at an evaluation; 0: none", unit="prompts", ge=0)
+    max_new_tokens: int = field(64, "tokens of these answers at most", unit="tokens", gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        """The fields that the objective sets and the recipe doesn't."""
+        if not isinstance(values, dict):
+            return values
+        return PRESETS.get(str(values.get("objective", "dpo")), {}) | values
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> DPOConfig:
+        for name, objectives in OF.items():
+            if self.objective not in objectives and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} does not count with objective {self.objective}: it is of {', '.join(objectives)}"
+                )
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(f"{len(self.loss_weights)} loss_weights for {len(self.loss_type)} losses")
+        pairwise = [name for name in self.loss_type if name in PAIRWISE]
+        if self.label_smoothing and 0 < len(pairwise) < len(self.loss_type):
+            raise ValueError(
+                f"label_smoothing counts for all losses of {', '.join(PAIRWISE)} or for others, not for both"
+            )
+        if self.label_smoothing and not pairwise and not set(self.loss_type) & set(SMOOTHED_BY_TRL):
+            raise ValueError(
+                f"label_smoothing is of {', '.join((*PAIRWISE, *SMOOTHED_BY_TRL))}: other losses ignore it"
+            )
+        if self.margin_weight and ("ipo" in self.loss_type or len(pairwise) < len(self.loss_type)):
+            raise ValueError("margin_weight is of the losses sigmoid, sigmoid_norm and hinge")
+        return self
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss looks at the reference."""
+        return self.objective in ("dpo", "kto")
 
 
 INPUTS = {"init": "causal-lm"}
 KIND = "causal-lm"
 TRAINS_ON = "preferences"
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 
 
 def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
-    """Train on pairs; returns held-out preference accuracy, by kind of negative, margin and KL from the reference."""
+    """Train on pairs, or on lone answers; returns what held-out rows say of it (`pipeline.evals.implicit_reward`)."""
+    from pipeline import preference_trainer
     from pipeline import trainer as adapter
     from pipeline.data.chat import stop_token_id
     from pipeline.data.formats import read_rows
-    from pipeline.evals.preference_accuracy import score
+    from pipeline.evals import implicit_reward
     from pipeline.model.build import save_model
     from pipeline.schedule import schedule
 
@@ -77,31 +148,41 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     checkpoint = runtime.checkpoints.latest()
     init = inputs["init"]
 
-    # 1. pairs as tokens
+    # 1. rows as tokens
     tokenizer = adapter.load_padded_tokenizer(init.model)
     stop_id = stop_token_id(tokenizer)
     length = adapter.longest_row(init.model, config.max_length, runtime)
-    pairs = read_rows(config.data, "preference", held_out=config.held_out, say=runtime.say)
-    rows = _encode(pairs, tokenizer, length, runtime)
-    held_out: list[Row] = []
-    if config.held_out:
-        held_out = read_rows(config.data, "preference", split="held_out", held_out=config.held_out)[: config.eval_rows]
+    read = read_rows(config.data, _layout(config), held_out=config.held_out, say=runtime.say)
+    rows = preference_trainer.encode(read, tokenizer, length, runtime)
+    objective = _objective(config, rows)
+    held_out = _held_out(config, read)
 
     # 2. the model, and what it says of held-out answers before it is trained
     model = adapter.load_policy(init.model, config, runtime)
     with adapter.autocast(config, runtime):
-        reference = score(_subject(model, tokenizer, length, runtime), held_out)
+        before = implicit_reward.listen(_subject(model, tokenizer, length, runtime), held_out)
+
+    def measure(policy: PreTrainedModel) -> dict[str, float]:
+        start = adapter.load_policy(init.model, config, runtime)
+        with adapter.autocast(config, runtime):
+            return implicit_reward.figures(_subject(policy, tokenizer, length, runtime), start, held_out, before)
 
     # 3. train
-    plan = schedule([_tokens(row) for row in rows], config, runtime)
-    trainer = _trainer(config, model, rows, tokenizer, plan, out, runtime)
-    adapter.fit_attention(
-        trainer, max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
-    )
-    runtime.say(adapter.describe(trainer, plan, len(rows)))
-    _add_reference(trainer, rows, plan, out / "reference.safetensors", runtime)
+    plan = schedule([preference_trainer.tokens_of(row) for row in rows], config, runtime)
+    epochs = {"rows": float(len(rows)), "epochs": len(plan.order) / len(rows)}
+    if config.objective == "kto":
+        rows, plan = preference_trainer.mismatched(rows, plan)
+    trainer = _trainer(config, objective, model, rows, tokenizer, plan, out, runtime)
+    longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
+    adapter.fit_attention(trainer, min(longest, length))
+    runtime.say(adapter.describe(trainer, plan, int(epochs["rows"])))
+    if config.has_reference:
+        preference_trainer.add_reference(trainer, rows, plan, out / "reference.safetensors", runtime)
     shown = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
-    adapter.train(trainer, config, rows, plan, runtime, checkpoint, phase="dpo", shown=shown, state={})
+    adapter.train(
+        trainer, config, rows, plan, runtime, checkpoint, phase="dpo", shown=shown, state={},
+        measure=lambda: adapter.while_training(trainer, measure), measure_steps=config.eval_steps,
+    )  # fmt: skip
 
     # 4. save, then evaluate
     flops = adapter.training_flops(trainer, plan)
@@ -109,18 +190,17 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     if runtime.is_main:
         save_model(model, out / "model", init.model, [stop_id], tokenizer.pad_token_id)
     runtime.barrier()
-    figures = {"rows": float(len(rows)), "epochs": len(plan.order) / len(rows)}
-    if held_out:
-        start = adapter.load_policy(init.model, config, runtime)
-        with adapter.autocast(config, runtime):
-            subject = _subject(model, tokenizer, length, runtime)
-            figures |= _held_out(config, subject, start, held_out, reference, pairs, runtime)
+    figures = epochs
+    if config.held_out:
+        found = measure(model)
+        runtime.say("held out: " + ("  ".join(f"{name} {value:.3f}" for name, value in found.items()) or "no row fits"))
+        figures |= found
     runtime.metrics.log(plan.steps, int(plan.tokens[-1]), **figures)
     return {**figures, "flops": flops}
 
 
 def preview(config: DPOConfig, inputs: dict[str, Any], count: int) -> list[ShownRow]:
-    """Both sides of the first pairs, the answers marked."""
+    """The answers of the first rows, marked: both sides of a pair, or the lone answers of kto."""
     from pipeline.data.formats import read_rows
     from pipeline.data.shown import ShownRow
     from pipeline.data.tokenizers import load_tokenizer
@@ -128,16 +208,58 @@ def preview(config: DPOConfig, inputs: dict[str, Any], count: int) -> list[Shown
 
     tokenizer = load_tokenizer(inputs["init"].model)
     shown = []
-    for place, pair in enumerate(read_rows(config.data, "preference", held_out=config.held_out)[:count], 1):
-        for side in SIDES:
-            row = chat_request(tokenizer, pair["prompt"], pair[side][0]["content"])
-            is_trained = [False] * len(row.prompt) + [True] * len(row.completion)
-            shown.append(ShownRow(f"pair {place}, {side}", [*row.prompt, *row.completion], is_trained))
+    for place, row in enumerate(read_rows(config.data, _layout(config), held_out=config.held_out)[:count], 1):
+        answers = {f"pair {place}, {side}": row[side] for side in SIDES if side in row}
+        if not answers:
+            answers = {f"answer {place}, {'desirable' if row['label'] else 'undesirable'}": row["completion"]}
+        for title, answer in answers.items():
+            request = chat_request(tokenizer, row["prompt"], answer[0]["content"])
+            is_trained = [False] * len(request.prompt) + [True] * len(request.completion)
+            shown.append(ShownRow(title, [*request.prompt, *request.completion], is_trained))
     return shown
+
+
+def _layout(config: DPOConfig) -> str:
+    return "unpaired" if config.objective == "kto" else "preference"
+
+
+def _objective(config: DPOConfig, rows: list[Row]) -> Objective | None:
+    """The loss of ours that is asked for; None where it is TRL's own."""
+    from pipeline.preference_trainer import Objective
+
+    if config.objective == "dpo":
+        is_unsure = any(row["preference"] < 1 for row in rows)
+        if is_unsure and not set(config.loss_type) <= set(PAIRWISE):
+            raise DataError(
+                f"some rows are ties or uncertain (`preference` below 1), and {', '.join(config.loss_type)} takes none",
+                where="dpo.data",
+                mend=f"loss_type of {', '.join(PAIRWISE)}; or take these rows out",
+            )
+        is_smoothed = bool(config.label_smoothing) and set(config.loss_type) <= set(PAIRWISE)
+        if not (is_unsure or is_smoothed or config.margin_weight):
+            return None
+    lost = sorted({"use_weighting", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef"} & set(config.trainer))
+    if lost:
+        raise ConfigError(
+            f"`{lost[0]}` is of TRL's own losses, without label smoothing, margins and ties", where="dpo.trainer"
+        )
+    return Objective(
+        name=config.objective,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        loss_types=config.loss_type,
+        loss_weights=config.loss_weights or (1.0,) * len(config.loss_type),
+        margin_weight=config.margin_weight,
+        simpo_gamma=config.simpo_gamma,
+        nll_weight=1.0 if config.objective == "orpo" else config.cpo_alpha,
+        desirable_weight=config.desirable_weight,
+        undesirable_weight=config.undesirable_weight,
+    )
 
 
 def _trainer(
     config: DPOConfig,
+    objective: Objective | None,
     model: PreTrainedModel,
     rows: list[Row],
     tokenizer: PreTrainedTokenizerFast,
@@ -151,7 +273,14 @@ def _trainer(
 
     from pipeline import trainer as adapter
     from pipeline.model.trained_positions import trim_head
+    from pipeline.preference_trainer import PreferenceTrainer
 
+    if config.objective == "kto" and plan.batch < 2:
+        raise ConfigError(
+            "kto takes its KL from other rows of the step, and there is one",
+            where="dpo.per_device_train_batch_size",
+            mend="--set dpo.per_device_train_batch_size=8",
+        )
     own = {
         "beta": config.beta,
         "loss_type": list(config.loss_type),
@@ -159,92 +288,46 @@ def _trainer(
         "label_smoothing": config.label_smoothing,
         "precompute_ref_log_probs": True,
         "disable_dropout": False,
+        "remove_unused_columns": False,
     }
     with adapter.building():
-        trainer = adapter.GivenDPOTrainer(
+        trainer = PreferenceTrainer(
             model=model,
             args=adapter.trainer_arguments(Arguments, config, plan, out, runtime, own),
             train_dataset=Dataset.from_list(rows[:1]),
             processing_class=tokenizer,
             peft_config=adapter.lora(config.peft, "CAUSAL_LM"),
         )
+    if objective is not None:
+        trainer.use(objective)
     if not config.trainer.get("use_weighting"):  # its weights need a figure of TRL's own head
         trim_head(trainer.model)
     return trainer
 
 
-def _encode(pairs: list[Row], tokenizer: PreTrainedTokenizerFast, length: int, runtime: Runtime) -> list[Row]:
-    """Each pair as the prompt's ids and both answers', stop tokens included. One with a side too long is left out."""
-    from pipeline.evals.subject import chat_request
+def _held_out(config: DPOConfig, read: list[Row]) -> HeldOut:
+    """The rows that are only measured, and what lengths alone say. A tie has no right answer: it is left out."""
+    from pipeline.data.formats import read_rows
+    from pipeline.data.preferences import TIE, pairs_of
+    from pipeline.evals import length_only
+    from pipeline.evals.implicit_reward import HeldOut
 
+    is_kto = config.objective == "kto"
     rows: list[Row] = []
-    with runtime.progress("encode", len(pairs), "pairs") as bar:
-        for pair in pairs:
-            chosen, rejected = (chat_request(tokenizer, pair["prompt"], pair[side][0]["content"]) for side in SIDES)
-            if chosen == rejected:
-                raise DataError(
-                    f"chosen and rejected are the same tokens: {pair['chosen'][0]['content'][:60]!r}",
-                    where="dpo.data",
-                    mend="take the row out",
-                )
-            assert chosen.prompt == rejected.prompt
-            answers = {"chosen_ids": list(chosen.completion), "rejected_ids": list(rejected.completion)}
-            if len(chosen.prompt) + max(map(len, answers.values())) <= length:
-                rows.append({"prompt_ids": list(chosen.prompt), **answers})
-            bar.advance()
-            runtime.check_stop()
-    if len(rows) < len(pairs):
-        runtime.say(f"{len(pairs) - len(rows):,} pairs with a side longer than {length:,} tokens are left out")
-    if not rows:
-        raise DataError(f"every pair is longer than {length:,} tokens", where="dpo.data", mend="a larger max_length")
-    return rows
-
-
-def _tokens(row: Row) -> int:
-    """What a pair costs: both its rows."""
-    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-
-
-def _add_reference(trainer: Any, rows: list[Row], plan: Schedule, path: Path, runtime: Runtime) -> None:
-    """Put the reference's log-probabilities of both answers into the rows that the run will read.
-
-    They are computed by TRL's own forward on the very batches that will be trained on (a row's first, where there are
-    several epochs), so that the first step's margins are zero in bf16 too. Kept at `path` for a resumed run.
-    """
-    import numpy as np
-    from safetensors.numpy import load_file, save_file
-
-    from pipeline import trainer as adapter
-
-    if path.exists():
-        kept = load_file(path)
-    else:
-        used, first = np.unique(plan.order, return_index=True)
-        micro = trainer.args.per_device_train_batch_size
-        batches = plan.order.reshape(-1, micro)
-        needed = np.unique(first // micro)
-
-        def compute(indices: list[int]) -> Any:
-            found = []
-            with runtime.progress("reference", len(indices), "batches") as bar:
-                for index in indices:
-                    batch = trainer.data_collator([rows[row] for row in batches[needed[index]]])
-                    batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
-                    sides = trainer.compute_ref_log_probs(trainer.model, batch)
-                    found.append(np.stack([side.float().cpu().numpy() for side in sides], axis=1))
-                    bar.advance()
-                    runtime.check_stop()
-            return np.stack(found) if found else np.zeros((0, micro, 2))
-
-        values = adapter.over_ranks(runtime, (len(needed), micro, 2), compute)
-        places = np.searchsorted(needed, first // micro)
-        kept = {"rows": used, "log_probs": values[places, first % micro].astype(np.float32)}
-        if runtime.is_main:
-            save_file(kept, path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
-    runtime.barrier()
-    for row, (chosen, rejected) in zip(kept["rows"].tolist(), kept["log_probs"].tolist(), strict=True):
-        rows[row] |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    if config.held_out:
+        rows = read_rows(config.data, _layout(config), split="held_out", held_out=config.held_out)
+        rows = [row for row in rows if is_kto or row["preference"] > TIE][: config.eval_rows]
+    pairs, known = (pairs_of(rows), pairs_of(read)) if is_kto else (rows, read)
+    lengths = ([len(pair[side][0]["content"]) for pair in known] for side in SIDES)
+    return HeldOut(
+        pairs=pairs,
+        lone=rows if is_kto else [],
+        drift_prompts=config.drift_prompts,
+        max_new_tokens=config.max_new_tokens,
+        length_only=length_only.fit(*lengths),
+        beta=config.beta,
+        seed=config.seed,
+    )
 
 
 def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, length: int, runtime: Runtime) -> Subject:
@@ -253,57 +336,3 @@ def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, length:
     from pipeline.evals.subject import Subject
 
     return Subject("dpo", model, tokenizer, True, length, TOKEN_BUDGET, runtime.check_stop)
-
-
-def _held_out(
-    config: DPOConfig,
-    subject: Subject,
-    start: PreTrainedModel,
-    held_out: list[Row],
-    reference: list[Row],
-    pairs: list[Row],
-    runtime: Runtime,
-) -> dict[str, float]:
-    """Accuracy and margin of the implicit reward on held-out pairs, by kind and beside lengths; KL a token."""
-    import numpy as np
-
-    from pipeline.evals import length_only, preference_accuracy
-    from pipeline.evals.subject import chat_request
-
-    items = preference_accuracy.score(subject, held_out)
-    if not items:
-        runtime.say("no held-out pair fits the length: nothing is measured")
-        return {}
-    lengths = ([len(pair[side][0]["content"]) for pair in pairs] for side in SIDES)
-    found = preference_accuracy.figures(items, reference, length_only.fit(*lengths), config.seed)
-    margins = [
-        (item["chosen"] - before["chosen"]) - (item["rejected"] - before["rejected"])
-        for item, before in zip(items, reference, strict=True)
-    ]
-    kept = [held_out[item["item"]] for item in items[:KL_ROWS]]
-    answers = [chat_request(subject.tokenizer, row["prompt"], row["chosen"][0]["content"]) for row in kept]
-    runtime.say("held out: " + "  ".join(f"{name} {each.value:.3f}" for name, each in found.items()))
-    return {
-        **{name: each.value for name, each in found.items()},
-        "margin": config.beta * float(np.mean(margins)),
-        "kl_per_token": _mean_kl(subject.model, start, answers, runtime),
-    }
-
-
-def _mean_kl(policy: PreTrainedModel, start: PreTrainedModel, answers: list[Request], runtime: Runtime) -> float:
-    """KL(policy || reference) of the next token in nats, over the whole vocabulary, mean over the answers' places."""
-    import torch
-
-    total, count = 0.0, 0
-    with torch.inference_mode():
-        for answer in answers:
-            ids_1T = torch.tensor([[*answer.prompt, *answer.completion]], device=policy.device)
-            places = slice(len(answer.prompt) - 1, ids_1T.shape[1] - 1)
-            log_p_SV, log_q_SV = (
-                model(input_ids=ids_1T, use_cache=False).logits[0, places].float().log_softmax(dim=-1)
-                for model in (policy, start)
-            )
-            total += float((log_p_SV.exp() * (log_p_SV - log_q_SV)).sum())
-            count += len(answer.completion)
-            runtime.check_stop()
-    return total / count

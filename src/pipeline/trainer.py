@@ -53,7 +53,7 @@ from pipeline.schedule import Row, Schedule, Unrolled
 from pipeline.trainer_config import TrainerConfig
 
 __all__ = [
-    "GivenDPOTrainer",
+    "DPOTrainer",
     "RewardTrainer",
     "SFTTrainer",
     "lora",
@@ -143,16 +143,6 @@ def _check_passed_on(config: TrainerConfig, passed: Mapping[str, Any], known: se
             raise ConfigError(f"TRL's config has no field `{key}`{meant(key, known)}", where="trainer")
 
 
-class GivenDPOTrainer(DPOTrainer):  # type: ignore[misc]
-    """TRL's trainer for rows that are tokens already and hold the reference's log-probabilities."""
-
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        return dataset
-
-    def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
-        return dataset
-
-
 @contextmanager
 def building() -> Iterator[None]:
     """Turns what TRL refuses while a config or trainer is made into a ConfigError."""
@@ -176,6 +166,16 @@ def trained_model(trainer: Any) -> PreTrainedModel:
         model = model.merge_and_unload()
     restore_attention(model)
     return model.eval()
+
+
+def while_training(trainer: Any, measure: Callable[[PreTrainedModel], dict[str, float]]) -> dict[str, float]:
+    """`measure` of the model in the middle of its training: in evaluation mode, adapters at work in their places."""
+    model = trainer.model
+    model.eval()
+    try:
+        return measure(model.get_base_model() if isinstance(model, PeftModel) else model)
+    finally:
+        model.train()
 
 
 def longest_row(folder: Path, max_length: int, runtime: Runtime) -> int:
@@ -267,11 +267,15 @@ def train(
     phase: str,
     shown: Mapping[str, str],
     state: Mapping[str, Any],
+    measure: Callable[[], Mapping[str, float]] | None = None,
+    measure_steps: int = 0,
 ) -> None:
     """Train to the plan's last step, from `checkpoint` (`runtime.checkpoints.latest()`) if there is one.
 
-    `shown`: label -> TRL's name of the key figures of the progress line. `state` is kept with every checkpoint. Raises
-    TrainingError for a loss that is not finite, Stopped or Interrupted after saving when asked to stop.
+    `shown`: label -> TRL's name of the key figures of the progress line. `state` is kept with every checkpoint.
+    `measure` gives figures of the model as it stands, logged every `measure_steps` steps (0: never) but the last.
+
+    Raises TrainingError for a loss that is not finite, Stopped or Interrupted after saving when asked to stop.
     """
     need_disk(Path(trainer.args.output_dir).parent, _bytes_to_write(trainer.model), "saving and checkpoints")
     trainer.remove_callback(PrinterCallback)
@@ -283,6 +287,7 @@ def train(
         runtime.say(f"resumed at step {checkpoint.step:,}")
     with runtime.progress(phase, plan.steps) as bar:
         watch = _Watch(plan, runtime, bar, shown, state)
+        watch.measure, watch.measure_steps = measure, measure_steps
         trainer.add_callback(watch)
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     if watch.is_stopping and trainer.state.global_step < plan.steps:
@@ -304,6 +309,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self, plan: Schedule, runtime: Runtime, bar: Bar, shown: Mapping[str, str], state: Mapping[str, Any]
     ) -> None:
         self.plan, self.runtime, self.bar, self.shown, self.state = plan, runtime, bar, shown, state
+        self.measure: Callable[[], Mapping[str, float]] | None = None
+        self.measure_steps = 0
         self.is_stopping = False
         self.began, self.first = 0.0, 0
 
@@ -317,6 +324,21 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
         if control.should_save or state.global_step == self.plan.steps:
             control.should_log = True  # the line before it is saved: no figure spans a checkpoint, no NaN is kept
+        step = state.global_step
+        if (
+            self.measure is not None
+            and self.measure_steps
+            and step % self.measure_steps == 0
+            and step < self.plan.steps
+        ):
+            self._measure(self.measure, step)
+
+    def _measure(self, measure: Callable[[], Mapping[str, float]], step: int) -> None:
+        """A line of figures; neither the run's random numbers nor its speed is touched."""
+        start = time.monotonic()
+        with torch.random.fork_rng():
+            self.runtime.metrics.log(step, int(self.plan.tokens[step - 1]), **measure())
+        self.began += time.monotonic() - start
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
         state.log_history.clear()  # metrics.jsonl is the record; this would be written into every checkpoint

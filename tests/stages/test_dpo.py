@@ -16,6 +16,7 @@ from pipeline.data.chat import encode_messages, encode_prompt, stop_token_id
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, DataError, Stopped
 from pipeline.model.build import load_causal_lm
+from pipeline.preference_trainer import tokens_of
 from pipeline.recipe import DataEntry, PeftConfig
 from pipeline.schedule import schedule
 from stages import dpo
@@ -76,7 +77,7 @@ def test_the_step_is_trls_and_the_equation(
 
     tokenizer = load_tokenizer(init.model)
     rows = encoded(tokenizer, preferences)
-    plan = schedule([dpo._tokens(row) for row in rows], settings, here)
+    plan = schedule([tokens_of(row) for row in rows], settings, here)
     batches = [[rows[i] for i in step] for step in plan.order.reshape(3, 4).tolist()]
 
     message = [{"role": "user", "content": "a"}]
