@@ -103,8 +103,12 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
         return batches, items
 
     def _measured(self, batches: Sequence[dict[str, Tensor]]) -> _Step:
-        """KTO's z = max(0, mean over the step's mismatched pairs of log p(y' | x) - log r(y' | x)); counts."""
+        """KTO's z = max(0, mean over the step's mismatched pairs of log p(y' | x) - log r(y' | x)); counts.
+
+        Without dropout: z is an estimate without noise, and a resumed run has its random numbers back only later.
+        """
         assert self.objective is not None
+        self.model.eval()
         sums_3 = torch.zeros(3, device=batches[0]["input_ids"].device)  # log-ratios, rows, tokens
         for batch in batches:
             chosen, other = _halves(batch)
@@ -114,6 +118,7 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
                     log_p_B, _, _ = self._log_probs(self.model, other)
                 sums_3[0] += (log_p_B - batch["ref_rejected_logps"]).sum()
                 sums_3[1] += len(log_p_B)
+        self.model.train()
         ratios, rows, tokens = self.accelerator.reduce(sums_3, reduction="sum")
         kl = (ratios / rows.clamp(min=1)).clamp(min=0)
         return _Step(kl, tokens, len(batches) * self.accelerator.num_processes)
