@@ -99,6 +99,7 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
     import numpy as np
 
     from pipeline.data.formats import read_rows
+    from pipeline.data.preferences import TIE
     from pipeline.data.pydocs import questions
     from pipeline.evals.bits_per_byte import held_out_texts
     from pipeline.evals.runner import Plan
@@ -120,6 +121,7 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
     if {"reward_accuracy", "preference_accuracy"} & set(tasks):
         assert config.preferences is not None
         rows = read_rows(config.preferences, "preference", split="held_out", held_out=config.held_out)
+        rows = [row for row in rows if row["preference"] > TIE]  # which has no right answer
         rows = draw(rows, len(rows), "preferences")
         preferences, others = rows[: config.preference_rows], rows[config.preference_rows :]
         if len(others) < len(preferences):  # too few to learn from what lengths tell

@@ -39,6 +39,8 @@ stages:
   reward: {data: pairs.jsonl, per_device_train_batch_size: 4, num_train_epochs: 2.0, held_out: 0.0}
   ppo: {total_episodes: 128, response_length: 16, held_out: 0.0}
   dpo: {init: sft, data: pairs.jsonl, max_steps: 5, per_device_train_batch_size: 4, held_out: 0.0}
+  simpo: {stage: dpo, objective: simpo, init: sft, data: pairs.jsonl, max_steps: 5, held_out: 0.0}
+  kto: {stage: dpo, objective: kto, init: sft, data: pairs.jsonl, max_steps: 5, held_out: 0.0}
   eval: {models: [sft], questions: 10}
 """
 
@@ -122,8 +124,11 @@ def test_every_stage_by_hand(road: Path) -> None:
     pair = (row + 35 / 3.5 + 35 / 3.5 + 16) / 2
     assert found["reward"].tokens == pytest.approx(20 * 4 * 2 * pair)  # 2 epochs of 40 pairs, 4 a step
     assert found["dpo"].tokens == pytest.approx(5 * 4 * 2 * pair)
-    per_token = {name: found[name].flops / found[name].tokens for name in ("reward", "dpo")}  # type: ignore[operator]
+    per_token = {name: found[name].flops / found[name].tokens for name in ("reward", "dpo", "simpo", "kto")}  # type: ignore[operator]
     assert per_token["dpo"] / per_token["reward"] == pytest.approx(4 / 3)  # the reference's forward
+    assert per_token["simpo"] == pytest.approx(per_token["reward"])
+    assert per_token["kto"] / per_token["reward"] == pytest.approx(2)  # own row, and three forwards
+    assert found["kto"].tokens == pytest.approx(5 * 8 * pair)
     assert found["ppo"].tokens == pytest.approx(128 * (35 / 3.5 + 8 + 16))
     assert found["eval"].flops is None
     assert "not estimated" in found["eval"].notes[0]
@@ -266,7 +271,7 @@ def test_the_command_prints_every_stage_and_as_json(road: Path, warm: Any) -> No
     assert "262 M parameters on 6.36 B tokens" in shown.stdout
     printed = json.loads(warm("plan", road, "--json", "--on", "h100").stdout)
     assert [each["stage"] for each in printed["stages"]] == [
-        line.split(":")[0].strip() for line in ROAD.split("\n")[2:9]
+        line.split(":")[0].strip() for line in ROAD.split("\n")[2:11]
     ]
     assert printed["stages"][1]["peak"] == pytest.approx(sum(printed["stages"][1]["memory"].values()))
     assert not (road.parent / "artifacts").exists(), "a plan makes nothing"

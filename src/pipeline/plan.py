@@ -39,6 +39,8 @@ BYTES_A_TOKEN = 3.5
 UTILISATION = {"cpu": 0.3, "cuda": 0.4}
 """Share of the matrix product's FLOP/s that training reaches, until a stage of the kind has run here."""
 SAMPLED_ROWS = 2000
+SIDES = ("chosen", "rejected", "completion")
+"""Fields of a row with an answer."""
 
 
 @dataclass(frozen=True)
@@ -254,16 +256,18 @@ class Planner:
         model = model_of(self.recipe, self.store, node.inputs["init"][0])
         if model is None:
             return replace(found, notes=("not estimated: what it starts from is not known",))
-        is_pairs = node.stage.type != "sft"
-        rows = read_rows(config.data, "preference" if is_pairs else "messages", held_out=config.held_out)
+        objective = config.objective if node.stage.type == "dpo" else ""
+        layout = "messages" if node.stage.type == "sft" else "unpaired" if objective == "kto" else "preference"
+        rows = read_rows(config.data, layout, held_out=config.held_out)
         length = min(config.max_length, mean_length(rows[:SAMPLED_ROWS], self._bytes_a_token()))
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(rows) / batch)
-        sides = 2 if is_pairs else 1
+        sides = 2 if layout == "preference" else 1
         tokens = steps * batch * sides * length
         total, _ = count_parameters(model)
         trained = adapter_parameters(model, config.peft.r) if config.peft else float(total)
-        factor = (2 / 3 if config.peft else 1.0) + (1 / 3 if node.stage.type == "dpo" else 0.0)
+        beside = {"dpo": 1 / 3, "kto": 1.0}.get(objective, 0.0)  # the reference's forward; kto: and of mismatched pairs
+        factor = (2 / 3 if config.peft else 1.0) + beside
         on_device = max(1, config.per_device_train_batch_size // self.processes) * sides
         longest = min(config.max_length, round(2 * length))
         bf16 = self.device.bf16 if config.bf16 is None else config.bf16
@@ -425,7 +429,7 @@ def mean_length(rows: Iterable[Mapping[str, Any]], bytes_a_token: float) -> floa
     """Tokens of a row by its UTF-8 bytes, eight more a message for the template; of a pair the mean of its sides."""
     lengths = []
     for row in rows:
-        sides = [row.get("messages")] if "messages" in row else [row.get("chosen"), row.get("rejected")]
+        sides = [row.get("messages")] if "messages" in row else [row.get(name) for name in SIDES]
         for side in [each for each in sides if each is not None] or [[]]:
             messages = [*row.get("prompt", []), *side]
             lengths.append(sum(len(each["content"].encode()) / bytes_a_token + 8 for each in messages))

@@ -1,6 +1,9 @@
 """dpo's own losses: kto, orpo, simpo, cpo, ties and margins, beside TRL's trainers and the papers; what is refused."""
 
 import json
+import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -413,3 +416,70 @@ def test_ties_and_options_that_a_loss_cannot_take_are_refused(
         dpo.run(config(objective="kto", per_device_train_batch_size=1), {"init": init}, out, here)
     with pytest.raises(ConfigError, match="no train row in this source"):
         dpo.run(config(**ties, objective="kto"), {"init": init}, out, here)
+
+
+RANKS = """
+import json, os, sys
+from pathlib import Path
+from pipeline.artifacts import outside_model
+from pipeline.recipe import DataEntry
+from pipeline.runtime import Runtime
+from stages import dpo
+import pipeline.trainer, pipeline.preference_trainer, pipeline.evals.implicit_reward
+
+def work(world, name, fields):
+    out = root / f"{name}-{world}"
+    out.mkdir(exist_ok=True)
+    runtime = Runtime.start(out, seed=0, threads=1, world_size=world, quiet=True)
+    config = dpo.DPOConfig(data=(DataEntry(source=rows),), max_steps=3, per_device_train_batch_size=4,
+                           gradient_accumulation_steps=1, learning_rate=1e-3, bf16=False, held_out=0.1, eval_rows=8,
+                           drift_prompts=2, eval_steps=2, logging_steps=1, trainer={"adam_epsilon": 1e-3}, **fields)
+    figures = dpo.run(config, {"init": outside_model(Path(model))}, out, runtime)
+    if runtime.is_main:
+        (out / "figures.json").write_text(json.dumps(figures))
+
+root, model, rows, port, cases = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), json.loads(sys.argv[5])
+for number, (name, fields) in enumerate(cases.items()):
+    children = []
+    for world, rank in ((1, 0), (2, 0), (2, 1)):
+        pid = os.fork()
+        if pid == 0:
+            if world == 2:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+            code = 1
+            try:
+                work(world, name, fields)
+                code = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(pid)
+    if sum(os.waitpid(pid, 0)[1] for pid in children):
+        sys.exit(name)
+"""
+CASES: dict[str, dict[str, Any]] = {
+    **{objective: {"objective": objective} for objective in ("dpo", "kto", "orpo")},
+    "smoothed": {"label_smoothing": 0.1},
+}
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(model_folder: Path, preferences: Path, lines: Any, tmp_path: Path) -> None:
+    """The same rows a step, split over two gloo ranks: weights to 1e-6, losses, and what is measured."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-c", RANKS, str(tmp_path), str(model_folder), str(preferences), port, json.dumps(CASES)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in CASES:
+        one, two = (tmp_path / f"{name}-{world}" for world in (1, 2))
+        theirs, ours = (load_file(out / "model" / "model.safetensors") for out in (one, two))
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-6)
+        assert len(lines(one)) == len(lines(two)) == 5
+        for line, other in zip(lines(one), lines(two), strict=True):
+            assert line.keys() == other.keys()
+            for key in line.keys() - {"time", "seconds", "tokens_per_second", "num_tokens"}:
+                assert other[key] == pytest.approx(line[key], abs=2e-4), (name, key)

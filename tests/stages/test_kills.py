@@ -13,7 +13,7 @@ KILLS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import pipeline.trainer, pipeline.data.chat, pipeline.evals.likelihood, pipeline.model.build
-import pipeline.model.trained_positions
+import pipeline.model.trained_positions, pipeline.preference_trainer, pipeline.evals.implicit_reward
 from pipeline.artifacts import outside_model
 from pipeline.checkpoint import Checkpoints
 from pipeline.recipe import DataEntry
@@ -21,9 +21,11 @@ from pipeline.runtime import Runtime
 from importlib import import_module
 
 name, model, rows, root, seed = sys.argv[1:6]
+name, _, objective = name.partition(":")
 stage = import_module(f"stages.{name}")
 make = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig"}[name]
 data, own = (DataEntry(source=rows),), {} if name == "sft" else {"optimizer": "muon"}
+own |= {"objective": objective, "eval_steps": 10} if objective else {}
 config = getattr(stage, make)(data=data, learning_rate=1e-3, per_device_train_batch_size=4, max_steps=60, save_steps=4,
                               logging_steps=2, held_out=0.1, eval_rows=8, **own)
 
@@ -77,7 +79,7 @@ print(json.dumps({"kills": kills, "half": half, "resumed_from": int((killed / "r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "dpo:kto", "dpo:orpo"])
 def test_killed_at_random_and_in_the_middle_of_a_save_it_ends_with_the_same_bits(
     stage: str, model_folder: Path, demonstrations: Path, preferences: Path, tmp_path: Path
 ) -> None:
