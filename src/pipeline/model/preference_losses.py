@@ -96,7 +96,7 @@ def kto_losses(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> Tensor:
-    """KTO (Ethayarajh et al. 2024, eq. 7 and 8), of lone answers. ratio_B: their log-ratios; kl: z, the KL from the
+    """KTO (Ethayarajh et al. 2024, eq. 7), of lone answers. ratio_B: their log-ratios; kl: z, the KL from the
     reference that gains and losses are counted from, a number at least 0 without gradients.
 
         w_d (1 - sigmoid(beta (ratio - z)))    of a desirable answer
