@@ -154,7 +154,6 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     length = adapter.longest_row(init.model, config.max_length, runtime)
     read = read_rows(config.data, _layout(config), held_out=config.held_out, say=runtime.say)
     rows = preference_trainer.encode(read, tokenizer, length, runtime)
-    objective = _objective(config, rows)
     held_out = _held_out(config, read)
 
     # 2. the model, and what it says of held-out answers before it is trained
@@ -165,23 +164,25 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     def measure(policy: PreTrainedModel) -> dict[str, float]:
         start = adapter.load_policy(init.model, config, runtime)
         with adapter.autocast(config, runtime):
-            return implicit_reward.figures(_subject(policy, tokenizer, length, runtime), start, held_out, before)
+            found = implicit_reward.figures(_subject(policy, tokenizer, length, runtime), start, held_out, before)
+        runtime.say("held out: " + ("  ".join(f"{name} {value:.3f}" for name, value in found.items()) or "no row fits"))
+        return found
 
     # 3. train
     plan = schedule([preference_trainer.tokens_of(row) for row in rows], config, runtime)
-    epochs = {"rows": float(len(rows)), "epochs": len(plan.order) / len(rows)}
+    figures = {"rows": float(len(rows)), "epochs": len(plan.order) / len(rows)}
     if config.objective == "kto":
         rows, plan = preference_trainer.mismatched(rows, plan)
-    trainer = _trainer(config, objective, model, rows, tokenizer, plan, out, runtime)
+    trainer = _trainer(config, _objective(config, rows), model, rows, tokenizer, plan, out, runtime)
     longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
     adapter.fit_attention(trainer, min(longest, length))
-    runtime.say(adapter.describe(trainer, plan, int(epochs["rows"])))
+    runtime.say(adapter.describe(trainer, plan, int(figures["rows"])))
     if config.has_reference:
         preference_trainer.add_reference(trainer, rows, plan, out / "reference.safetensors", runtime)
     shown = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
     adapter.train(
         trainer, config, rows, plan, runtime, checkpoint, phase="dpo", shown=shown, state={},
-        measure=lambda: adapter.while_training(trainer, measure), measure_steps=config.eval_steps,
+        measure=lambda: preference_trainer.while_training(trainer, measure), measure_steps=config.eval_steps,
     )  # fmt: skip
 
     # 4. save, then evaluate
@@ -190,11 +191,7 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     if runtime.is_main:
         save_model(model, out / "model", init.model, [stop_id], tokenizer.pad_token_id)
     runtime.barrier()
-    figures = epochs
-    if config.held_out:
-        found = measure(model)
-        runtime.say("held out: " + ("  ".join(f"{name} {value:.3f}" for name, value in found.items()) or "no row fits"))
-        figures |= found
+    figures |= measure(model) if config.held_out else {}
     runtime.metrics.log(plan.steps, int(plan.tokens[-1]), **figures)
     return {**figures, "flops": flops}
 

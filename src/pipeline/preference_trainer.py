@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl import DPOTrainer
 
 from pipeline import trainer as adapter
@@ -237,9 +238,8 @@ def _mean_entropy(batch: dict[str, Tensor], outputs: Any) -> Tensor:
 
 def _halves(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The first answers of a batch and the second ones, as batches of sequences."""
-    names = ("input_ids", "attention_mask", "completion_mask")
-    first, second = zip(*(batch[name].chunk(2) for name in names), strict=True)
-    return dict(zip(names, first, strict=True)), dict(zip(names, second, strict=True))
+    first, second = zip(*(batch[name].chunk(2) for name in SEQUENCES), strict=True)
+    return dict(zip(SEQUENCES, first, strict=True)), dict(zip(SEQUENCES, second, strict=True))
 
 
 def _with_fields(collate: Callable[[list[Row]], dict[str, Any]], names: Sequence[str]) -> Callable[[list[Row]], Any]:
@@ -334,6 +334,16 @@ def add_reference(trainer: Any, rows: list[Row], plan: Schedule, path: Path, run
     runtime.barrier()
     for row, (chosen, rejected) in zip(kept["rows"].tolist(), kept["log_probs"].tolist(), strict=True):
         rows[row] |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+
+def while_training(trainer: Any, measure: Callable[[PreTrainedModel], dict[str, float]]) -> dict[str, float]:
+    """`measure` of the model in the middle of its training: in evaluation mode, adapters at work in their places."""
+    model = trainer.model
+    model.eval()
+    try:
+        return measure(model.get_base_model() if isinstance(model, PeftModel) else model)
+    finally:
+        model.train()
 
 
 SEQUENCES = ("input_ids", "attention_mask", "completion_mask")

@@ -168,16 +168,6 @@ def trained_model(trainer: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def while_training(trainer: Any, measure: Callable[[PreTrainedModel], dict[str, float]]) -> dict[str, float]:
-    """`measure` of the model in the middle of its training: in evaluation mode, adapters at work in their places."""
-    model = trainer.model
-    model.eval()
-    try:
-        return measure(model.get_base_model() if isinstance(model, PeftModel) else model)
-    finally:
-        model.train()
-
-
 def longest_row(folder: Path, max_length: int, runtime: Runtime) -> int:
     """Tokens of a row at most: `max_length`, lowered to what the positions of the model in `folder` reach."""
     most = reach(folder)
