@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export USE_HUB_KERNELS ?= NO
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo smoke arithmetic test test-fast check clean help
+.PHONY: setup demo smoke arithmetic dpo-variants test test-fast check clean help
 
 help:           ## the targets
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -31,6 +31,9 @@ smoke: setup    ## the same graph, tiny, in under a minute
 
 arithmetic: setup  ## sums by ppo and grpo with a reward that is computed
 	@$(BIN)/llmpipe run arithmetic
+
+dpo-variants: setup  ## four losses of dpo from one sft model, three seeds each
+	@$(BIN)/llmpipe run dpo-variants
 
 test: setup     ## the whole test suite
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

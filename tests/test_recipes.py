@@ -18,6 +18,28 @@ SMALL = {
 }
 
 
+def test_dpo_variants(warm: Any):
+    """From one sft model: every loss for every seed, measured on the same rows."""
+    names = ("dpo", "ipo", "kto", "simpo")
+    small = {"max_steps": 3, "eval_rows": 8, "drift_prompts": 4, "data.0.limit": 100, "matrix.seed": "[0, 1]"}
+    few = {"questions": 8, "documents": 4, "prompts": 4, "preference_rows": 16, "max_new_tokens": 8}
+    changed = SMALL | dict.fromkeys(names, small) | {"eval": few}
+    changed["pretrain"] = SMALL["pretrain"] | {"model.intermediate_size": 64, "eval_documents": 4}
+    changes = [
+        f"{stage}.{field}={value}" for stage, fields in changed.items() if stage not in ("ppo", "grpo")
+        for field, value in fields.items()
+    ]  # fmt: skip
+    done = warm("run", "dpo-variants", *(word for change in changes for word in ("--set", change)))
+    assert done.code == 0, done.stderr
+    folder = Path(warm.folder) / "artifacts" / "dpo-variants"
+    results = [json.loads(line) for line in (folder / "eval" / "results.jsonl").read_text().splitlines()]
+    stages = {f"{name}@seed={seed}" for name in names for seed in (0, 1)}
+    assert stages | {"sft"} == {row["model"] for row in results}
+    manifests = [json.loads((folder / stage / "manifest.json").read_text()) for stage in sorted(stages)]
+    assert len({each["inputs"]["init"][0]["fingerprint"] for each in manifests}) == 1
+    assert all({"accuracy", "kl_per_token", "greedy_length"} <= each["metrics"].keys() for each in manifests)
+
+
 def test_arithmetic(warm: Any):
     """Offline and without a file: both policies are measured on the same held-out problems as their start."""
     changes = [f"{stage}.{name}={value}" for stage, fields in SMALL.items() for name, value in fields.items()]

@@ -17,6 +17,7 @@ stages:
   ppo: {}
   sample: {}
   dpo: {init: sft, data: pairs.jsonl}
+  kto: {stage: dpo, objective: kto, init: sft, data: [lone.jsonl, pairs.jsonl]}
   eval: {models: [sft]}
 """
 
@@ -28,7 +29,8 @@ def recipe(tokenized: Path) -> Path:
         for i in range(40)
     ]
     pairs = [{"prompt": f"ka {i}", "chosen": "lo mi", "rejected": "ru"} for i in range(40)]
-    for name, each in (("rows", rows), ("pairs", pairs)):
+    lone = [{"prompt": f"ka {i}", "completion": "mu", "label": i % 2 == 1} for i in range(40)]
+    for name, each in (("rows", rows), ("pairs", pairs), ("lone", lone)):
         (tokenized.parent / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
     path = tokenized.with_name("all.yaml")
     path.write_text(RECIPE)
@@ -39,6 +41,7 @@ EXPECTED = {
     "sft": ["lo mi<|im_end|>"],
     "reward": ["<|im_end|>", "<|im_end|>"],
     "dpo": ["lo mi<|im_end|>", "ru<|im_end|>"],
+    "kto": ["mu<|im_end|>"],
     "ppo": [""],
     "sample": [""],
 }
