@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export USE_HUB_KERNELS ?= NO
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo smoke arithmetic dpo-variants test test-fast check clean help
+.PHONY: setup demo smoke arithmetic dpo-variants rounds test test-fast check clean help
 
 help:           ## the targets
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -34,6 +34,9 @@ arithmetic: setup  ## sums by ppo and grpo with a reward that is computed
 
 dpo-variants: setup  ## four losses of dpo from one sft model, three seeds each
 	@$(BIN)/llmpipe run dpo-variants
+
+rounds: setup   ## after demo: three rounds of best-of-4 and dpo beside one offline dpo
+	@$(BIN)/llmpipe run rounds
 
 test: setup     ## the whole test suite
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -40,6 +40,32 @@ def test_dpo_variants(warm: Any):
     assert all({"accuracy", "kl_per_token", "greedy_length"} <= each["metrics"].keys() for each in manifests)
 
 
+def test_rounds(warm: Any):
+    """Three rounds from the demo's sft: each round's policy answers and is trained on the best and worst of its answers."""
+    small = {"max_steps": 2, "eval_rows": 8, "drift_prompts": 0}
+    changed: dict[str, dict[str, Any]] = {name: SMALL[name] for name in ("tokenize", "sft")}
+    changed["pretrain"] = SMALL["pretrain"] | {"model.intermediate_size": 64, "eval_documents": 4}
+    changed["reward"] = {"max_steps": 2, "eval_rows": 8, "data.0.limit": 100, "demonstration_rows": 16}
+    changed["offline"] = small | {"data.0.limit": 100}
+    changed["repeat.stages.sample"] = {"prompts": 24, "response_length": 8, "min_margin": 0.0}
+    changed["repeat.stages.online"] = small | {"data.1.limit": 100}
+    changed["eval-rounds"] = {"questions": 8, "documents": 4, "prompts": 4, "max_new_tokens": 8}
+    changes = [f"{stage}.{field}={value}" for stage, fields in changed.items() for field, value in fields.items()]
+    done = warm("run", "rounds", *(word for change in changes for word in ("--set", change)))
+    assert done.code == 0, done.stderr
+    folder = Path(warm.folder) / "artifacts" / "demo"
+    manifests = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/manifest.json")}
+    for turn, start in ((1, "sft"), (2, "online@1"), (3, "online@2")):
+        fingerprint = manifests[start]["fingerprint"]
+        for name in ("sample", "online"):
+            assert manifests[f"{name}@{turn}"]["inputs"]["init"][0]["fingerprint"] == fingerprint
+        rows = [json.loads(line) for line in (folder / f"sample@{turn}" / "rows.jsonl").read_text().splitlines()]
+        assert 0 < len(rows) <= 24
+        assert all(row["score_chosen"] > row["score_rejected"] for row in rows)
+    results = [json.loads(line) for line in (folder / "eval-rounds" / "results.jsonl").read_text().splitlines()]
+    assert {row["model"] for row in results} >= {"sft", "offline", "online@1", "online@2", "online@3"}
+
+
 def test_arithmetic(warm: Any):
     """Offline and without a file: both policies are measured on the same held-out problems as their start."""
     changes = [f"{stage}.{name}={value}" for stage, fields in SMALL.items() for name, value in fields.items()]
