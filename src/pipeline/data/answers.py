@@ -73,8 +73,8 @@ Read = tuple[list[Message], list[str], bool]
 def _rows(entry: DataEntry, say: Callable[[str], None]) -> Iterator[Read]:
     bad = BadRows(entry.max_bad_rows)
     if entry.source in BUILT_IN:
-        for row in itertools.chain.from_iterable(canonical_rows(entry, "preference", "train", bad, say)):
-            yield _of_pair(row)
+        for rows, _ in canonical_rows(entry, "preference", "train", bad, say):
+            yield from map(_of_pair, rows)
         return
     chosen = entry.format
     for row, where in read_source_rows(entry, bad):

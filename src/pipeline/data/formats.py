@@ -96,17 +96,24 @@ def read_rows(
 def entry_rows(
     entry: DataEntry, layout: str, split: Split, held_out: float, say: Callable[[str], None]
 ) -> Iterator[Row]:
-    """The rows of one entry: read, put into the layout, divided; those to train on as often as it weighs."""
+    """The rows of one entry; those to train on as often as it weighs."""
     weight = entry.weight if split == "train" else 1.0
+    for row, _ in placed_rows(entry, layout, split, held_out, say):
+        for _ in range(copies(prompt_key(row), weight)):
+            yield row
+
+
+def placed_rows(
+    entry: DataEntry, layout: str, split: Split, held_out: float, say: Callable[[str], None]
+) -> Iterator[tuple[Row, str]]:
+    """The rows of one entry, once each, with where they stand (`file:line`): read, put into the layout, divided."""
     check_entry(entry)
     bad = BadRows(entry.max_bad_rows)
-    for count, rows in enumerate(canonical_rows(entry, layout, split, bad, say), start=1):
+    for count, (rows, where) in enumerate(canonical_rows(entry, layout, split, bad, say), start=1):
         for row in rows:
-            key = prompt_key(row)
-            is_held_out = entry.source not in BUILT_IN and share(key) < held_out
+            is_held_out = entry.source not in BUILT_IN and share(prompt_key(row)) < held_out
             if split == "all" or entry.source in BUILT_IN or is_held_out == (split == "held_out"):
-                for _ in range(copies(key, weight)):
-                    yield row
+                yield row, where
         if count == entry.limit:
             break
     if bad.count:
@@ -115,10 +122,12 @@ def entry_rows(
 
 def canonical_rows(
     entry: DataEntry, layout: str, split: Split, bad: BadRows, say: Callable[[str], None]
-) -> Iterator[list[Row]]:
-    """The rows of one entry in the layout: what each row of the source becomes."""
+) -> Iterator[tuple[list[Row], str]]:
+    """The rows of one entry in the layout: what each row of the source becomes, and where that stands."""
     if entry.source in BUILT_IN:
-        yield from pydocs_rows(layout, split) if entry.source == PYDOCS else arithmetic_rows(layout, split)
+        found = pydocs_rows(layout, split) if entry.source == PYDOCS else arithmetic_rows(layout, split)
+        for number, rows in enumerate(found, start=1):
+            yield rows, f"{entry.source} {split} row {number}"
         return
     chosen = entry.format
     if chosen is not None and chosen not in KEYS:
@@ -132,7 +141,7 @@ def canonical_rows(
         except DataError as error:
             bad(error)
             continue
-        yield rows
+        yield rows, where
 
 
 def recognise(row: Row, where: str) -> str:
