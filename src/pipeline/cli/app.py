@@ -270,16 +270,23 @@ def preview(
     stage: Annotated[str, typer.Argument(help="a stage of the recipe")],
     rows: Annotated[int, typer.Option("--rows", "-n", help="how many", min=1)] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="print each token's id behind it")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="count instead: rows, lengths, what is there twice or measured on")
+    ] = False,
     run: RunOption = None,
     artifacts: ArtifactsOption = None,
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Rows of a stage as tokens, what is trained in green."""
+    """Rows of a stage as tokens, what is trained in green; or what all its rows are like."""
     from pipeline.cli.preview import show_rows
     from pipeline.cli.session import open_session
+    from pipeline.cli.survey import show_survey
 
     session = open_session(recipe, run=run, artifacts=artifacts, overrides=set_ or [])
+    if stats:
+        show_survey(session, stage, as_json=json)
+        return
     show_rows(session, stage, rows=rows, ids=ids, as_json=json)
 
 

@@ -29,7 +29,7 @@ def show_rows(session: Session, name: str, *, rows: int, ids: bool, as_json: boo
     node = nodes[found[0]]
     if node.stage.preview is None:
         raise ConfigError(f"{node.stage.type} has no rows to show", where=f"{session.recipe.name}: {name}")
-    inputs = _inputs(session, node)
+    inputs = inputs_of(session, node)
     from pipeline.data.tokenizers import load_tokenizer
 
     shown = node.stage.preview(node.config, inputs, rows)
@@ -40,7 +40,15 @@ def show_rows(session: Session, name: str, *, rows: int, ids: bool, as_json: boo
     _print(shown, tokenizer, ids)
 
 
-def _inputs(session: Session, node: Node) -> dict[str, Artifact | None]:
+def node_of(session: Session, name: str) -> Node:
+    """The stage by its name in the recipe."""
+    nodes = session.recipe.nodes
+    if name not in nodes:
+        raise ConfigError(f"no stage `{name}`{meant(name, nodes)}", where=session.recipe.name)
+    return nodes[name]
+
+
+def inputs_of(session: Session, node: Node) -> dict[str, Artifact | None]:
     """What stands of each role that rows hang on; for a model, the nearest ancestor that has its tokenizer."""
     found: dict[str, Artifact | None] = {}
     for role, kind in node.stage.inputs.items():
