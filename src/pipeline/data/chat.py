@@ -2,9 +2,13 @@
 control.
 
 A chat template is rendered once for each sequence of roles, with a marker in the place of every content. That
-gives the pieces between the contents; special tokens are read in those pieces only. A row is then its pieces
-with the real contents between, every stretch of text between two special tokens encoded in one go, so that a
-row whose contents hold no special strings gets the very ids `apply_chat_template` gives.
+gives the pieces between the contents; control tokens are read in those pieces only. A row is then its pieces
+with the real contents between, every stretch of text between two control tokens encoded in one go, so that a
+row whose contents hold no control strings gets the very ids `apply_chat_template` gives.
+
+Control tokens are the special ones and eos, and of the other added tokens those that the template names: some
+tokenizers don't mark `<|im_start|>` as special, and `<tool_response>` they hardly ever do. Of these others an
+assistant may write what doesn't frame a turn (`<think>`, `<tool_call>`): in its words they are tokens.
 
 What is trained in a row is what the model would have to write: everything an assistant turn holds after the
 prompt that generation starts from, up to and with the stop token. Text is cut at the start of that, since
@@ -19,16 +23,16 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from jinja2 import TemplateError
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from pipeline.data.tokenizers import PlainText, first_line, plain_text
+from pipeline.data.messages import Message
+from pipeline.data.runs import Draft, Plan, Run, Slot
+from pipeline.data.tokenizers import PlainText, first_line, plain_text, read_plainly
 from pipeline.errors import DataError, MismatchError
-
-Message = dict[str, str]
 
 # A marker is a number between two private-use characters; the vertical tabs around it show whether the
 # template strips what it is given (`| trim`), since no template writes one itself.
@@ -44,73 +48,6 @@ class Encoded:
     is_trained: list[bool]
 
 
-@dataclass(frozen=True)
-class Slot:
-    """The place of message `index`'s content, and which of its sides the template strips of white space."""
-
-    index: int
-    strips_left: bool
-    strips_right: bool
-
-    def text(self, messages: list[Message]) -> str:
-        """The content as the template writes it."""
-        content = messages[self.index]["content"]
-        if self.strips_left and self.strips_right:
-            return content.strip()
-        if self.strips_left:
-            return content.lstrip()
-        return content.rstrip() if self.strips_right else content
-
-
-@dataclass(frozen=True)
-class Run:
-    """A stretch of a row that is encoded in one go, all trained or none of it: fixed ids, or text and slots."""
-
-    is_trained: bool
-    ids: tuple[int, ...] = ()
-    parts: tuple[str | Slot, ...] = ()
-    is_prefixed: bool = False  # the tokenizer writes its space before it (SentencePiece's manner)
-
-
-@dataclass
-class Draft:
-    """Runs under construction: text is gathered until a special token or a change of `is_trained`."""
-
-    runs: list[Run] = field(default_factory=list)
-    parts: list[str | Slot] = field(default_factory=list)
-    is_trained: bool = False
-
-    def text(self, part: str | Slot, is_trained: bool) -> None:
-        """Adds text or a slot."""
-        if is_trained != self.is_trained:
-            self.close()
-            self.is_trained = is_trained
-        self.parts.append(part)
-
-    def special(self, token: int, is_trained: bool) -> None:
-        """Adds a special token, which ends a run of text."""
-        self.close()
-        self.runs.append(Run(is_trained, ids=(token,)))
-
-    def close(self) -> None:
-        """Ends the run of text, if there is one."""
-        if self.parts:
-            self.runs.append(Run(self.is_trained, parts=tuple(self.parts)))
-            self.parts = []
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How rows of one sequence of roles are built: the runs to encode, and all that the template renders.
-
-    `rendered` also holds what follows the last stop token, which the row leaves out; it is what the real
-    rendering of a row is compared with.
-    """
-
-    runs: tuple[Run, ...]
-    rendered: tuple[str | Slot, ...]
-
-
 class ChatEncoder:
     """Messages into tokens for one tokenizer and its chat template; made once, see `chat_encoder`."""
 
@@ -121,24 +58,31 @@ class ChatEncoder:
         self.template: str | dict[str, str] = tokenizer.chat_template
         self.plans: dict[tuple[tuple[str, ...], bool], Plan] = {}
         self.plain: PlainText = plain_text(tokenizer)
+        turn = self.pieces(("user", "assistant"), False)
+        before, after = str(turn[0]), str(turn[-1])
         added = tokenizer.added_tokens_decoder
-        specials = [i for i, token in added.items() if token.special or token.content == tokenizer.eos_token]
-        specials.sort(key=lambda i: -len(added[i].content))  # of two that fit, the longer one is meant
+        marked = {i for i, token in added.items() if token.special or token.content == tokenizer.eos_token}
+        named = set(added_by_name(tokenizer, f"{self.template}{before}{after}")) - marked
+        specials = sorted(marked | named, key=lambda i: -len(added[i].content))  # of two that fit, the longer is meant
         self.special_ids = {added[i].content: i for i in specials}
         self.special = re.compile("|".join(special_pattern(added[i]) for i in specials) or r"(?!)")
-        self.stop_id = self.find_stop()
+        self.stop_id = self.find_stop(after, marked)
+        framing = {added[i].content for i in named if added[i].content in before + after}
+        self.assistants = read_plainly(tokenizer, framing) if framing else self.plain
+        self.everyones = read_plainly(tokenizer, {added[i].content for i in named}) if named else self.plain
 
-    def find_stop(self) -> int:
-        """The first special token the template writes after an assistant's content."""
-        found = self.special.search(str(self.pieces(("user", "assistant"), False)[-1]))
-        if found is None:
+    def find_stop(self, text: str, marked: Collection[int]) -> int:
+        """The first special token in what the template writes after an assistant's content; one not marked as special
+        only where there is no other."""
+        found = [self.id_of(each) for each in self.special.finditer(text)]
+        if not found:
             raise MismatchError(
                 "the chat template writes no special token after an assistant's turn, so nothing would "
                 "teach the model to stop",
                 where=where(self.tokenizer),
                 mend="use a chat template that ends an assistant's turn with a special token, such as eos",
             )
-        return self.id_of(found)
+        return next((token for token in found if token in marked), found[0])
 
     def id_of(self, found: re.Match[str]) -> int:
         """The special token that `self.special` has found."""
@@ -164,14 +108,15 @@ class ChatEncoder:
             ids: Sequence[int] = run.ids
             if run.parts:
                 text = "".join(part if isinstance(part, str) else part.text(messages) for part in run.parts)
-                ids = self.text_ids(text, run.is_prefixed)
+                ids = self.text_ids(text, run)
             input_ids.extend(ids)
             is_trained.extend([run.is_trained] * len(ids))
         return Encoded(input_ids, is_trained)
 
-    def text_ids(self, text: str, is_prefixed: bool) -> list[int]:
-        """The ids of a run of text."""
-        backend = self.plain.prefixed if is_prefixed else self.plain.bare
+    def text_ids(self, text: str, run: Run) -> list[int]:
+        """The ids of a run's text. What is trained holds the words of an assistant, other runs those of the others."""
+        plain = self.assistants if run.is_trained else self.everyones
+        backend = plain.prefixed if run.is_prefixed else plain.bare
         ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -291,15 +236,26 @@ class ChatEncoder:
                 is_prefixed = (self.plain.prefix == "section" and is_section) or (
                     self.plain.prefix == "first" and i == 0
                 )
-                if any(isinstance(part, Slot) for part in run.parts):
-                    done.append(replace(run, is_prefixed=is_prefixed))
-                else:
-                    ids = self.text_ids("".join(str(part) for part in run.parts), is_prefixed)
-                    done.append(Run(run.is_trained, ids=tuple(ids)))
+                ready = replace(run, is_prefixed=is_prefixed)
+                if not any(isinstance(part, Slot) for part in run.parts):
+                    text = "".join(str(part) for part in run.parts)
+                    ready = Run(run.is_trained, ids=tuple(self.text_ids(text, ready)))
+                done.append(ready)
             else:
                 done.append(run)
             is_section = not run.parts
         return tuple(done)
+
+
+def added_by_name(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """The added tokens that stand in `text`. Without white space, and without those that are looked for in normalised
+    text where there is a normaliser: their places are its business."""
+    is_normalised = tokenizer.backend_tokenizer.normalizer is not None
+    return [
+        i
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.content.strip() and token.content in text and not (is_normalised and token.normalized)
+    ]
 
 
 def special_pattern(token: AddedToken) -> str:

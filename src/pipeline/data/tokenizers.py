@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,16 +230,21 @@ def plain_text(tokenizer: PreTrainedTokenizerFast) -> PlainText:
     """The copies, made once for each tokenizer and again when tokens are added to it."""
     kept = _plain.get(tokenizer)
     if kept is None or kept.size != len(tokenizer):
-        state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-        for token in state["added_tokens"]:
-            token["special"] = token["special"] or token["content"] == tokenizer.eos_token
-        state["truncation"] = state["padding"] = None
-        prefixed = Tokenizer.from_str(json.dumps(state))
-        prefix = take_prefix(state)
-        bare = prefixed if prefix == "never" else Tokenizer.from_str(json.dumps(state))
-        prefixed.encode_special_tokens = bare.encode_special_tokens = True
-        kept = _plain[tokenizer] = PlainText(prefixed, bare, prefix, len(tokenizer))
+        kept = _plain[tokenizer] = read_plainly(tokenizer, ())
     return kept
+
+
+def read_plainly(tokenizer: PreTrainedTokenizerFast, letters: Collection[str]) -> PlainText:
+    """The copies, made anew; added tokens among `letters` are read as text too, though they are not marked special."""
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["special"] |= token["content"] == tokenizer.eos_token or token["content"] in letters
+    state["truncation"] = state["padding"] = None
+    prefixed = Tokenizer.from_str(json.dumps(state))
+    prefix = take_prefix(state)
+    bare = prefixed if prefix == "never" else Tokenizer.from_str(json.dumps(state))
+    prefixed.encode_special_tokens = bare.encode_special_tokens = True
+    return PlainText(prefixed, bare, prefix, len(tokenizer))
 
 
 def take_prefix(state: dict[str, Any]) -> str:
