@@ -5,6 +5,7 @@
     │   ├── RecipeError                         … in a recipe: file and line
     │   └── MissingInputError                   a file, folder, model or artifact that is not there
     ├── DataError                     exit 1    a row or a document that cannot be used: file and line
+    │   └── RowError                            … that the chat template cannot write
     ├── ArtifactError                           an artifact that is broken, locked or of the wrong kind
     ├── MismatchError                           parts that do not belong together (tokenizer, template, reward model)
     ├── CheckpointError                         training state that does not fit the run
@@ -18,6 +19,8 @@ A message says what is wrong, where, and the command or line that mends it. `ass
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class PipelineError(Exception):
@@ -58,6 +61,12 @@ class MissingInputError(ConfigError):
 
 class DataError(PipelineError):
     """A row or document that cannot be used; `where` is `file:line`."""
+
+
+class RowError(DataError):
+    """A row that the chat template cannot write; by `messages`, its own or the first of them, its place is found."""
+
+    messages: Sequence[dict[str, str]] = ()
 
 
 class ArtifactError(PipelineError):

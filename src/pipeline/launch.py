@@ -224,6 +224,7 @@ def execute(
 
     `last` says that this process does nothing after it, so that the ranks part here.
     """
+    from pipeline.data.places import naming_rows
     from pipeline.progress import Stop
     from pipeline.runtime import Runtime, default_threads
 
@@ -244,7 +245,8 @@ def execute(
     if runtime.is_main:
         _write_config(partial / "config.yaml", to_jsonable_python(node.config))
     runtime.barrier()
-    figures = node.stage.run(node.config, inputs, partial, runtime)
+    with naming_rows(node.config):
+        figures = node.stage.run(node.config, inputs, partial, runtime)
     runtime.barrier()
     if runtime.is_main:
         runtime.metrics.sync()

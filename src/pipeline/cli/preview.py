@@ -30,9 +30,11 @@ def show_rows(session: Session, name: str, *, rows: int, ids: bool, as_json: boo
     if node.stage.preview is None:
         raise ConfigError(f"{node.stage.type} has no rows to show", where=f"{session.recipe.name}: {name}")
     inputs = inputs_of(session, node)
+    from pipeline.data.places import naming_rows
     from pipeline.data.tokenizers import load_tokenizer
 
-    shown = node.stage.preview(node.config, inputs, rows)
+    with naming_rows(node.config):
+        shown = node.stage.preview(node.config, inputs, rows)
     tokenizer = load_tokenizer(next(each for each in inputs.values() if each is not None).model)
     if as_json:
         print(json.dumps([_plain(row, tokenizer) for row in shown], indent=1))

@@ -51,6 +51,7 @@ def survey(session: Session, name: str) -> dict[str, Any]:
         )
     inputs = inputs_of(session, node)
     from pipeline.data import survey as rows_of
+    from pipeline.data.places import naming_rows
     from pipeline.data.tokenizers import CHATML, load_tokenizer
 
     tokenizer = load_tokenizer(next(each for each in inputs.values() if each is not None).model)
@@ -65,7 +66,8 @@ def survey(session: Session, name: str) -> dict[str, Any]:
     found |= rows_of.conversations(rows)
     _say(f"{name}: tokens of {len(rows):,} rows")
     limit = config.get("max_length") or config.get("max_prompt_length")
-    found["tokens"] = rows_of.lengths(rows, tokenizer, limit)
+    with naming_rows(node.config):
+        found["tokens"] = rows_of.lengths(rows, tokenizer, limit)
     _say(f"{name}: repeats and overlaps")
     found["repeats"] = rows_of.repeats(rows)
     own = rows_of.Others(f"held-out rows of {name}.data", [row for source in sources for row in source.held_out])

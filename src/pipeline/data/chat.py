@@ -32,7 +32,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from pipeline.data.messages import Message
 from pipeline.data.runs import Draft, Plan, Run, Slot
 from pipeline.data.tokenizers import PlainText, first_line, plain_text, read_plainly
-from pipeline.errors import DataError, MismatchError
+from pipeline.errors import DataError, MismatchError, RowError
 
 # A marker is a number between two private-use characters; the vertical tabs around it show whether the
 # template strips what it is given (`| trim`), since no template writes one itself.
@@ -90,7 +90,17 @@ class ChatEncoder:
         return int(self.special_ids[found[found.lastindex]])
 
     def encode(self, messages: list[Message], add_generation_prompt: bool) -> Encoded:
-        """The row of `messages`; DataError where the template can't render them or rewrites a content."""
+        """The row of `messages`; RowError where the template can't render them or rewrites a content."""
+        try:
+            return self.encode_row(messages, add_generation_prompt)
+        except DataError as error:
+            place = f"{error.where}, {beginning(messages)}"
+            named = RowError(error.what, where=place, mend=error.mend)
+            named.messages = messages
+            raise named from error
+
+    def encode_row(self, messages: list[Message], add_generation_prompt: bool) -> Encoded:
+        """The row of `messages`; DataError likewise, of the tokenizer alone."""
         rendered = self.render(messages, add_generation_prompt)
         roles = tuple(message["role"] for message in messages)
         plan = self.plans.get((roles, add_generation_prompt))
@@ -99,7 +109,7 @@ class ChatEncoder:
         if rendered != "".join(part if isinstance(part, str) else part.text(messages) for part in plan.rendered):
             raise DataError(
                 "the chat template rewrites a content of this row instead of writing it down",
-                where=f"{where(self.tokenizer)}, {beginning(messages)}",
+                where=where(self.tokenizer),
                 mend="take out what the template treats specially (such as </think>), or the row",
             )
         input_ids: list[int] = []
@@ -130,7 +140,7 @@ class ChatEncoder:
             roles = " ".join(message["role"] for message in messages)
             raise DataError(
                 f"the chat template cannot render the roles {roles}: {first_line(error)}",
-                where=f"{where(self.tokenizer)}, {beginning(messages)}",
+                where=where(self.tokenizer),
                 mend="change the row's roles, or use a tokenizer whose template has them",
             ) from error
         return text
@@ -301,7 +311,7 @@ def encode_messages(
     """Messages as ids, with what is trained in them; a row that ends with an assistant ends at its stop
     token.
 
-    Raises DataError where the template can't render the roles or rewrites a content, MismatchError where the
+    Raises RowError where the template can't render the roles or rewrites a content, MismatchError where the
     tokenizer has no template or one that trains no stop token.
     """
     return chat_encoder(tokenizer).encode(messages, add_generation_prompt)
