@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from jinja2 import TemplateError
@@ -59,17 +59,33 @@ class ChatEncoder:
         self.plans: dict[tuple[tuple[str, ...], bool], Plan] = {}
         self.plain: PlainText = plain_text(tokenizer)
         turn = self.pieces(("user", "assistant"), False)
-        before, after = str(turn[0]), str(turn[-1])
+        frame = "".join(self.frames())
         added = tokenizer.added_tokens_decoder
         marked = {i for i, token in added.items() if token.special or token.content == tokenizer.eos_token}
-        named = set(added_by_name(tokenizer, f"{self.template}{before}{after}")) - marked
+        named = set(added_by_name(tokenizer, f"{self.template}{frame}")) - marked
         specials = sorted(marked | named, key=lambda i: -len(added[i].content))  # of two that fit, the longer is meant
         self.special_ids = {added[i].content: i for i in specials}
         self.special = re.compile("|".join(special_pattern(added[i]) for i in specials) or r"(?!)")
-        self.stop_id = self.find_stop(after, marked)
-        framing = {added[i].content for i in named if added[i].content in before + after}
+        self.stop_id = self.find_stop(str(turn[-1]), marked)
+        framing = {added[i].content for i in named if added[i].content in frame}
         self.assistants = read_plainly(tokenizer, framing) if framing else self.plain
         self.everyones = read_plainly(tokenizer, {added[i].content for i in named}) if named else self.plain
+
+    def frames(self) -> Iterator[str]:
+        """What the template writes before anybody's words but an assistant's, and after an assistant's last ones."""
+        for roles in (
+            ("user", "assistant"),
+            ("system", "user", "assistant"),
+            ("user", "assistant", "tool", "assistant"),
+        ):
+            try:
+                pieces = self.pieces(roles, False)
+            except DataError:  # it has no such role
+                continue
+            for text, slot in zip(pieces[::2], pieces[1::2], strict=False):
+                if isinstance(slot, Slot) and roles[slot.index] != "assistant":
+                    yield str(text)
+            yield str(pieces[-1])
 
     def find_stop(self, text: str, marked: Collection[int]) -> int:
         """The first special token in what the template writes after an assistant's content; one not marked as special
