@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
@@ -79,6 +79,9 @@ class DataEntry(Section):
     limit: int | None = field(None, "take only the first rows", unit="rows", gt=0)
     max_bad_rows: int = field(
         0, "rows that can't be read or don't fit are left out, so many at most", unit="rows", ge=0
+    )
+    deduplicate: Literal["exact", "near"] | None = field(
+        None, "rows to train on that an earlier row equals, or nearly equals, are left out; of rows, not of documents"
     )
 
 

@@ -7,10 +7,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.duplicates import GRAM
+from pipeline.data.placed import Placed
 from pipeline.data.sources import share
 from pipeline.data.survey import (
     Others,
-    Placed,
     conversations,
     format_of,
     lengths,

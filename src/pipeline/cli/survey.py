@@ -12,7 +12,8 @@ from pipeline.errors import ConfigError
 from pipeline.recipe import DataEntry, is_data
 
 if TYPE_CHECKING:
-    from pipeline.data.survey import Others, Placed
+    from pipeline.data.placed import Placed
+    from pipeline.data.survey import Others
 
 PURPOSES = {"demonstrations": "demonstrations", "preferences": "preferences", "": "prompts"}
 """What a stage trains on, as its file says -> what its `data` is read for."""

@@ -31,6 +31,7 @@ from pipeline.data.messages import (
     system_of,
     text_in,
 )
+from pipeline.data.placed import Placed, without_repeats
 from pipeline.data.preferences import as_unpaired, preference, unpaired
 from pipeline.data.sources import BUILT_IN, PYDOCS, Split, check_entry, copies, read_source_rows, share
 from pipeline.errors import ConfigError, DataError
@@ -74,33 +75,26 @@ def read_rows(
 
     `split` is "train", "held_out" or "all". Rows of files and of the hub are held out by a hash of their
     prompt, a share `held_out` of them, the same ones in every stage; what is built in has a split of its own. `say` is
-    told the format of each source, and how many bad rows of it were left out. Raises DataError (file and line) for a
-    bad row (with an entry's `max_bad_rows`: for one more than these), ConfigError for a format that can't be used here,
-    for a source without rows to train on, and where nothing at all is held out.
+    told the format of each source, and how many rows of it were left out, bad ones and repeats. Raises DataError (file
+    and line) for a bad row (with an entry's `max_bad_rows`: for one more than these), ConfigError for a format that
+    can't be used here, for a source without rows to train on, and where nothing at all is held out.
     """
     assert layout in LAYOUTS, layout
+    found = [[Placed(*each) for each in placed_rows(entry, layout, split, held_out, say)] for entry in entries]
+    kept = without_repeats(entries, found, say) if split == "train" else found
     rows: list[Row] = []
-    for entry in entries:
-        before = len(rows)
-        rows += entry_rows(entry, layout, split, held_out, say)
+    for entry, own, read in zip(entries, kept, found, strict=True):
+        weight = entry.weight if split == "train" else 1.0
+        taken = [each.row for each in own for _ in range(copies(prompt_key(each.row), weight))]
+        rows += taken
         is_last = entry is entries[-1]
-        if len(rows) == before and (split != "held_out" or (is_last and not rows)):
+        if not taken and len(own) == len(read) and (split != "held_out" or (is_last and not rows)):
             raise ConfigError(
                 f"no {split.replace('_', '-')} row in this source",
                 where=entry.source,
                 mend="name a source with more rows, raise its `limit`, or change the held-out share",
             )
     return rows
-
-
-def entry_rows(
-    entry: DataEntry, layout: str, split: Split, held_out: float, say: Callable[[str], None]
-) -> Iterator[Row]:
-    """The rows of one entry; those to train on as often as it weighs."""
-    weight = entry.weight if split == "train" else 1.0
-    for row, _ in placed_rows(entry, layout, split, held_out, say):
-        for _ in range(copies(prompt_key(row), weight)):
-            yield row
 
 
 def placed_rows(

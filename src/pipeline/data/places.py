@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from pipeline.data.formats import LAYOUTS, placed_rows
 from pipeline.data.messages import Message
-from pipeline.data.survey import Placed
+from pipeline.data.placed import Placed
 from pipeline.errors import PipelineError, RowError
 from pipeline.recipe import DataEntry, StageConfig, is_data
 

@@ -40,9 +40,12 @@ def read_documents(entry: DataEntry, *, split: Split = "train") -> Iterator[Docu
     """The documents of one source, in a fixed order, `entry.limit` of them at most; empty texts are left out.
 
     `split` is for what is built in, which comes divided; everything else is divided by the caller. Raises
-    MissingInputError for what is not there and DataError (file and line) for what can't be read.
+    MissingInputError for what is not there, DataError (file and line) for what can't be read, ConfigError for options
+    that documents have no use for.
     """
     check_entry(entry)
+    if entry.deduplicate is not None:
+        raise ConfigError("`deduplicate` is for rows, and these are documents", where=entry.source, mend="take it out")
     count = 0
     for document in _documents(entry, split):
         if document.text.strip():

@@ -15,63 +15,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.data.chat import encode_messages, encode_prompt
-from pipeline.data.duplicates import near_duplicates, near_matches, shared_runs
+from pipeline.data.duplicates import near_matches, shared_runs
 from pipeline.data.formats import placed_rows, recognise
-from pipeline.data.messages import Message
+from pipeline.data.placed import Placed, repeated
 from pipeline.data.sources import BUILT_IN, Split, read_source_rows
 from pipeline.recipe import DataEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Row = dict[str, Any]
 Found = dict[str, Any]
 
 EXAMPLES = 3
 LAYOUTS = {"demonstrations": "messages", "preferences": "preference", "prompts": "prompt"}
 """What rows are for -> the layout they are read in."""
 QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99}
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A row in its canonical layout, and where it stands."""
-
-    row: Row
-    where: str
-
-    @property
-    def prompt(self) -> list[Message]:
-        """What is answered."""
-        found: list[Message] = self.row["messages"][:-1] if "messages" in self.row else self.row["prompt"]
-        return found
-
-    @property
-    def answers(self) -> dict[str, list[Message]]:
-        """What the answer is called -> the answer."""
-        if "messages" in self.row:
-            return {"answer": self.row["messages"][-1:]}
-        if "reference" in self.row and "answers" not in self.row:
-            text = self.row["reference"]
-            return {"reference": [{"role": "assistant", "content": text}]} if text else {}
-        ranked = {f"answer {rank}": answer for rank, answer in enumerate(self.row.get("answers", ()), start=1)}
-        return ranked or {name: self.row[name] for name in ("chosen", "rejected", "completion") if name in self.row}
-
-    @property
-    def contents(self) -> tuple[str, ...]:
-        """What was said, system messages left out: they are the same in many rows."""
-        answers = [message for answer in self.answers.values() for message in answer]
-        return tuple(each["content"] for each in [*self.prompt, *answers] if each["role"] != "system")
-
-    @property
-    def asked(self) -> str:
-        """The prompt as one text, system messages left out."""
-        return "\n".join(message["content"] for message in self.prompt if message["role"] != "system")
-
-    @property
-    def key(self) -> str:
-        """The same for rows that are equal to the letter, whatever their kind or margin."""
-        return json.dumps([self.prompt, *self.answers.values()])
 
 
 @dataclass(frozen=True)
@@ -183,16 +141,13 @@ def repeats(rows: Sequence[Placed]) -> Found:
     "near" counts the exact ones too: it is what one would leave out.
     """
 
-    def earlier(keys: Sequence[str]) -> Found:
-        seen: dict[str, int] = {}
-        like = {place: seen[key] for place, key in enumerate(keys) if seen.setdefault(key, place) != place}
-        return listed(like, rows, rows)
-
-    near = near_duplicates(["\n".join(row.contents) for row in rows])
+    prompts: dict[str, int] = {}
+    asked = [json.dumps(row.prompt) for row in rows]
+    again = {place: prompts[key] for place, key in enumerate(asked) if prompts.setdefault(key, place) != place}
     return {
-        "exact": earlier([row.key for row in rows]),
-        "same prompt": earlier([json.dumps(row.prompt) for row in rows]),
-        "near": listed({place: match.place for place, match in near.items()}, rows, rows),
+        "exact": listed(repeated(rows, "exact"), rows, rows),
+        "same prompt": listed(again, rows, rows),
+        "near": listed(repeated(rows, "near"), rows, rows),
     }
 
 
