@@ -140,8 +140,8 @@ class ChatEncoder:
         return Encoded(input_ids, is_trained)
 
     def text_ids(self, text: str, run: Run) -> list[int]:
-        """The ids of a run's text. What is trained holds the words of an assistant, other runs those of the others."""
-        plain = self.assistants if run.is_trained else self.everyones
+        """The ids of a run's text."""
+        plain = self.assistants if run.is_assistants else self.everyones
         backend = plain.prefixed if run.is_prefixed else plain.bare
         ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids
@@ -198,7 +198,7 @@ class ChatEncoder:
             if isinstance(after, Slot):
                 draft.text(after, roles[after.index] == "assistant")
         draft.close()
-        return Plan(self.finished(draft.runs), tuple(pieces))
+        return Plan(self.finished(draft.runs, roles), tuple(pieces))
 
     def close_turn(self, draft: Draft, text: str, roles: tuple[str, ...]) -> str:
         """Adds what ends an assistant's turn, the stop token last; returns the text after it."""
@@ -253,8 +253,8 @@ class ChatEncoder:
         if end < len(text):
             draft.text(text[end:], is_trained)
 
-    def finished(self, runs: list[Run]) -> tuple[Run, ...]:
-        """The runs with their prefixes decided, those without slots encoded once and for all."""
+    def finished(self, runs: list[Run], roles: tuple[str, ...]) -> tuple[Run, ...]:
+        """The runs with their prefixes and speakers decided, those without slots encoded once and for all."""
         done: list[Run] = []
         is_section = True
         for i, run in enumerate(runs):
@@ -262,8 +262,10 @@ class ChatEncoder:
                 is_prefixed = (self.plain.prefix == "section" and is_section) or (
                     self.plain.prefix == "first" and i == 0
                 )
-                ready = replace(run, is_prefixed=is_prefixed)
-                if not any(isinstance(part, Slot) for part in run.parts):
+                speakers = {roles[part.index] for part in run.parts if isinstance(part, Slot)}
+                assert "assistant" not in speakers or len(speakers) == 1, "nobody shares a run with an assistant"
+                ready = replace(run, is_prefixed=is_prefixed, is_assistants=speakers == {"assistant"})
+                if not speakers:
                     text = "".join(str(part) for part in run.parts)
                     ready = Run(run.is_trained, ids=tuple(self.text_ids(text, ready)))
                 done.append(ready)

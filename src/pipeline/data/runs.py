@@ -33,6 +33,7 @@ class Run:
     ids: tuple[int, ...] = ()
     parts: tuple[str | Slot, ...] = ()
     is_prefixed: bool = False  # the tokenizer writes its space before it (SentencePiece's manner)
+    is_assistants: bool = False  # an assistant's words, in which some control tokens are its own
 
 
 @dataclass
