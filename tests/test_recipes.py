@@ -41,7 +41,7 @@ def test_dpo_variants(warm: Any):
 
 
 def test_rounds(warm: Any):
-    """Three rounds from the demo's sft: each round's policy answers and is trained on the best and worst of its answers."""
+    """Each round's policy is the last one's, and what it is trained on are its own answers."""
     small = {"max_steps": 2, "eval_rows": 8, "drift_prompts": 0}
     changed: dict[str, dict[str, Any]] = {name: SMALL[name] for name in ("tokenize", "sft")}
     changed["pretrain"] = SMALL["pretrain"] | {"model.intermediate_size": 64, "eval_documents": 4}
