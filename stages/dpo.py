@@ -67,6 +67,8 @@ OF = {
 class DPOConfig(TrainerConfig):
     """What dpo can be told."""
 
+    TRL = "DPOConfig"
+
     init: Ref = field("sft", "the model to start from, which is also the reference")
     data: Data = field(..., "preferences: rows with a chosen and a rejected answer; kto: or answers with a label")
     objective: Literal["dpo", "kto", "orpo", "simpo", "cpo"] = field(

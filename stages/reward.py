@@ -34,6 +34,8 @@ SCORED_TOKENS = 4096
 class RewardConfig(TrainerConfig):
     """What reward can be told."""
 
+    TRL = "RewardConfig"
+
     init: Ref = field("sft", "the model whose trunk it starts from; the policy's tokenizer and chat template")
     data: Data = field(..., "preferences: rows with a chosen and a rejected answer")
     demonstrations: Data | None = field(None, "rows whose scores get mean 0 and deviation 1; sft's data unless set")

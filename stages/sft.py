@@ -4,9 +4,12 @@ Instruction tuning as in Ouyang et al. 2022 (InstructGPT, step 1): next-token lo
 tokens and labels before TRL sees them, so that the loss falls on the assistant's words and its stop token and nothing
 else, whatever the tokenizer's pad token is.
 
+With a teacher (Hinton et al. 2015) the loss of a token is (1 − α) · −log p[token] + α τ² · KL(teacher ‖ student), both
+at temperature τ in the second part. Adapters are LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), or LoRA on weights in
+four bits (QLoRA, Dettmers et al. 2023).
+
 Departures: the loss is a mean over the trained tokens of the whole step (not of each row); batches are of rows about
-equally long; LoRA adapters (Hu et al. 2021) are merged into the saved model, so that every stage leaves a plain
-Hugging Face folder.
+equally long; adapters are merged into the saved model, so that every stage leaves a plain Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import model_validator
+
 from pipeline.errors import DataError, MismatchError
 from pipeline.recipe import Data, Ref, field
 from pipeline.trainer_config import TrainerConfig
@@ -22,9 +27,10 @@ from pipeline.trainer_config import TrainerConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from pipeline.data.chat import Encoded
+    from pipeline.data.chat import Encoded, Message
     from pipeline.data.shown import ShownRow
     from pipeline.evals.likelihood import Request
+    from pipeline.model.distillation import Teacher
     from pipeline.runtime import Runtime
     from pipeline.schedule import Row
 
@@ -32,15 +38,38 @@ if TYPE_CHECKING:
 class SFTConfig(TrainerConfig):
     """What sft can be told."""
 
+    TRL = "SFTConfig"
+
     init: Ref = field("pretrain", "the model to start from")
     data: Data = field(..., "conversations: messages, prompt/completion, alpaca or sharegpt rows")
     packing: bool = field(False, "several rows behind one another up to max_length, each seeing only itself")
     chat_template: str | None = field(
         None, "template for a tokenizer that has none: `chatml`, or the template's own text (Jinja)"
     )
+    train_on_turns: Literal["all", "last"] = field(
+        "all", "the assistant's turns that are trained: every one, or a row's last; never one of `weight: 0`"
+    )
+    teacher: Ref | None = field(None, "a model of the same tokens to learn from beside the rows' answers")
+    distill_alpha: float = field(0.5, "share of the teacher's part of the loss", gt=0, le=1)
+    distill_temperature: float = field(1.0, "of both sides in the teacher's part", gt=0)
+    train_last_layers: int | None = field(
+        None, "train the last so many blocks, final norm and untied head; all unless set", gt=0
+    )
+    load_in_4bit: bool = field(False, "peft: the frozen weights in four bits (QLoRA; bitsandbytes, CUDA)")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SFTConfig:
+        """What is trained is said once."""
+        if self.load_in_4bit and self.peft is None:
+            raise ValueError("load_in_4bit is of what adapters stand on: add peft: {}")
+        if self.train_last_layers and self.peft is not None:
+            raise ValueError("train_last_layers and peft exclude each other: peft.target_modules names where")
+        if self.teacher and self.trainer.get("loss_type", "nll") != "nll":
+            raise ValueError("with a teacher the loss is its own: no trainer.loss_type")
+        return self
 
 
-INPUTS = {"init": "causal-lm"}
+INPUTS = {"init": "causal-lm", "teacher": "causal-lm"}
 KIND = "causal-lm"
 TRAINS_ON = "demonstrations"
 RESULT_VERSION = 1
@@ -55,6 +84,7 @@ def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     from pipeline import trainer as adapter
     from pipeline.data.chat import stop_token_id
     from pipeline.model.build import check_vocabulary, save_model
+    from pipeline.model.taught import teach
     from pipeline.model.trained_positions import trim_head
     from pipeline.schedule import schedule
 
@@ -73,9 +103,10 @@ def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
         rows = _pack(rows, length)
 
     # 2. model
-    model = adapter.load_policy(init.model, config, runtime)
+    model = _model(config, init, runtime)
     check_vocabulary(model, len(tokenizer), "sft.init")
     before = checkpoint.state["before"] if checkpoint else _held_out_loss(model, held_out, config, runtime)
+    teacher = _teacher(config, inputs, length, len(tokenizer), runtime)
 
     # 3. train
     plan = schedule([len(row["input_ids"]) for row in rows], config, runtime)
@@ -88,15 +119,22 @@ def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
             processing_class=tokenizer,
             peft_config=adapter.lora(config.peft, "CAUSAL_LM"),
         )
-    trim_head(trainer.model)
+    if teacher is None:
+        trim_head(trainer.model)
+    else:
+        teach(trainer.model, teacher, "sft.teacher")
     adapter.fit_attention(trainer, max(len(row["input_ids"]) for row in rows))
     runtime.say(adapter.describe(trainer, plan, len(rows)))
     shown = {"loss": "loss", "acc": "mean_token_accuracy", "lr": "learning_rate"}
-    adapter.train(trainer, config, rows, plan, runtime, checkpoint, phase="sft", shown=shown, state={"before": before})
+    more = (lambda: teacher.look(runtime.world_size)) if teacher else dict
+    state = {"before": before}
+    adapter.train(trainer, config, rows, plan, runtime, checkpoint, phase="sft", shown=shown, state=state, more=more)
 
     # 4. save, then evaluate
-    flops = adapter.training_flops(trainer, plan)
-    model = adapter.trained_model(trainer)
+    flops = adapter.forward_flops(teacher.model, plan) if teacher else 0.0
+    plain = adapter.load_policy(init.model, config, runtime) if config.load_in_4bit else None
+    flops += adapter.training_flops(trainer, plan, plain)
+    model = adapter.trained_model(trainer, plain)
     if runtime.is_main:
         save_model(model, out / "model", init.model, [stop_id], tokenizer.pad_token_id)
         if config.chat_template is not None:
@@ -117,7 +155,7 @@ def preview(config: SFTConfig, inputs: dict[str, Any], count: int) -> list[Shown
     tokenizer = _tokenizer(config, inputs["init"])
     rows = read_rows(config.data, "messages", held_out=config.held_out)
     rows = rows if config.packing else rows[:count]
-    encoded = [encode_messages(tokenizer, row["messages"]) for row in rows[: 100 * count]]
+    encoded = [encode_messages(tokenizer, _turns(config, row["messages"])) for row in rows[: 100 * count]]
     fitted = _fit(encoded, stop_token_id(tokenizer), config.max_length)
     fitted = _pack(fitted, config.max_length) if config.packing else fitted
     return [
@@ -156,10 +194,65 @@ def _encode(
     encoded = []
     with runtime.progress(f"encode {split.replace('_', '-')}", len(rows), "rows") as bar:
         for row in rows:
-            encoded.append(encode_messages(tokenizer, row["messages"]))
+            encoded.append(encode_messages(tokenizer, _turns(config, row["messages"])))
             bar.advance()
             runtime.check_stop()
     return encoded
+
+
+def _turns(config: SFTConfig, messages: list[Message]) -> list[Message]:
+    """The messages, all of the assistant's but the last trained one taken out of the loss where that is asked."""
+    if config.train_on_turns == "all":
+        return messages
+    from pipeline.data.chat import counts
+
+    last = max(place for place, message in enumerate(messages) if counts(message))
+    return [{**message, **({} if place == last else {"weight": "0"})} for place, message in enumerate(messages)]
+
+
+def _model(config: SFTConfig, init: Any, runtime: Runtime) -> PreTrainedModel:
+    """What is trained: whole, its last blocks, or as what adapters will stand on, in four bits if asked."""
+    from pipeline import trainer as adapter
+    from pipeline.model.four_bit import check_four_bit, load_four_bit
+    from pipeline.model.freezing import train_last
+
+    if config.load_in_4bit:
+        check_four_bit(runtime.device, "sft.load_in_4bit")
+        model = load_four_bit(init.model, runtime.device, bf16=adapter.is_bf16(config, runtime))
+        adapter.no_dropout(model)
+        return model.eval()
+    model = adapter.load_policy(init.model, config, runtime)
+    if config.train_last_layers is not None:
+        train_last(model, config.train_last_layers, "sft.train_last_layers")
+    return model
+
+
+def _teacher(
+    config: SFTConfig, inputs: dict[str, Any], length: int, vocabulary: int, runtime: Runtime
+) -> Teacher | None:
+    """The model to learn from, in the precision of the products. It has to speak the same tokens, turns alike."""
+    import torch
+
+    from pipeline import trainer as adapter
+    from pipeline.model.build import check_vocabulary
+    from pipeline.model.distillation import load_teacher
+
+    given, init = inputs.get("teacher"), inputs["init"]
+    if given is None:
+        return None
+    if given.tokenizer_hash != init.tokenizer_hash:
+        raise MismatchError(
+            f"{given.reference} has another tokenizer than {init.reference}",
+            where="sft.teacher",
+            mend="a teacher and an init of one tokenizer",
+        )
+    if given.template_hash and given.template_hash != init.template_hash:
+        runtime.say(f"{given.reference} has another chat template than {init.reference}, whose rows it is shown")
+    dtype = torch.bfloat16 if adapter.is_bf16(config, runtime) else torch.float32
+    alpha, temperature = config.distill_alpha, config.distill_temperature
+    teacher = load_teacher(given.model, dtype, runtime.device, length, alpha, temperature, "sft.max_length")
+    check_vocabulary(teacher.model, vocabulary, "sft.teacher")
+    return teacher
 
 
 def _fit(

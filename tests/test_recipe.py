@@ -91,7 +91,7 @@ def test_every_value_has_its_line(tmp_path: Path):
         ("bf16: yes", "`bf16`: input should be a valid boolean"),
         (
             "peft: {rank: 3}",
-            "unknown key `peft.rank`; there are lora_alpha, lora_dropout, r, target_modules, use_rslora",
+            "unknown key `peft.rank`; there are lora_alpha, lora_dropout, r, target_modules, use_dora, use_rslora",
         ),
         ("peft: {use_rslor: 3}", "unknown key `peft.use_rslor`; did you mean `use_rslora`?"),
         ("peft: {r: 0}", "`peft.r`: input should be greater than 0"),

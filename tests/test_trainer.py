@@ -48,10 +48,10 @@ def test_fields_reach_trl(quiet: Runtime, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adam_beta3": 0.9}, r"no field `adam_beta3`; did you mean `adam_beta[12]`\?"),
-        ({"learning_rate": 1.0}, "`learning_rate` is not taken from `trainer`"),
-        ({"eval_strategy": "steps"}, "`eval_strategy` is not taken from `trainer`"),
-        ({"packing": True}, "`packing` is not taken from `trainer`"),
+        ({"adam_beta3": 0.9}, r"`adam_beta3`: no such field of TRL's config; did you mean `adam_beta[12]`\?"),
+        ({"learning_rate": 1.0}, "`learning_rate`: a field of the stage itself"),
+        ({"eval_strategy": "steps"}, "`eval_strategy`: llmpipe's to decide: the stage's field is `held_out`"),
+        ({"packing": True}, "`packing`: set by the stage"),
         ({"optim": "no_such_optimiser"}, "TRL refuses this"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from pipeline.data.sources import BUILT_IN, HUB
 from pipeline.errors import MissingInputError, RecipeError
 from pipeline.reading import Document, Key
 from pipeline.recipe import USER_CODE, DataEntry, is_data, is_section_list
+from pipeline.trainer_config import TrainerConfig
+from pipeline.trainer_options import with_files_read
 from pipeline.unroll import meaning
 
 
@@ -54,7 +57,13 @@ def absolute_paths(
             updates[name] = f"{_file(document, place, file)}:{member}"
         elif isinstance(value, Path):
             updates[name] = _file(document, place, str(value))
+        elif isinstance(config, TrainerConfig) and name == "trainer":
+            updates[name] = with_files_read(value, partial(_option_file, document, place))
     return updates
+
+
+def _option_file(document: Document, place: Key, key: str, file: str) -> Path:
+    return _file(document, (*place, key), file)
 
 
 def _file(document: Document, key: Key, file: str) -> Path:

@@ -111,6 +111,7 @@ class PeftConfig(Section):
     lora_dropout: float = field(0.0, "dropout on the adapter's input", ge=0, lt=1)
     target_modules: str | tuple[str, ...] = field("all-linear", "modules that get an adapter")
     use_rslora: bool = field(False, "scale by lora_alpha / sqrt(r)")
+    use_dora: bool = field(False, "train the length of each row of a weight apart from its direction (DoRA)")
 
 
 ConfigClass = type[StageConfig]

@@ -45,12 +45,13 @@ from pipeline.errors import ConfigError, TrainingError
 from pipeline.model.adapters import lora
 from pipeline.model.attention import restore_attention, use_plain_products
 from pipeline.model.build import flops_per_token, load_causal_lm, reach
+from pipeline.model.four_bit import merged_onto
 from pipeline.model.optim import muon
 from pipeline.progress import Bar
-from pipeline.reading import meant
 from pipeline.runtime import Runtime, share_batch
 from pipeline.schedule import Row, Schedule, Unrolled
 from pipeline.trainer_config import TrainerConfig
+from pipeline.trainer_options import inexact, problem_with
 
 __all__ = [
     "DPOTrainer",
@@ -117,7 +118,7 @@ def _decided(config: TrainerConfig, plan: Schedule, out: Path, runtime: Runtime)
         "per_device_train_batch_size": batch_rows,
         "gradient_accumulation_steps": micro_steps,
         "max_steps": plan.steps,
-        "bf16": runtime.bf16 if config.bf16 is None else config.bf16,
+        "bf16": is_bf16(config, runtime),
         "use_cpu": runtime.device.type == "cpu",
         "output_dir": str(out / "checkpoints"),
         "train_sampling_strategy": "sequential",
@@ -136,11 +137,11 @@ def _decided(config: TrainerConfig, plan: Schedule, out: Path, runtime: Runtime)
 def _check_passed_on(config: TrainerConfig, passed: Mapping[str, Any], known: set[str]) -> None:
     """ConfigError for a key of the recipe's `trainer:` that is set elsewhere or unknown to TRL."""
     for key in config.trainer:
-        if key in passed or key in type(config).model_fields:
-            mend = "set the stage's own field" if key in type(config).model_fields else "leave it out"
-            raise ConfigError(f"`{key}` is not taken from `trainer`: it is set elsewhere", where="trainer", mend=mend)
-        if key not in known:
-            raise ConfigError(f"TRL's config has no field `{key}`{meant(key, known)}", where="trainer")
+        problem = problem_with(key, known, type(config).model_fields)
+        if not problem and key in passed:
+            problem = "set by the stage"
+        if problem:
+            raise ConfigError(f"`{key}`: {problem}", where="trainer")
 
 
 @contextmanager
@@ -159,9 +160,12 @@ def adapters_of(trainer: Any) -> PeftModel:
     return model
 
 
-def trained_model(trainer: Any) -> PreTrainedModel:
-    """The trained model without the trainer's wrappers: adapters merged, in evaluation mode, attention as loaded."""
+def trained_model(trainer: Any, plain: PreTrainedModel | None = None) -> PreTrainedModel:
+    """The trained model without the trainer's wrappers: adapters merged, in evaluation mode, attention as loaded.
+    `plain`: the model that adapters are added to, where the trainer's holds its weights in four bits."""
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if plain is not None:
+        return merged_onto(plain, model.get_base_model()).eval()
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     restore_attention(model)
@@ -209,8 +213,12 @@ def fit_attention(trainer: Any, longest: int) -> None:
 
 def autocast(config: TrainerConfig, runtime: Runtime) -> torch.autocast:
     """The precision of the training steps, for what is computed beside them."""
-    enabled = runtime.bf16 if config.bf16 is None else config.bf16
-    return torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=enabled)
+    return torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=is_bf16(config, runtime))
+
+
+def is_bf16(config: TrainerConfig, runtime: Runtime) -> bool:
+    """Whether the products of the training steps are in bf16."""
+    return runtime.bf16 if config.bf16 is None else config.bf16
 
 
 def describe(trainer: Any, plan: Schedule, rows: int) -> str:
@@ -221,13 +229,25 @@ def describe(trainer: Any, plan: Schedule, rows: int) -> str:
     return f"{trainable / 1e6:.1f} M trainable parameters, {plan.steps:,} steps of {plan.batch} ({per_epoch}), {kind}"
 
 
-def training_flops(trainer: Any, plan: Schedule) -> float:
-    """FLOPs of the whole run: 6 a token and parameter, 4 where only adapters are trained."""
+def training_flops(trainer: Any, plan: Schedule, plain: PreTrainedModel | None = None) -> float:
+    """FLOPs of the whole run: 6 a token and parameter; 4 where only adapters are trained, 2 for what is frozen below
+    what is trained. `plain`: the model to count by, where the trainer's holds its weights in four bits."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     is_adapted = isinstance(model, PeftModel)
-    base = model.get_base_model() if is_adapted else model
-    mean_length = int(plan.tokens[-1] / len(plan.order))
-    return float(plan.tokens[-1]) * flops_per_token(base, mean_length) * (2 / 3 if is_adapted else 1)
+    base = plain or (model.get_base_model() if is_adapted else model)
+    sizes = [(p.numel(), p.requires_grad) for p in base.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained) / sum(size for size, _ in sizes)
+    share = 2 / 3 if is_adapted else (1 + 2 * trained) / 3
+    return float(plan.tokens[-1]) * flops_per_token(base, _mean_length(plan)) * share
+
+
+def forward_flops(model: PreTrainedModel, plan: Schedule) -> float:
+    """FLOPs of a model that only reads the run's rows: 2 a token and parameter."""
+    return float(plan.tokens[-1]) * flops_per_token(model, _mean_length(plan)) / 3
+
+
+def _mean_length(plan: Schedule) -> int:
+    return int(plan.tokens[-1] / len(plan.order))
 
 
 def over_ranks(
@@ -259,11 +279,13 @@ def train(
     state: Mapping[str, Any],
     measure: Callable[[], Mapping[str, float]] | None = None,
     measure_steps: int = 0,
+    more: Callable[[], Mapping[str, float]] = dict,
 ) -> None:
     """Train to the plan's last step, from `checkpoint` (`runtime.checkpoints.latest()`) if there is one.
 
     `shown`: label -> TRL's name of the key figures of the progress line. `state` is kept with every checkpoint.
-    `measure` gives figures of the model as it stands, logged every `measure_steps` steps (0: never) but the last.
+    `measure` gives figures of the model as it stands, logged every `measure_steps` steps (0: never) but the last. `more`:
+    further figures for every line of metrics, asked on all ranks.
 
     Raises TrainingError for a loss that is not finite, Stopped or Interrupted after saving when asked to stop.
     """
@@ -273,10 +295,12 @@ def train(
     if config.optimizer == "muon":
         embedding_rate = config.embedding_learning_rate or config.learning_rate
         trainer.optimizer = muon(trainer.model, config.learning_rate, embedding_rate, config.weight_decay)
+    for key, why in inexact(config.trainer).items():
+        runtime.say(f"trainer.{key}: resumed, the run may differ in its last bits from an undisturbed one: {why}")
     if checkpoint is not None:
         runtime.say(f"resumed at step {checkpoint.step:,}")
     with runtime.progress(phase, plan.steps) as bar:
-        watch = _Watch(plan, runtime, bar, shown, state)
+        watch = _Watch(plan, runtime, bar, shown, state, more)
         watch.measure, watch.measure_steps = measure, measure_steps
         trainer.add_callback(watch)
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
@@ -296,9 +320,15 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     """What the Trainer tells after each step, turned into metrics, progress, stop and whole checkpoints."""
 
     def __init__(
-        self, plan: Schedule, runtime: Runtime, bar: Bar, shown: Mapping[str, str], state: Mapping[str, Any]
+        self,
+        plan: Schedule,
+        runtime: Runtime,
+        bar: Bar,
+        shown: Mapping[str, str],
+        state: Mapping[str, Any],
+        more: Callable[[], Mapping[str, float]],
     ) -> None:
-        self.plan, self.runtime, self.bar, self.shown, self.state = plan, runtime, bar, shown, state
+        self.plan, self.runtime, self.bar, self.shown, self.state, self.more = plan, runtime, bar, shown, state, more
         self.measure: Callable[[], Mapping[str, float]] | None = None
         self.measure_steps = 0
         self.is_stopping = False
@@ -346,6 +376,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         before = int(self.plan.tokens[self.first - 1]) if self.first else 0
         speed = (tokens - before) / (time.monotonic() - self.began)
         figures = {name: value for name, value in logs.items() if name not in ("epoch", "num_tokens")}
+        figures |= self.more()
         if self.runtime.device.type == "cuda":
             figures["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
         self.runtime.metrics.log(step, tokens, **figures, tokens_per_second=speed)

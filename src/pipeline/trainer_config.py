@@ -5,14 +5,21 @@ Needs no torch: a recipe is checked before anything heavy loads. `pipeline.train
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import ValidationError, ValidationInfo, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline.recipe import PeftConfig, StageConfig, field
+from pipeline.trainer_options import config_fields, problem_with
 
 
 class TrainerConfig(StageConfig):
     """Fields of transformers' `TrainingArguments`; a step is `per_device_train_batch_size` ×
     `gradient_accumulation_steps` rows, shared by the processes there are."""
+
+    TRL: ClassVar[str] = ""
+    """TRL's config of the stage, whose fields `trainer` may hold; checked here where it is named, else by the stage."""
 
     learning_rate: float = field(2e-5, "peak rate", gt=0)
     per_device_train_batch_size: int = field(8, "rows a micro-step; several processes share them", unit="rows", gt=0)
@@ -43,3 +50,20 @@ class TrainerConfig(StageConfig):
     eval_rows: int = field(500, "held-out rows measured at most", unit="rows", gt=0)
     logging_steps: int = field(10, "optimiser steps between lines of metrics", unit="steps", gt=0, run_only=True)
     save_steps: int = field(200, "optimiser steps between checkpoints", unit="steps", gt=0, run_only=True)
+
+    @field_validator("trainer")
+    @classmethod
+    def _known_options(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Each wrong key is an error of its own, at its own line of the recipe."""
+        known = config_fields(cls.TRL) if options and cls.TRL else frozenset()
+        problems = {key: problem_with(key, known, cls.model_fields) for key in options} if cls.TRL else {}
+        if "optim" in options and info.data.get("optimizer") == "muon":
+            problems["optim"] = "says nothing beside optimizer: muon"
+        errors = [
+            InitErrorDetails(type=PydanticCustomError("trainer_option", problem), loc=(key,), input=options[key])
+            for key, problem in problems.items()
+            if problem
+        ]
+        if errors:
+            raise ValidationError.from_exception_data("trainer", errors)
+        return options

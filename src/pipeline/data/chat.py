@@ -56,7 +56,7 @@ class ChatEncoder:
             raise MismatchError("the tokenizer has no chat template", where=where(tokenizer), mend=NO_TEMPLATE_MEND)
         self.tokenizer = tokenizer
         self.template: str | dict[str, str] = tokenizer.chat_template
-        self.plans: dict[tuple[tuple[str, ...], bool], Plan] = {}
+        self.plans: dict[tuple[tuple[str, ...], tuple[bool, ...], bool], Plan] = {}
         self.plain: PlainText = plain_text(tokenizer)
         turn = self.pieces(("user", "assistant"), False)
         frame = "".join(self.frames())
@@ -119,9 +119,10 @@ class ChatEncoder:
         """The row of `messages`; DataError likewise, of the tokenizer alone."""
         rendered = self.render(messages, add_generation_prompt)
         roles = tuple(message["role"] for message in messages)
-        plan = self.plans.get((roles, add_generation_prompt))
+        trained = tuple(counts(message) for message in messages)
+        plan = self.plans.get((roles, trained, add_generation_prompt))
         if plan is None:
-            plan = self.plans[roles, add_generation_prompt] = self.plan(roles, add_generation_prompt)
+            plan = self.plans[roles, trained, add_generation_prompt] = self.plan(roles, trained, add_generation_prompt)
         if rendered != "".join(part if isinstance(part, str) else part.text(messages) for part in plan.rendered):
             raise DataError(
                 "the chat template rewrites a content of this row instead of writing it down",
@@ -178,8 +179,8 @@ class ChatEncoder:
                 )
         return pieces
 
-    def plan(self, roles: tuple[str, ...], add_generation_prompt: bool) -> Plan:
-        """The runs of a row of `roles`."""
+    def plan(self, roles: tuple[str, ...], trained: tuple[bool, ...], add_generation_prompt: bool) -> Plan:
+        """The runs of a row of `roles`; `trained`: whether each message is."""
         pieces = self.pieces(roles, add_generation_prompt)
         draft = Draft()
         for place in range(0, len(pieces), 2):
@@ -187,24 +188,26 @@ class ChatEncoder:
             after = pieces[place + 1] if place + 1 < len(pieces) else None
             text = str(pieces[place])
             if isinstance(before, Slot) and roles[before.index] == "assistant":
-                text = self.close_turn(draft, text, roles)
+                text = self.close_turn(draft, text, roles, trained[before.index])
                 if before.index == len(roles) - 1 and after is None and not add_generation_prompt:
                     break
             trained_from = len(text)
             if isinstance(after, Slot) and roles[after.index] == "assistant":
                 trained_from = self.generation_starts(roles, pieces, place, len(str(pieces[place])) - len(text))
             self.add_text(draft, text[:trained_from], False)
-            self.add_text(draft, text[trained_from:], True)
             if isinstance(after, Slot):
-                draft.text(after, roles[after.index] == "assistant")
+                if roles[after.index] == "assistant":
+                    draft.close()  # cut where generation starts, trained or not: a mask never changes the tokens
+                self.add_text(draft, text[trained_from:], trained[after.index])
+                draft.text(after, trained[after.index])
         draft.close()
         return Plan(self.finished(draft.runs, roles), tuple(pieces))
 
-    def close_turn(self, draft: Draft, text: str, roles: tuple[str, ...]) -> str:
+    def close_turn(self, draft: Draft, text: str, roles: tuple[str, ...], is_trained: bool) -> str:
         """Adds what ends an assistant's turn, the stop token last; returns the text after it."""
         for found in self.special.finditer(text):
             if self.id_of(found) == self.stop_id:
-                self.add_text(draft, text[: found.end()], True)
+                self.add_text(draft, text[: found.end()], is_trained)
                 return text[found.end() :]
         raise MismatchError(
             f"the chat template ends an assistant's turn in {' '.join(roles)} without its stop token "
@@ -290,6 +293,11 @@ def special_pattern(token: AddedToken) -> str:
     """A special token as a group of a regex, with the white space that it swallows."""
     left, right = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
     return f"{left}({re.escape(token.content)}){right}"
+
+
+def counts(message: Message) -> bool:
+    """Whether a message is trained: the assistant's, and not one that the row leaves out of the loss (`weight: 0`)."""
+    return message["role"] == "assistant" and message.get("weight") != "0"
 
 
 def beginning(messages: list[Message]) -> str:

@@ -65,7 +65,8 @@ def read_rows(
 ) -> list[Row]:
     """The rows of all entries in one canonical layout.
 
-    layout "messages":   {"messages": [...]}, the last message an assistant's
+    layout "messages":   {"messages": [...]}, the last message an assistant's; an assistant's that is not to be trained
+                         (`weight: 0`) holds "weight": "0"
     layout "preference": {"prompt": [...], "chosen": [message], "rejected": [message], "kind": str, "margin": float,
                          "preference": float}; the last three are the row's own fields of these names, "", 0 and 1
                          without them (see `preferences.preference`)
@@ -83,10 +84,12 @@ def read_rows(
     found = [[Placed(*each) for each in placed_rows(entry, layout, split, held_out, say)] for entry in entries]
     kept = without_repeats(entries, found, say) if split == "train" else found
     rows: list[Row] = []
+    counts: list[int] = []
     for entry, own, read in zip(entries, kept, found, strict=True):
         weight = entry.weight if split == "train" else 1.0
         taken = [each.row for each in own for _ in range(copies(prompt_key(each.row), weight))]
         rows += taken
+        counts.append(len(taken))
         is_last = entry is entries[-1]
         if not taken and len(own) == len(read) and (split != "held_out" or (is_last and not rows)):
             raise ConfigError(
@@ -94,6 +97,9 @@ def read_rows(
                 where=entry.source,
                 mend="name a source with more rows, raise its `limit`, or change the held-out share",
             )
+    if split == "train" and any(entry.weight != 1 for entry in entries):
+        shares = zip(entries, counts, strict=True)
+        say("mixture: " + ", ".join(f"{e.source} × {e.weight:g}: {n:,} rows, {n / len(rows):.0%}" for e, n in shares))
     return rows
 
 
@@ -200,6 +206,8 @@ def to_layout(row: Row, chosen: str, layout: str, where: str) -> list[Row]:
                 where=where,
                 mend="end the row with an assistant's message",
             )
+        if all(message.get("weight") == "0" for message in messages if message["role"] == "assistant"):
+            raise DataError("every answer has weight 0: nothing is trained", where=where, mend="take the row out")
         return [{"messages": messages}]
     if messages[-1]["role"] == "assistant":
         return [{"prompt": checked_prompt(messages[:-1], where), "reference": messages[-1]["content"]}]

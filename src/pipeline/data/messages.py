@@ -56,8 +56,19 @@ def messages_of(value: Any, key: str, roles: dict[str, str], where: str) -> list
             raise DataError(f"{place} has the role {role!r}", where=where, mend=f"one of {', '.join(roles)}")
         if not isinstance(content, str):
             raise DataError(f"{place} has no text as its content", where=where, mend="contents are texts")
-        messages.append({"role": roles[role], "content": content})
+        if message.get("tool_calls"):
+            mend = "write the call into its content, as your chat template would"
+            raise DataError(f"{place} has `tool_calls`, which are not rendered", where=where, mend=mend)
+        messages.append({"role": roles[role], "content": content, **untrained(message, place, where)})
     return messages
+
+
+def untrained(message: Row, place: str, where: str) -> Message:
+    """{"weight": "0"} for a message that is not trained (`weight: 0`, as in OpenAI's format), else nothing."""
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise DataError(f"{place} has the weight {weight!r}", where=where, mend="0: not trained; 1: trained")
+    return {"weight": "0"} if weight == 0 else {}
 
 
 def check_conversation(messages: list[Message], where: str) -> None:

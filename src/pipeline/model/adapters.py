@@ -30,6 +30,7 @@ def lora(config: PeftConfig | None, task_type: str, modules_to_save: list[str] |
         lora_dropout=config.lora_dropout,
         target_modules=modules if isinstance(modules, str) else list(modules),
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         task_type=task_type,
         modules_to_save=modules_to_save,
     )

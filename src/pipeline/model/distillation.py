@@ -53,9 +53,15 @@ class Teacher:
 
 
 def load_teacher(
-    folder: Path, dtype: torch.dtype, device: torch.device, length: int, alpha: float, temperature: float
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    length: int,
+    alpha: float,
+    temperature: float,
+    where: str = "pretrain.context_length",
 ) -> Teacher:
-    """The teacher in `folder`. ConfigError where it does not reach `length` tokens."""
+    """The teacher in `folder`. ConfigError where it does not reach the `length` tokens that the field `where` asks."""
     model = load_causal_lm(folder, dtype=dtype).to(device).eval()
-    check_reach(model, length, "the teacher's", "pretrain.context_length")
+    check_reach(model, length, "the teacher's", where)
     return Teacher(model.requires_grad_(False), alpha, temperature)

@@ -50,10 +50,17 @@ def load_four_bit(folder: Path, device: torch.device, *, bf16: bool) -> PreTrain
 
 @torch.no_grad()
 def merged_onto(plain: PreTrainedModel, adapted: PreTrainedModel) -> PreTrainedModel:
-    """`plain` with the active adapters of `adapted` added in, in place; both began as one model."""
+    """`plain` with the active adapters of `adapted` added in, in place; both began as one model.
+
+    A DoRA adapter (Liu et al. 2024, equation 5) then gives each row of the sum the length it has learnt:
+    W' = m · (W + ΔW) / ‖W + ΔW‖, with W the plain weight where it was trained on the one in four bits.
+    """
     for name, layer in adapted.named_modules():
         if isinstance(layer, LoraLayer):
             weight = plain.get_submodule(name).weight
             for adapter in layer.active_adapters:
                 weight += layer.get_delta_weight(adapter).to(weight)
+                if adapter in layer.lora_magnitude_vector:
+                    length = layer.lora_magnitude_vector[adapter].weight.to(weight)
+                    weight *= (length / torch.linalg.norm(weight, dim=1))[:, None]
     return plain

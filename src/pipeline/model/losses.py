@@ -130,6 +130,21 @@ def distillation_sum(
     return loss, cross_entropy, divergence
 
 
+def distilled_nats(
+    logits_NV: Tensor, teacher_NV: Tensor, target_N: Tensor, alpha: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the loss to minimise, −log p[target], τ² · KL(q_τ ‖ p_τ)) of every position in nats, float32 [N], with
+    gradients: what `distillation_sum` sums, from whole logits (float32) of student p and teacher q.
+
+        loss = (1 − α) · −log p[target] + α τ² · KL(q_τ ‖ p_τ)
+    """
+    hard_N = F.cross_entropy(logits_NV, target_N, reduction="none")
+    log_p_NV = (logits_NV / temperature).log_softmax(dim=-1)
+    log_q_NV = (teacher_NV / temperature).log_softmax(dim=-1)
+    soft_N = temperature**2 * (log_q_NV.exp() * (log_q_NV - log_p_NV)).sum(dim=-1)
+    return (1 - alpha) * hard_N + alpha * soft_N, hard_N, soft_N
+
+
 @torch.no_grad()
 def token_nats(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int = CHUNK) -> Tensor:
     """−ln p(target) of every position, float32 [N], 0 where the target is IGNORED; no gradients."""
