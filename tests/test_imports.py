@@ -18,17 +18,8 @@ SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")
 LAYERS = [
     {"errors"},
     {"recipe", "hub"},
-    {
-        "artifacts",
-        "roles",
-        "reading",
-        "unroll",
-        "usercode",
-        "progress",
-        "trainer_config",
-        "trainer_options",
-        "reward_config",
-    },
+    {"artifacts", "roles", "reading", "unroll", "usercode", "progress"}
+    | {"trainer_config", "trainer_options", "reward_config"},
     {"data", "model", "rl", "evals", "checkpoint", "runtime", "trainer", "preference_trainer", "schedule", "hardware"},
     {"stages"},
     {"graph", "paths", "fingerprint", "lineage", "launch", "plan", "report"},

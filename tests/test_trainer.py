@@ -76,6 +76,8 @@ from datasets import Dataset
 import torch
 from trl import SFTConfig, SFTTrainer
 from pipeline import trainer as adapter
+from pipeline.model.distillation import Teacher
+from pipeline.model.taught import teach
 from pipeline.model.trained_positions import trim_head
 from pipeline.runtime import Runtime
 from pipeline.schedule import schedule
@@ -87,9 +89,12 @@ def work(world, out):
                            save_steps=100, logging_steps=1)
     rows = [{"input_ids": [3 + (index * k) % 60 for k in range(1, 4 + index % 9)]} for index in range(21)]
     rows = [row | {"labels": [-100, *row["input_ids"][1:]]} for row in rows]
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                                         num_attention_heads=1))
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                            num_attention_heads=1))
+
+    model = drawn(0)
     vocabulary = Tokenizer(models.BPE({f"t{i}": i for i in range(64)}, []))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="t0", eos_token="t1")
     plan = schedule([len(row["input_ids"]) for row in rows], config, runtime)
@@ -97,8 +102,13 @@ def work(world, out):
     arguments = adapter.trainer_arguments(SFTConfig, config, plan, out, runtime, own)
     sample = Dataset.from_list(rows[:1])
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=sample, processing_class=tokenizer)
-    trim_head(trainer.model)
-    adapter.train(trainer, config, rows, plan, runtime, None, phase="x", shown={}, state={})
+    teacher = Teacher(drawn(1).eval().requires_grad_(False), 0.5, 2.0)
+    if sys.argv[3] == "taught":
+        teach(trainer.model, teacher, "x")
+    else:
+        trim_head(trainer.model)
+    more = lambda: teacher.look(world)
+    adapter.train(trainer, config, rows, plan, runtime, None, phase="x", shown={}, state={}, more=more)
     shared = adapter.over_ranks(runtime, (5,), lambda own: [10.0 * i for i in own])
     if runtime.is_main:
         flat = torch.cat([p.detach().flatten() for p in adapter.trained_model(trainer).parameters()])
@@ -128,18 +138,26 @@ sys.exit(sum(os.waitpid(pid, 0)[1] for pid in children) != 0)
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    """The same rows a step, split over two gloo ranks: weights equal to 1e-6 after 11 steps, the epoch's tail too."""
+@pytest.mark.parametrize("head", ["plain", "taught"])
+def test_two_processes_give_what_one_gives(head: str, tmp_path: Path) -> None:
+    """The same rows a step, split over two gloo ranks: weights equal to 1e-6 after 11 steps, the epoch's tail too; the
+    figures of a teacher are those of all rows."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-c", TWO, str(tmp_path), port]
+    command = [sys.executable, "-c", TWO, str(tmp_path), port, head]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / world / "found.json").read_text()) for world in "12")
     assert one["steps"] == two["steps"] == 11
     assert two["shared"] == one["shared"] == [0.0, 10.0, 20.0, 30.0, 40.0]
     np.testing.assert_allclose(two["weights"], one["weights"], rtol=0, atol=1e-6)
+    told = []
+    for world in "12":
+        lines = [json.loads(line) for line in (tmp_path / world / "metrics.jsonl").read_text().splitlines()]
+        told.append([[line["loss"], line.get("teacher_kl", 0.0), line.get("cross_entropy", 0.0)] for line in lines])
+    np.testing.assert_allclose(told[1], told[0], rtol=0, atol=2e-6)
+    assert (told[0][0][1] > 0) == (head == "taught")
 
 
 def tiny_model() -> LlamaForCausalLM:

@@ -228,6 +228,9 @@ def outside_model(path: Path) -> Artifact:
     """A model folder of Hugging Face's layout, or another store's artifact, by its path."""
     if (path / MANIFEST).exists():
         return read_artifact(path, str(path))
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        mend = f"llmpipe export {path} --to merged --out {path}-merged, and name that folder"
+        raise MissingInputError("an adapter without the model it stands on", where=str(path), mend=mend)
     if not (path / "config.json").exists():
         raise MissingInputError("no model folder: it has neither manifest.json nor config.json", where=str(path))
     architectures = json.loads((path / "config.json").read_text()).get("architectures") or [""]

@@ -30,6 +30,7 @@ OURS = {
     "auto_find_batch_size": "per_device_train_batch_size",
     "dataloader_drop_last": "num_train_epochs",
     "optim_target_modules": "peft",
+    "activation_checkpointing": "gradient_checkpointing",
     "chat_template_path": "chat_template",
     "eos_token": "chat_template",
     "packing_strategy": "packing",

@@ -181,7 +181,7 @@ def test_packed_documents_do_not_see_each_other(init: Any, runtime: Any, config:
 def test_every_parameter_moves_and_accumulation_is_a_batch(init: Any, runtime: Any, config: Any) -> None:
     before = weights(init.model)
     found = {}
-    for name, rows, accumulation in (("whole", 4, 1), ("parts", 1, 4)):
+    for name, rows, accumulation in (("whole", 8, 1), ("parts", 1, 8)):
         out, here = runtime(name)
         changed = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "max_steps": 3}
         sft.run(config(**changed), {"init": init}, out, here)
@@ -264,3 +264,24 @@ def test_stopped_it_saves_and_goes_on_to_the_same_bits(
         for folder in (out, stopped)
     ]
     assert timeless[0] == timeless[1], "metrics.jsonl is what an undisturbed run writes"
+
+
+def test_the_page_names_every_field_with_its_default() -> None:
+    """docs/sft.md is written by hand; its table is compared with the config."""
+    page = (Path(__file__).parents[2] / "docs" / "sft.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in page.splitlines() if line.startswith("| `")]
+    told = {name.strip("`"): default.strip("`") for name, default in cells}
+    words = {"True": "true", "False": "false", "None": "none", "-1": "−1"}
+    fields = sft.SFTConfig.model_fields
+    plain = {name: "required" if info.is_required() else str(info.default) for name, info in fields.items()}
+    own = {"seed": "the recipe's", "bf16": "where the hardware gains", "embedding_learning_rate": "learning_rate"}
+    expected = {name: words.get(value, value) for name, value in plain.items()} | own
+    assert told.keys() == expected.keys()
+    for name, value in expected.items():
+        is_number = isinstance(fields[name].default, float | int) and value not in (
+            "true",
+            "false",
+            "−1",
+            own.get(name),
+        )
+        assert float(told[name]) == float(value) if is_number else told[name] == value, name

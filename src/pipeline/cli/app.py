@@ -351,6 +351,24 @@ def chat(
     )
 
 
+@app.command()
+def export(
+    reference: Annotated[str, typer.Argument(help="run/stage, ./folder (peft's adapters too) or hub:org/name")],
+    out: Annotated[Path, typer.Option("--out", help="the folder to write, which must not be there yet")],
+    to: Annotated[str, typer.Option("--to", help="merged: a plain Hugging Face folder")] = "merged",
+    base: Annotated[
+        str | None, typer.Option("--base", help="what an adapter stands on, unless it is where its config says")
+    ] = None,
+    artifacts: ArtifactsOption = None,
+) -> None:
+    """A plain Hugging Face folder of a model; adapters are merged into their base."""
+    from pipeline.artifacts import Store
+    from pipeline.cli.export import export as write
+    from pipeline.cli.session import artifacts_root
+
+    write(Store(artifacts_root(artifacts)), reference, to=to, out=out, base=base)
+
+
 @config_app.command("show")
 def config_show(
     recipe: RecipeArgument = "demo",

@@ -12,10 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from pipeline.errors import ConfigError
-from pipeline.model.build import head_weight
+from pipeline.errors import ConfigError, MismatchError
+from pipeline.model.build import copy_tokenizer, head_weight, load_causal_lm
 from pipeline.recipe import PeftConfig
 
 
@@ -107,3 +107,18 @@ def headed(model: PreTrainedModel, head: Tensor) -> PreTrainedModel:
     with torch.no_grad():
         classifier.score.weight.copy_(head)
     return classifier.eval()
+
+
+def merge_folder(adapter: Path, base: Path, out: Path) -> None:
+    """Write the model in the folder `base`, peft's `adapter` folder added in, to `out`: added in float32, written in
+    the base's own type, with the adapter folder's tokenizer where it has one. MismatchError where they do not fit."""
+    dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
+    try:
+        adapted = PeftModel.from_pretrained(load_causal_lm(base), str(adapter))
+        merged = adapted.merge_and_unload()
+    except (ValueError, RuntimeError, KeyError) as error:  # another shape, other names, a kind that cannot be merged
+        problem = f"the adapter does not go into {base}: {str(error).splitlines()[0]}"
+        raise MismatchError(problem, where=str(adapter), mend="--base with the model it was trained on") from error
+    merged.to(dtype).save_pretrained(out)
+    for folder in (base, adapter):
+        copy_tokenizer(folder, out)
