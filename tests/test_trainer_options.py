@@ -1,6 +1,8 @@
 """The recipe's `trainer:` mapping, checked before anything heavy loads."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,23 @@ def test_right_keys_reach_the_stage_and_a_file_counts_by_its_content(tmp_path: P
     options = {"optim": "paged_adamw_8bit", "use_liger_kernel": True, "neftune_noise_alpha": 5}
     line = "sft.trainer={optim: paged_adamw_8bit, use_liger_kernel: true, neftune_noise_alpha: 5}"
     assert recipe(tmp_path, "adam_beta1: 0.8", line).config.trainer == options
+
+
+def test_nothing_heavy_is_imported_for_it(tmp_path: Path) -> None:
+    """In a fresh process: a wrong key and a right one, and neither TRL nor torch."""
+    code = (
+        "import sys\n"
+        "from pydantic import ValidationError\n"
+        "from stages.sft import SFTConfig\n"
+        "for key in ('adam_beta2', 'adam_beta3'):\n"
+        "    try:\n"
+        "        SFTConfig(data=(), trainer={key: 0.9})\n"
+        "    except ValidationError as error:\n"
+        "        print(key, error.errors()[0]['loc'])\n"
+        "print([name for name in ('torch', 'trl', 'transformers') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["adam_beta3 ('trainer', 'adam_beta3')", "[]"]
 
 
 def test_what_a_resume_does_not_reproduce_is_known() -> None:
