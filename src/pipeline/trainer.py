@@ -309,8 +309,8 @@ def train(
 
 
 def _bytes_to_write(model: torch.nn.Module) -> int:
-    """Three checkpoints (two are kept while a third is written: adapters or the whole model, and AdamW's moments of what
-    is trained) and the model."""
+    """Three checkpoints (two are kept while a third is written: adapters or the whole model, and AdamW's moments of
+    what is trained) and the model."""
     parameters = list(model.parameters())
     whole = sum(p.numel() * p.element_size() for p in parameters)
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
