@@ -244,6 +244,9 @@ def test_adapters_and_a_teacher_are_in_the_plan(road: Path) -> None:
     teacher = planned(base)["base"].parameters
     assert taught.flops == pytest.approx(plain.flops + 2 * teacher * taught.tokens)
     assert taught.memory["weights"] == plain.memory["weights"] + 2 * teacher  # in bf16
+    alone, beside = (planned(base, CPU, *given)["sft"] for given in ((), ("sft.teacher=base",)))
+    assert beside.flops == pytest.approx(alone.flops + 2 * teacher * alone.tokens)
+    assert beside.memory["weights"] == alone.memory["weights"] + 2 * teacher
 
 
 def test_what_ran_here_sets_the_speed(trained: Path) -> None:

@@ -273,12 +273,14 @@ class Planner:
         bf16 = self.device.bf16 if config.bf16 is None else config.bf16
         moments = 4.0 if config.optimizer == "muon" else 8.0
         logits = 0.0 if node.stage.type == "reward" else on_device * longest
-        load = Load(on_device, longest, trained, moments, bf16, config.gradient_checkpointing, logits)
+        teacher = self._size_of(node.inputs.get("teacher"))
+        others = teacher / 2 if bf16 else teacher  # held in two bytes each then
+        load = Load(on_device, longest, trained, moments, bf16, config.gradient_checkpointing, logits, others=others)
         return replace(
             found,
             parameters=total,
             tokens=tokens,
-            flops=tokens * flops_per_token(model, round(length)) * factor,
+            flops=tokens * (flops_per_token(model, round(length)) * factor + 2 * teacher),
             memory=memory_of(model, load),
             disk=4 * total + 3 * (4 + moments) * trained,
             notes=(f"{len(rows):,} rows of about {length * sides:.0f} tokens, {steps * batch / len(rows):.2f} epochs",),

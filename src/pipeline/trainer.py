@@ -41,7 +41,7 @@ from trl import DPOTrainer, RewardTrainer, SFTTrainer
 from pipeline.artifacts import need_disk
 from pipeline.checkpoint import Checkpoint
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.errors import ConfigError, TrainingError
+from pipeline.errors import ConfigError, MachineError, TrainingError
 from pipeline.model.adapters import lora
 from pipeline.model.attention import restore_attention, use_plain_products
 from pipeline.model.build import flops_per_token, load_causal_lm, reach
@@ -287,7 +287,8 @@ def train(
     `measure` gives figures of the model as it stands, logged every `measure_steps` steps (0: never) but the last. `more`:
     further figures for every line of metrics, asked on all ranks.
 
-    Raises TrainingError for a loss that is not finite, Stopped or Interrupted after saving when asked to stop.
+    Raises TrainingError for a loss that is not finite, MachineError for a package that `trainer:` needs and is
+    not there, Stopped or Interrupted after saving when asked to stop.
     """
     need_disk(Path(trainer.args.output_dir).parent, _bytes_to_write(trainer.model), "saving and checkpoints")
     trainer.remove_callback(PrinterCallback)
@@ -303,7 +304,11 @@ def train(
         watch = _Watch(plan, runtime, bar, shown, state, more)
         watch.measure, watch.measure_steps = measure, measure_steps
         trainer.add_callback(watch)
-        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        except ImportError as error:  # what `trainer: {optim: …}` asks for is looked for when it is made
+            mend = 'pip install "llmpipe[gpu]", or another option'
+            raise MachineError(str(error).strip().splitlines()[0], where="trainer", mend=mend) from error
     if watch.is_stopping and trainer.state.global_step < plan.steps:
         runtime.stop(trainer.state.global_step)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,13 @@ def test_stopped_it_goes_on_to_the_same_bits(
         for folder in (out, stopped)
     ]
     assert kept[0] == kept[1]
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="the package is there")
+def test_a_package_that_an_option_needs_is_named(init: Any, runtime: Any, config: Any) -> None:
+    with pytest.raises(MachineError, match="bitsandbytes") as caught:
+        sft.run(config(trainer={"optim": "paged_adamw_8bit"}), {"init": init}, *runtime("paged"))
+    assert caught.value.where == "trainer"
 
 
 def test_noise_changes_what_is_learnt_and_not_what_is_measured(init: Any, runtime: Any, config: Any) -> None:
