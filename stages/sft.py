@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pipeline.evals.likelihood import Request
     from pipeline.model.distillation import Teacher
     from pipeline.runtime import Runtime
-    from pipeline.schedule import Row
+    from pipeline.schedule import Row, Schedule
 
 
 class SFTConfig(TrainerConfig):
@@ -77,15 +77,9 @@ RESULT_VERSION = 1
 
 def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
     """Train on the rows' answers; returns the held-out loss before and after, in nats a trained token."""
-    from datasets import Dataset
-    from trl import SFTConfig as Arguments
-    from trl import SFTTrainer
-
     from pipeline import trainer as adapter
     from pipeline.data.chat import stop_token_id
     from pipeline.model.build import check_vocabulary, save_model
-    from pipeline.model.taught import teach
-    from pipeline.model.trained_positions import trim_head
     from pipeline.schedule import schedule
 
     adapter.quieten()
@@ -110,19 +104,7 @@ def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
 
     # 3. train
     plan = schedule([len(row["input_ids"]) for row in rows], config, runtime)
-    own = {"packing": config.packing, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    with adapter.building():
-        trainer = SFTTrainer(
-            model=model,
-            args=adapter.trainer_arguments(Arguments, config, plan, out, runtime, own),
-            train_dataset=Dataset.from_list(rows[:1]),
-            processing_class=tokenizer,
-            peft_config=adapter.lora(config.peft, "CAUSAL_LM"),
-        )
-    if teacher is None:
-        trim_head(trainer.model)
-    else:
-        teach(trainer.model, teacher, "sft.teacher")
+    trainer = _trainer(config, model, teacher, rows, tokenizer, plan, out, runtime)
     adapter.fit_attention(trainer, max(len(row["input_ids"]) for row in rows))
     runtime.say(adapter.describe(trainer, plan, len(rows)))
     shown = {"loss": "loss", "acc": "mean_token_accuracy", "lr": "learning_rate"}
@@ -253,6 +235,41 @@ def _teacher(
     teacher = load_teacher(given.model, dtype, runtime.device, length, alpha, temperature, "sft.max_length")
     check_vocabulary(teacher.model, vocabulary, "sft.teacher")
     return teacher
+
+
+def _trainer(
+    config: SFTConfig,
+    model: PreTrainedModel,
+    teacher: Teacher | None,
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerFast,
+    plan: Schedule,
+    out: Path,
+    runtime: Runtime,
+) -> Any:
+    """TRL's trainer of this config, its loss the labels' alone or the teacher's too."""
+    from datasets import Dataset
+    from trl import SFTConfig as Arguments
+    from trl import SFTTrainer
+
+    from pipeline import trainer as adapter
+    from pipeline.model.taught import teach
+    from pipeline.model.trained_positions import trim_head
+
+    own = {"packing": config.packing, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    with adapter.building():
+        trainer = SFTTrainer(
+            model=model,
+            args=adapter.trainer_arguments(Arguments, config, plan, out, runtime, own),
+            train_dataset=Dataset.from_list(rows[:1]),
+            processing_class=tokenizer,
+            peft_config=adapter.lora(config.peft, "CAUSAL_LM"),
+        )
+    if teacher is None:
+        trim_head(trainer.model)
+    else:
+        teach(trainer.model, teacher, "sft.teacher")
+    return trainer
 
 
 def _fit(
