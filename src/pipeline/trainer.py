@@ -284,8 +284,8 @@ def train(
     """Train to the plan's last step, from `checkpoint` (`runtime.checkpoints.latest()`) if there is one.
 
     `shown`: label -> TRL's name of the key figures of the progress line. `state` is kept with every checkpoint.
-    `measure` gives figures of the model as it stands, logged every `measure_steps` steps (0: never) but the last. `more`:
-    further figures for every line of metrics, asked on all ranks.
+    `measure` gives figures of the model as it stands, logged every `measure_steps` steps (0: never) but the last.
+    `more`: further figures for every line of metrics, asked on all ranks.
 
     Raises TrainingError for a loss that is not finite, MachineError for a package that `trainer:` needs and is
     not there, Stopped or Interrupted after saving when asked to stop.
