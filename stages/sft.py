@@ -27,7 +27,8 @@ from pipeline.trainer_config import TrainerConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from pipeline.data.chat import Encoded, Message
+    from pipeline.data.chat import Encoded
+    from pipeline.data.messages import Message
     from pipeline.data.shown import ShownRow
     from pipeline.evals.likelihood import Request
     from pipeline.model.distillation import Teacher
