@@ -9,6 +9,7 @@
     preference          {"prompt": …, "chosen": …, "rejected": …}    texts or messages; the prompt may be left out
                         where both sides are message lists that begin alike; "kind", "margin", "preference" likewise
     sharegpt_preference {"conversations": […], "chosen": {"from": "gpt", "value": …}, "rejected": {…}}     likewise
+    ranked              {"prompt": …, "answers": [the best, the next, …]}     texts or messages; "ranks" for ties
     unpaired            {"prompt": …, "completion": …, "label": true}         texts or messages; whether it is desirable
 
 A source's format is recognised by the keys of its first row, or named by the entry. Fields of other names are
@@ -33,16 +34,18 @@ from pipeline.data.messages import (
 )
 from pipeline.data.placed import Placed, without_repeats
 from pipeline.data.preferences import as_unpaired, preference, unpaired
+from pipeline.data.ranked import as_pairs, as_ranked, ranked
 from pipeline.data.sources import BUILT_IN, PYDOCS, Split, check_entry, copies, read_source_rows, share
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import DataEntry
 
-LAYOUTS = ("messages", "preference", "unpaired", "prompt")
+LAYOUTS = ("messages", "preference", "ranked", "unpaired", "prompt")
 
 # format -> the keys it is recognised by; the first that fits is taken, so what has more keys stands first
 KEYS = {
     "sharegpt_preference": ("conversations", "chosen", "rejected"),
     "preference": ("chosen", "rejected"),
+    "ranked": ("prompt", "answers"),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
@@ -51,7 +54,8 @@ KEYS = {
     "question_answer": ("question", "answer"),
 }
 PAIRS = ("sharegpt_preference", "preference")
-JUDGED = (*PAIRS, "unpaired")
+COMPARED = (*PAIRS, "ranked")
+JUDGED = (*COMPARED, "unpaired")
 """Rows that hold what should not be said as well."""
 
 
@@ -69,7 +73,9 @@ def read_rows(
                          (`weight: 0`) holds "weight": "0"
     layout "preference": {"prompt": [...], "chosen": [message], "rejected": [message], "kind": str, "margin": float,
                          "preference": float}; the last three are the row's own fields of these names, "", 0 and 1
-                         without them (see `preferences.preference`)
+                         without them (see `preferences.preference`); a ranked row becomes its pairs without ties
+    layout "ranked":     {"prompt": [...], "answers": [[message], ...], "ranks": [int, ...], "kind", "margin",
+                         "preference", "reference"}, best first; a preference row is a list of two
     layout "unpaired":   {"prompt": [...], "completion": [message], "label": bool, "kind": str}; a preference row
                          becomes two, a tie none
     layout "prompt":     {"prompt": [...], "reference": str}; the reference is the assistant's (good) answer, or ""
@@ -161,7 +167,7 @@ def pydocs_rows(layout: str, split: Split) -> Iterator[list[Row]]:
     """The embedded rows, divided as pydocs divides itself."""
     from pipeline.data import pydocs
 
-    if layout in ("preference", "unpaired"):
+    if layout in ("preference", "ranked", "unpaired"):
         rows: Iterator[Row] = pydocs.preference_rows(split)
         chosen = "preference"
     else:
@@ -180,7 +186,7 @@ def arithmetic_rows(layout: str, split: Split) -> Iterator[list[Row]]:
 
 
 def to_layout(row: Row, chosen: str, layout: str, where: str) -> list[Row]:
-    """A row of format `chosen` in canonical `layout`: one row, or where pairs are taken apart two or none."""
+    """A row of format `chosen` in canonical `layout`: one row; where pairs or lists are taken apart more, or none."""
     for key in KEYS[chosen]:
         if row.get(key) is None:
             raise DataError(
@@ -192,7 +198,15 @@ def to_layout(row: Row, chosen: str, layout: str, where: str) -> list[Row]:
         if layout == "unpaired":
             return as_unpaired(pair)
         reference = {"prompt": pair["prompt"], "reference": pair["chosen"][0]["content"]}
+        if layout == "ranked":
+            return [as_ranked(pair, row, where)]
         return [pair if layout == "preference" else reference]
+    if chosen == "ranked":
+        found = ranked(row, where)
+        if layout == "preference":
+            return as_pairs(found)
+        reference = {"prompt": found["prompt"], "reference": found["answers"][0][0]["content"]}
+        return [found if layout == "ranked" else reference]
     if chosen == "unpaired":
         lone = unpaired(row, where)
         answer = lone["completion"][0]["content"] if lone["label"] else ""
@@ -221,8 +235,13 @@ def _check_use(chosen: str, layout: str, where: str) -> None:
         if chosen == "unpaired":
             mend = "where `label` says nothing of good and bad, `format: prompt_completion`; else " + mend
         raise ConfigError(f"these are {chosen} rows, and demonstrations are needed here", where=where, mend=mend)
-    if (layout == "preference" and chosen not in PAIRS) or (layout == "unpaired" and chosen not in JUDGED):
-        what = "preferences" if layout == "preference" else "preferences or answers with a label"
+    if layout == "unpaired" and chosen == "ranked":
+        what = "these are ranked rows, and lone answers with a label are needed here"
+        raise ConfigError(what, where=where, mend=f"name rows with {', '.join(KEYS['unpaired'])}")
+    if (layout in ("preference", "ranked") and chosen not in COMPARED) or (
+        layout == "unpaired" and chosen not in JUDGED
+    ):
+        what = "preferences or answers with a label" if layout == "unpaired" else "preferences"
         mend = f"name rows with {', '.join(KEYS['preference'])}"
         if layout == "unpaired":
             mend += f" or with {', '.join(KEYS['unpaired'])}"
