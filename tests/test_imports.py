@@ -20,7 +20,8 @@ LAYERS = [
     {"recipe", "hub"},
     {"artifacts", "roles", "reading", "unroll", "usercode", "progress"}
     | {"trainer_config", "trainer_options", "reward_config"},
-    {"data", "model", "rl", "evals", "checkpoint", "runtime", "trainer", "preference_trainer", "schedule", "hardware"},
+    {"data", "model", "rl", "evals", "checkpoint", "runtime", "trainer", "preference_trainer", "ranked_trainer"}
+    | {"schedule", "hardware"},
     {"stages"},
     {"graph", "paths", "fingerprint", "lineage", "launch", "plan", "report"},
     {"cli"},
@@ -101,9 +102,10 @@ def test_data_models_and_rl_know_nothing_of_evaluations_and_data_nothing_of_mode
 
 
 MATH = ["advantages", "kl", "losses", "masking", "rewards", "terms"]
+LOSSES = ["losses", "preference_losses", "ranked_loss"]
 
 
-@pytest.mark.parametrize("file", [*(f"rl/{name}.py" for name in MATH), "model/losses.py", "model/preference_losses.py"])
+@pytest.mark.parametrize("file", [*(f"rl/{name}.py" for name in MATH), *(f"model/{name}.py" for name in LOSSES)])
 def test_the_math_knows_torch_and_nothing_of_configs(file: Path):
     known = {"__future__", "collections", "dataclasses", "math", "typing", "torch", "pipeline"}
     names = set(imports(parsed(ROOT / "src" / "pipeline" / file)))

@@ -78,7 +78,6 @@ def test_a_lone_term_is_a_list_of_one(tmp_path: Path):
         ("  - {model: a, weight: .nan}", 2, "a weight of nan"),
         ("  - {model: a, weight: .inf}", 2, "a weight of inf"),
         ("  - {model: a, weight: '1'}", 2, "`reward.0.weight`: input should be a valid number"),
-        ("  - {models: [a]}", 2, "two models or more"),
         ("  - {models: [a, a]}", 2, "each named once"),
         ("  - {models: [a, b], combine: mean}", 2, "'mean_minus_std' or 'min'"),
         ("  - {models: [a, b], std_weight: -1}", 2, "greater than or equal to 0"),

@@ -94,6 +94,16 @@ class Checkpoints:
         if not self.behind:
             self.barrier()
 
+    def begin_anew(self, step: int, state: Mapping[str, Any], made: Path) -> None:
+        """A checkpoint without tensors, from which all begins anew but what `state` says and `made` holds (rank 0 sees
+        it on disk first); the others are dropped."""
+        if self.is_main:
+            for file in filter(Path.is_file, made.rglob("*")):
+                _sync_file(file)
+        keep, self.keep = self.keep, 1
+        self.save(step, {}, state)
+        self.keep = keep
+
     def wait(self) -> None:
         """Until what is being written is whole on disk; raises what went wrong with it."""
         writing, self._writing = self._writing, None

@@ -37,7 +37,9 @@ class RewardTerm(Section):
     """One term of a weighted sum of rewards. One of the first seven fields says what it is."""
 
     model: Ref | None = field(None, "a reward model")
-    models: Annotated[tuple[Ref, ...], Strict(False)] | None = field(None, "an ensemble of them, made one by `combine`")
+    models: Annotated[tuple[Ref, ...], Strict(False)] | None = field(
+        None, "an ensemble, made one by `combine`: a stage that trained several, or several stages"
+    )
     function: str | None = field(None, "exact, number, regex, json_schema or rouge_l; or your own: ./rewards.py:name")
     length: int | None = field(None, "minus the tokens of a response over this", unit="tokens", gt=0)
     repetition: int | None = field(None, "minus the share of n-grams of this length that are repeats", gt=0)
@@ -96,8 +98,8 @@ def _check_target(term: RewardTerm) -> None:
         )
     if term.model is not None and is_user_code(term.model):
         raise ValueError(f"code of yours is a function: {{function: {term.model}}}")
-    if term.models is not None and (len(term.models) < 2 or len(set(term.models)) < len(term.models)):
-        raise ValueError("an ensemble has two models or more, each named once")
+    if term.models is not None and (not term.models or len(set(term.models)) < len(term.models)):
+        raise ValueError("an ensemble is one stage that trained several models, or several names, each named once")
     if term.judge is not None and term.judge.startswith(("http://", "https://")):
         raise ValueError(f"an address is a judge_url: {{judge_url: {term.judge}}}")
     if term.judge_url is not None:

@@ -280,12 +280,16 @@ def train(
     measure: Callable[[], Mapping[str, float]] | None = None,
     measure_steps: int = 0,
     more: Callable[[], Mapping[str, float]] = dict,
+    member: int = 0,
+    tokens_before: int = 0,
 ) -> None:
     """Train to the plan's last step, from `checkpoint` (`runtime.checkpoints.latest()`) if there is one.
 
     `shown`: label -> TRL's name of the key figures of the progress line. `state` is kept with every checkpoint.
     `measure` gives figures of the model as it stands, logged every `measure_steps` steps (0: never) but the last.
-    `more`: further figures for every line of metrics, asked on all ranks.
+    `more`: further figures for every line of metrics, asked on all ranks. Of several models trained one after another by
+    one stage `member` says which this is (they take as many steps each), and `tokens_before` what those before it have
+    read: metrics and checkpoints count on.
 
     Raises TrainingError for a loss that is not finite, MachineError for a package that `trainer:` needs and is
     not there, Stopped or Interrupted after saving when asked to stop.
@@ -301,7 +305,7 @@ def train(
     if checkpoint is not None:
         runtime.say(f"resumed at step {checkpoint.step:,}")
     with runtime.progress(phase, plan.steps) as bar:
-        watch = _Watch(plan, runtime, bar, shown, state, more)
+        watch = _Watch(plan, runtime, bar, shown, state, more, member, tokens_before)
         watch.measure, watch.measure_steps = measure, measure_steps
         trainer.add_callback(watch)
         try:
@@ -310,7 +314,7 @@ def train(
             mend = 'pip install "llmpipe[gpu]", or another option'
             raise MachineError(str(error).strip().splitlines()[0], where="trainer", mend=mend) from error
     if watch.is_stopping and trainer.state.global_step < plan.steps:
-        runtime.stop(trainer.state.global_step)
+        runtime.stop(trainer.state.global_step + member * plan.steps)
 
 
 def _bytes_to_write(model: torch.nn.Module) -> int:
@@ -334,10 +338,13 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         shown: Mapping[str, str],
         state: Mapping[str, Any],
         more: Callable[[], Mapping[str, float]],
+        member: int,
+        tokens_before: int,
     ) -> None:
         self.plan, self.runtime, self.bar, self.shown, self.state, self.more = plan, runtime, bar, shown, state, more
         self.measure: Callable[[], Mapping[str, float]] | None = None
         self.measure_steps = 0
+        self.member, self.tokens_before = member, tokens_before
         self.is_stopping = False
         self.began, self.first = 0.0, 0
 
@@ -386,11 +393,19 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         figures |= self.more()
         if self.runtime.device.type == "cuda":
             figures["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
-        self.runtime.metrics.log(step, tokens, **figures, tokens_per_second=speed)
+        if self.member:
+            figures["member"] = self.member
+        total = self.tokens_before + tokens
+        self.runtime.metrics.log(step + self.member * self.plan.steps, total, **figures, tokens_per_second=speed)
         key = {label: logs[name] for label, name in self.shown.items() if name in logs}
         self.bar.advance(step - self.bar.done, **key, **{"tok/s": speed})
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.runtime.barrier()  # every rank has written its part
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.runtime.checkpoints.adopt(folder, state.global_step, self.state)
+        self.runtime.checkpoints.adopt(folder, checkpoint_step(self.plan, self.member, state.global_step), self.state)
+
+
+def checkpoint_step(plan: Schedule, member: int, step: int) -> int:
+    """The number of a member's checkpoint among all of a stage: step 0, before its first, has a number of its own."""
+    return member * (plan.steps + 1) + step

@@ -20,6 +20,8 @@ def row(question: str, chosen: str, rejected: str, kind: str = "") -> dict[str, 
         "chosen": [{"role": "assistant", "content": chosen}],
         "rejected": [{"role": "assistant", "content": rejected}],
         "kind": kind,
+        "margin": 0.0,
+        "preference": 1.0,
     }
 
 
@@ -94,6 +96,7 @@ class Counting:
     """Scores a row by its tokens' sum, padding and all that lies behind the length left out."""
 
     shapes: list[tuple[int, int]]
+    std: float = 1.0
 
     def score(self, input_ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         self.shapes.append(tuple(input_ids_BT.shape))

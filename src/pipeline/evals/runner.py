@@ -31,7 +31,7 @@ from pipeline.evals.results import Result
 from pipeline.evals.statistics import Estimate, PerItem
 from pipeline.evals.subject import Subject, is_chat, load_subject
 from pipeline.evals.variants import Found
-from pipeline.model.reward import RewardModel, load_reward_model
+from pipeline.model.reward import Ensemble, RewardModel, load_scorer_of
 
 if TYPE_CHECKING:
     from pipeline.runtime import Runtime
@@ -167,7 +167,7 @@ class Scorers:
     runtime: Runtime
     finished: int
     loaded: dict[str, Subject] = field(default_factory=dict)
-    reward: RewardModel | None = None
+    reward: RewardModel | Ensemble | None = None
 
     def score(self, unit: Unit) -> list[Item]:
         """The items of one unit."""
@@ -219,11 +219,11 @@ class Scorers:
             )
         return self.loaded[model.name]
 
-    def reward_model(self) -> RewardModel:
-        """The reward model, loaded once."""
+    def reward_model(self) -> RewardModel | Ensemble:
+        """The reward model, or the ensemble, loaded once."""
         if self.reward is None:
             assert self.plan.reward is not None
-            self.reward = load_reward_model(self.plan.reward.artifact, self.runtime)
+            self.reward = load_scorer_of(self.plan.reward.artifact, self.runtime)
         return self.reward
 
     def rewards(self, rows: Sequence[Sequence[int]]) -> list[float]:

@@ -9,8 +9,10 @@ A reward model is a Hugging Face `*ForSequenceClassification` folder with `rewar
     adapter_base    where it was trained by adapters: the fingerprint of the model they stand on. They and the head then
                     also lie in `adapter/` as peft writes them
 
-Without these a score means nothing, so a folder that lacks them is refused. Letters of shapes: B rows, T tokens
-(padded on the right), D width.
+Without these a score means nothing, so a folder that lacks them is refused. An artifact may hold an ensemble: `model/`
+is its first member, `member-1/`, `member-2/`, … are the others, each such a folder with a normaliser of its own.
+
+Letters of shapes: B rows, T tokens (padded on the right), D width.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,22 @@ class RewardModel:
                 raise MismatchError(
                     f"the reward model was trained on another {what} than {policy.reference} has", mend=RETRAIN
                 )
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Several reward models that read the same rows, each with its own normaliser."""
+
+    members: tuple[RewardModel, ...]
+
+    @property
+    def suffix_ids(self) -> tuple[int, ...]:
+        """What every row ends with."""
+        return self.members[0].suffix_ids
+
+    def score(self, input_ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """The mean of the members' normalised scores, float32 [B]."""
+        return torch.stack([member.score(input_ids_BT, lengths_B) for member in self.members]).mean(dim=0)
 
 
 def last_scores(model: PreTrainedModel, input_ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
@@ -151,12 +169,35 @@ def save_reward_model(
     )
 
 
+def member_folder(path: Path, member: int) -> Path:
+    """Where an artifact at `path` holds a member, counted from 0."""
+    return path / (f"member-{member}" if member else "model")
+
+
+def members_of(artifact: Artifact) -> list[Artifact]:
+    """The reward models of an artifact, each as one by itself: several of an ensemble, else the artifact alone."""
+    count = 1 + len(list(artifact.path.glob("member-*"))) if artifact.manifest else 1
+    if count == 1:
+        return [artifact]
+    folders = [member_folder(artifact.path, member) for member in range(count)]
+    return [replace(artifact, path=folder, manifest={}) for folder in folders]
+
+
+def load_scorer_of(artifact: Artifact, runtime: Runtime) -> RewardModel | Ensemble:
+    """What an artifact scores rows with: its reward model, or its ensemble's mean. Raises as `load_reward_model`."""
+    members = tuple(load_reward_model(member, runtime) for member in members_of(artifact))
+    return members[0] if len(members) == 1 else Ensemble(members)
+
+
 def load_reward_model(artifact: Artifact, runtime: Runtime) -> RewardModel:
     """The reward model of an artifact, on the runtime's device, for scoring.
 
     Raises MismatchError where reward.json is missing or lacks its normaliser, says another pooling, or speaks of
-    another tokenizer or chat template than lie in the folder.
+    another tokenizer or chat template than lie in the folder; and where the artifact holds an ensemble.
     """
+    if len(members_of(artifact)) > 1:
+        what = f"{artifact.reference} holds an ensemble, and one reward model is needed here"
+        raise MismatchError(what, where=str(artifact.path), mend="train one: `ensemble: 1`")
     model = AutoModelForSequenceClassification.from_pretrained(
         artifact.model, dtype=torch.float32, attn_implementation="sdpa"
     )

@@ -23,7 +23,14 @@ from pipeline.artifacts import Artifact
 from pipeline.data.chat import encode_messages, encode_prompt
 from pipeline.errors import ConfigError, DataError, MismatchError, TrainingError
 from pipeline.model.build import check_vocabulary
-from pipeline.model.reward import RewardModel, build_reward_model, load_reward_model, reward_model_on, stands_on
+from pipeline.model.reward import (
+    RewardModel,
+    build_reward_model,
+    load_reward_model,
+    members_of,
+    reward_model_on,
+    stands_on,
+)
 from pipeline.model.stop_strings import before_stop
 from pipeline.reward_config import FUNCTIONS, RewardTerm
 from pipeline.rl import terms as math_of
@@ -186,7 +193,7 @@ def load_scorer(
         if artifact is None:
             term = Term("function", 1.0, partial(_of_function, load_member(reward), reward))
         else:
-            term = _models("model", 1.0, [artifact], math_of.worst_case, loading)
+            term = _models("model", 1.0, [artifact], math_of.lower_bound, loading)
         return Scorer((term,), False, tokenizer, pad_id, stop_strings)
     held = {inner: iter(inputs.get(f"{role}.{inner}") or ()) for inner in ("model", "models", "judge")}
     return Scorer(tuple(_load(each, held, loading) for each in reward), True, tokenizer, pad_id, stop_strings)
@@ -196,9 +203,13 @@ def _load(term: RewardTerm, held: Mapping[str, Iterator[Artifact]], loading: Loa
     """The term, taking its artifacts from the lists of their roles, which are in the order of the terms."""
     name, weight = term.figure, term.weight
     if term.model is not None:
-        return _models(name, weight, [next(held["model"])], math_of.worst_case, loading)
+        return _models(name, weight, [next(held["model"])], math_of.lower_bound, loading)
     if term.models is not None:
         members = [next(held["models"]) for _ in term.models]
+        if sum(len(members_of(artifact)) for artifact in members) < 2:
+            what = f"`{term.models[0]}` is one reward model, and an ensemble has two or more"
+            mend = "name several, or train it with `ensemble: 2` or more; for one alone `model`"
+            raise ConfigError(what, where="models", mend=mend)
         lower = partial(math_of.mean_minus_std, std_weight=term.std_weight)
         return _models(name, weight, members, math_of.worst_case if term.combine == "min" else lower, loading)
     if term.function is not None:
@@ -282,7 +293,7 @@ def _check_references(term: RewardTerm, rows: Sequence[Row]) -> None:
 def _models(
     name: str, weight: float, artifacts: list[Artifact], combine: Callable[[Tensor], Tensor], loading: Loading
 ) -> Term:
-    models = tuple(load_fitting(artifact, loading) for artifact in artifacts)
+    models = tuple(load_fitting(member, loading) for artifact in artifacts for member in members_of(artifact))
 
     def score(said: Responses) -> Tensor:
         members = [

@@ -25,6 +25,11 @@ def worst_case(scores_MB: Tensor) -> Tensor:
     return scores_MB.amin(dim=0)
 
 
+def lower_bound(scores_MB: Tensor) -> Tensor:
+    """What one name stands for: a lone model's own score, an ensemble's mean - std. [M, B] -> [B]"""
+    return scores_MB[0] if len(scores_MB) == 1 else mean_minus_std(scores_MB, 1.0)
+
+
 def length_over(lengths_B: Tensor, target: int) -> Tensor:
     """-max(0, tokens - target): what a response is too long by, its stop token counted. [B] -> float32 [B]"""
     return -(lengths_B - target).clamp(min=0).float()

@@ -1,0 +1,296 @@
+"""reward on lists, ties and margins, and ensembles of several seeds."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from safetensors.torch import load_file
+from trl import RewardConfig as Arguments
+from trl import RewardTrainer
+
+from pipeline.artifacts import Artifact, outside_model
+from pipeline.data.chat import encode_messages
+from pipeline.data.tokenizers import load_tokenizer
+from pipeline.errors import DataError, MismatchError, Stopped
+from pipeline.model.reward import Ensemble, build_reward_model, load_reward_model, load_scorer_of, members_of
+from pipeline.recipe import DataEntry, PeftConfig
+from pipeline.runtime import derive_seed
+from pipeline.schedule import schedule
+from stages import reward
+from tests.stages.conftest import ANIMALS, SOUNDS
+
+
+def ranked(index: int) -> dict[str, Any]:
+    """Two to four answers, from right to worse; in every fifth list the last two are equally bad."""
+    animal, sound = ANIMALS[index % 8], SOUNDS[index % 8]
+    answers = [f"The {animal} says {sound}.", f"{sound}", f"Some {SOUNDS[(index + 3) % 8]}.", "Who knows?"]
+    answers = answers[: 2 + index % 3]
+    row: dict[str, Any] = {"prompt": f"What does the {animal} number {index} say?", "answers": answers}
+    return row | ({"ranks": [*range(len(answers) - 1), len(answers) - 2]} if index % 5 == 0 and index % 3 else {})
+
+
+@pytest.fixture(scope="session")
+def lists(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 ranked rows, jsonl."""
+    path = tmp_path_factory.mktemp("lists") / "lists.jsonl"
+    path.write_text("".join(json.dumps(ranked(index)) + "\n" for index in range(120)))
+    return path
+
+
+@pytest.fixture
+def config(small_run: dict[str, Any], lists: Path, demonstrations: Path) -> Any:
+    """A small run on the lists; keywords change fields."""
+
+    def make(**changed: Any) -> reward.RewardConfig:
+        values = small_run | {
+            "data": (DataEntry(source=str(lists)),),
+            "demonstrations": (DataEntry(source=str(demonstrations)),),
+        }
+        return reward.RewardConfig(**(values | changed))
+
+    return make
+
+
+def losses(lines: Any, out: Path) -> list[float]:
+    return [line["loss"] for line in lines(out) if "loss" in line]
+
+
+def as_artifact(out: Path) -> Artifact:
+    """What a stage wrote, as though it were published."""
+    return replace(outside_model(out / "model"), path=out, manifest={"stage": "reward"})
+
+
+def encoded(init: Any, rows: list[dict[str, Any]]) -> list[list[list[int]]]:
+    """The ids of each row's answers, best first."""
+    tokenizer = load_tokenizer(init.model)
+    found = []
+    for row in rows:
+        asked = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
+        answers = row.get("answers") or [row["chosen"], row["rejected"]]
+        texts = [answer if isinstance(answer, str) else answer[0]["content"] for answer in answers]
+        said = [{"role": "assistant", "content": text} for text in texts]
+        found.append([encode_messages(tokenizer, [*asked, answer]).input_ids for answer in said])
+    return found
+
+
+def naive_losses(init: Any, rows: list[dict[str, Any]], settings: Any, here: Any) -> list[float]:
+    """Three steps of four rows: every pair of a list by itself, every answer forwarded without padding."""
+    texts = encoded(init, rows)
+    plan = schedule([sum(map(len, answers)) for answers in texts], settings, here)
+    model = build_reward_model(init.model, 0, derive_seed(0, "reward head"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    found = []
+    for step, batch in enumerate(plan.order.reshape(3, 4).tolist()):
+        total = torch.zeros(())
+        for place in batch:
+            scores = [
+                model.score(model.model(torch.tensor([ids])).last_hidden_state[:, -1])[0, 0] for ids in texts[place]
+            ]
+            ranks = rows[place].get("ranks", list(range(len(scores))))
+            pairs = [(i, j) for i in range(len(scores)) for j in range(i + 1, len(scores))]
+            for i, j in pairs:
+                mu = rows[place].get("preference", 1.0) if ranks[i] < ranks[j] else 0.5
+                delta = scores[i] - scores[j] - rows[place].get("margin", 0.0)
+                pair = -mu * F.logsigmoid(delta) - (1 - mu) * F.logsigmoid(-delta)
+                total = total + (pair + 0.01 * (scores[i] + scores[j]) ** 2) / len(pairs) / 4
+        total.backward()
+        found.append(total.item())
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 3)
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+def test_three_steps_on_lists_are_their_pairs_one_by_one(
+    init: Any, runtime: Any, config: Any, lines: Any, lists: Path
+) -> None:
+    settings = config(max_steps=3, held_out=0.0, warmup_steps=0.0, max_grad_norm=1e9)
+    out, here = runtime("lists")
+    reward.run(settings, {"init": init}, out, here)
+    rows = [json.loads(line) for line in lists.read_text().splitlines()]
+    found, expected = losses(lines, out), naive_losses(init, rows, settings, here)
+    assert found[0] == pytest.approx(expected[0], abs=1e-6)
+    assert found == pytest.approx(expected, abs=1e-5)  # Adam's first steps make more of the float order
+    first = lines(out)[0]
+    assert first["min_reward"] <= first["mean_reward"] <= first["max_reward"]
+    assert 0 <= first["accuracy"] <= 1
+
+
+def test_margins_are_trls_and_ties_the_equation(
+    init: Any, runtime: Any, config: Any, lines: Any, preferences: Path, tmp_path: Path
+) -> None:
+    """Pairs with margins against raw RewardTrainer; with ties and doubts, which TRL has not, against pair by pair."""
+    rows = [json.loads(line) | {"margin": index % 3 / 2} for index, line in enumerate(preferences.open())]
+    path = tmp_path / "margins.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = config(
+        data=(DataEntry(source=str(path)),), max_steps=3, held_out=0.0, warmup_steps=0.0, max_grad_norm=1e9
+    )
+    out, here = runtime("margins")
+    reward.run(settings, {"init": init}, out, here)
+    texts = encoded(init, rows)
+    plan = schedule([sum(map(len, answers)) for answers in texts], settings, here)
+    tokenizer = load_tokenizer(init.model)
+    raw = RewardTrainer(
+        model=build_reward_model(init.model, tokenizer.pad_token_id, derive_seed(0, "reward head")),
+        args=Arguments(
+            output_dir=str(tmp_path / "raw"), use_cpu=True, bf16=False, max_steps=3, learning_rate=1e-3,
+            per_device_train_batch_size=4, train_sampling_strategy="sequential", report_to="none", save_strategy="no",
+            logging_steps=1, gradient_checkpointing=False, max_grad_norm=1e9, disable_tqdm=True,
+            center_rewards_coefficient=0.01,
+        ),
+        train_dataset=Dataset.from_list([
+            {"chosen_ids": texts[i][0], "rejected_ids": texts[i][1], "margin": rows[i]["margin"]}
+            for i in plan.order.tolist()
+        ]),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    raw.train()
+    trls = [line["loss"] for line in raw.state.log_history if "loss" in line]
+    assert losses(lines, out) == pytest.approx(trls, abs=1e-6)
+
+    rows = [row | {"margin": 0.0, "preference": (0.5, 0.8, 1.0)[index % 3]} for index, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out, here = runtime("ties")
+    reward.run(settings, {"init": init}, out, here)
+    found, expected = losses(lines, out), naive_losses(init, rows, settings, here)
+    assert found[0] == pytest.approx(expected[0], abs=1e-6)
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_one_list_eight_times_is_eight_lists_at_once(init: Any, runtime: Any, config: Any, lines: Any) -> None:
+    weights, found = [], []
+    for name, rows, micro in (("at once", 8, 1), ("one by one", 1, 8)):
+        out, here = runtime(name)
+        fields = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro, "held_out": 0.0}
+        reward.run(config(train_sampling_strategy="random", **fields), {"init": init}, out, here)
+        weights.append(load_file(out / "model" / "model.safetensors"))
+        found.append(losses(lines, out))
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0], abs=2e-6)
+    apart = max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
+    assert apart < 2e-4  # Adam turns the float order of near-zero gradients into parts of a step of 1e-3
+
+
+def test_with_adapters_they_and_the_head_move_and_the_trunk_does_not(init: Any, runtime: Any, config: Any) -> None:
+    out, here = runtime("adapted")
+    reward.run(config(peft=PeftConfig(r=2, target_modules=("q_proj",))), {"init": init}, out, here)
+    before = build_reward_model(init.model, 0, derive_seed(0, "reward head")).state_dict()
+    after = load_file(out / "model" / "model.safetensors")
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved == {"score.weight", *(f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2))}
+
+
+def test_every_parameter_moves_on_lists(init: Any, runtime: Any, config: Any) -> None:
+    out, here = runtime("moves")
+    figures = reward.run(config(max_steps=40, learning_rate=5e-3), {"init": init}, out, here)
+    before = build_reward_model(init.model, 0, derive_seed(0, "reward head")).state_dict()
+    for name, value in load_file(out / "model" / "model.safetensors").items():
+        assert not torch.equal(value, before[name]), name
+    assert figures["accuracy"] > 0.9
+
+
+# ---- ensembles ----
+
+
+@pytest.mark.slow
+def test_a_member_is_the_model_of_its_seed_alone(init: Any, runtime: Any, config: Any, lines: Any) -> None:
+    """To the bit, with a normaliser of its own; and the ensemble scores the members' mean."""
+    out, here = runtime("ensemble")
+    figures = reward.run(config(ensemble=3), {"init": init}, out, here)
+    for seed in range(3):
+        alone, own = runtime(f"seed {seed}")
+        own.seed = seed
+        expected = reward.run(config(seed=seed), {"init": init}, alone, own)
+        folder = out / (f"member-{seed}" if seed else "model")
+        for name in ("model.safetensors", "reward.json", "tokenizer.json"):
+            assert (folder / name).read_bytes() == (alone / "model" / name).read_bytes(), (seed, name)
+        assert figures[f"member_accuracy/{seed}"] == expected["accuracy"]
+    steps = [line["step"] for line in lines(out) if "loss" in line]
+    assert steps == list(range(1, 13))
+    assert [line.get("member", 0) for line in lines(out) if "loss" in line] == [0] * 4 + [1] * 4 + [2] * 4
+
+    here.bf16 = False
+    made = as_artifact(out)
+    scorer = load_scorer_of(made, here)
+    assert isinstance(scorer, Ensemble)
+    ids, lengths = torch.tensor([[5, 6, 7, 8], [9, 5, 0, 0]]), torch.tensor([4, 2])
+    alone_scores = [load_reward_model(member, here).score(ids, lengths) for member in members_of(made)]
+    torch.testing.assert_close(scorer.score(ids, lengths), sum(alone_scores) / 3)
+    assert not torch.equal(alone_scores[0], alone_scores[1])
+    with pytest.raises(MismatchError, match="holds an ensemble"):
+        load_reward_model(made, here)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [2, 4, 6])
+def test_an_ensemble_that_was_stopped_goes_on_to_the_same_bits(
+    init: Any, runtime: Any, config: Any, lines: Any, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Stopped in the first member, at the first step of the second, and within it; at the bound, killed."""
+    out, here = runtime("undisturbed")
+    calm = reward.run(config(ensemble=2), {"init": init}, out, here)
+    stopped, here = runtime("stopped")
+    steps = iter(range(100))
+    monkeypatch.setattr(here, "stop_requested", lambda: next(steps) == at)
+    with pytest.raises(Stopped, match=f"stopped at step {at + 1} "):
+        reward.run(config(ensemble=2), {"init": init}, stopped, here)
+    stopped, here = runtime("stopped")
+    assert reward.run(config(ensemble=2), {"init": init}, stopped, here) == calm
+    assert here.checkpoints.resumed_from == at + 1 + (at >= 4)
+    for name in ("model/model.safetensors", "model/reward.json", "member-1/model.safetensors", "member-1/reward.json"):
+        assert (stopped / name).read_bytes() == (out / name).read_bytes()
+    assert losses(lines, stopped) == losses(lines, out)
+
+
+@pytest.mark.slow
+def test_killed_between_two_members_the_first_is_not_trained_again(
+    init: Any, runtime: Any, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, here = runtime("undisturbed")
+    reward.run(config(ensemble=2), {"init": init}, out, here)
+    killed, here = runtime("killed")
+    real = reward._member
+
+    def dies(*args: Any) -> Any:
+        if args[-1]:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(reward, "_member", dies)
+    with pytest.raises(KeyboardInterrupt):
+        reward.run(config(ensemble=2), {"init": init}, killed, here)
+    assert [path.name for path in (killed / "checkpoints").glob("*-*")] == ["step-00000005"]
+    trained = []
+    monkeypatch.setattr(reward, "_member", lambda *args: trained.append(len(args[-1])) or real(*args))
+    killed, here = runtime("killed")
+    reward.run(config(ensemble=2), {"init": init}, killed, here)
+    assert trained == [1]
+    for name in ("model/model.safetensors", "member-1/model.safetensors"):
+        assert (killed / name).read_bytes() == (out / name).read_bytes()
+
+
+# ---- held out ----
+
+
+def test_gold_and_the_figure(init: Any, runtime: Any, config: Any, tmp_path: Path) -> None:
+    """A gold of the user's that likes short answers; labels of the lists with three answers or more agree in part."""
+    (tmp_path / "gold.py").write_text("def short(prompts, responses, rows): return [-len(r) for r in responses]\n")
+    out, here = runtime("gold")
+    figures = reward.run(config(gold=f"{tmp_path}/gold.py:short", held_out=0.3), {"init": init}, out, here)
+    assert {"gold_agreement", "gold_agreement_low", "accuracy_low", "ece", "length_spearman"} <= figures.keys()
+    assert list(figures)[:3] == ["accuracy", "ece", "length_spearman"]
+    assert (out / "reliability.svg").read_text().startswith("<svg")
+
+
+def test_a_gold_that_compares_needs_references(init: Any, runtime: Any, config: Any) -> None:
+    out, here = runtime("no references")
+    with pytest.raises(DataError, match="compares with a row's `reference`"):
+        reward.run(config(gold="rouge_l"), {"init": init}, out, here)
+    with pytest.raises(ValueError, match="is none of rouge_l, exact, number"):
+        config(gold="bleu")
