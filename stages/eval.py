@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from pipeline.runtime import Runtime
 
 TaskName = Literal[
-    "bits_per_byte", "multiple_choice", "reward_accuracy", "preference_accuracy", "exact_match", "greedy", "sampled"
-]
+    "bits_per_byte", "multiple_choice", "reward_accuracy", "reward_bench", "preference_accuracy", "exact_match",
+    "greedy", "sampled",
+]  # fmt: skip
 PYDOCS = (DataEntry(source="pydocs"),)
 
 
@@ -38,6 +39,9 @@ class EvalConfig(StageConfig):
     baseline: Ref | None = field("sft", "what the others are compared with and KL is taken from; null for none")
     data: Data | None = field(PYDOCS, "rows with held-out prompts and reference answers; null for none")
     preferences: Data | None = field(PYDOCS, "rows with held-out preferences; null for none")
+    reward_bench: Data | None = field(
+        None, "RewardBench's rows (prompt, chosen, rejected, subset), none of them trained on; null for none"
+    )
     match: Literal["exact", "number"] | None = field(
         None, "exact_match: an answer is right by its text, or by its last number; not measured unless set"
     )
@@ -126,6 +130,10 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
         preferences, others = rows[: config.preference_rows], rows[config.preference_rows :]
         if len(others) < len(preferences):  # too few to learn from what lengths tell
             others = read_rows(config.preferences, "preference", split="train", held_out=config.held_out)
+    bench: list[dict[str, Any]] = []
+    if "reward_bench" in tasks:
+        assert config.reward_bench is not None
+        bench = read_rows(config.reward_bench, "preference", split="all", say=runtime.say)
     asked = questions("held_out", config.questions) if "multiple_choice" in tasks else []
     return Plan(
         models=tuple(_named(config.models, inputs["models"])),
@@ -138,6 +146,7 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
         prompts=prompts,
         match=config.match,
         preferences=preferences,
+        reward_bench=bench,
         lengths=(_lengths(others, "chosen"), _lengths(others, "rejected")),
         seed=config.seed,
         max_length=config.max_length,
@@ -160,6 +169,7 @@ def _tasks(config: EvalConfig, inputs: dict[str, Any]) -> tuple[str, ...]:
         "bits_per_byte": "" if inputs["tokens"] else "tokens",
         "multiple_choice": "" if any(entry.source == "pydocs" for entry in config.data or ()) else "data: pydocs",
         "reward_accuracy": ("" if inputs["reward"] else "reward") or ("" if config.preferences else "preferences"),
+        "reward_bench": ("" if inputs["reward"] else "reward") or ("" if config.reward_bench else "reward_bench"),
         "preference_accuracy": ("" if inputs["baseline"] else "baseline")
         or ("" if config.preferences else "preferences"),
         "exact_match": ("" if config.match else "match") or ("" if config.data else "data"),

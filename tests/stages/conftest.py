@@ -48,6 +48,15 @@ def preference(index: int) -> dict[str, Any]:
     }
 
 
+def ranked(index: int) -> dict[str, Any]:
+    """Two to four answers, from right to worse; in every fifth list the last two are equally bad."""
+    animal, sound = ANIMALS[index % 8], SOUNDS[index % 8]
+    answers = [f"The {animal} says {sound}.", f"{sound}", f"Some {SOUNDS[(index + 3) % 8]}.", "Who knows?"]
+    answers = answers[: 2 + index % 3]
+    row: dict[str, Any] = {"prompt": f"What does the {animal} number {index} say?", "answers": answers}
+    return row | ({"ranks": [*range(len(answers) - 1), len(answers) - 2]} if index % 5 == 0 and index % 3 else {})
+
+
 def make_model(folder: Path, *, seed: int = 0, context: int = 96) -> Path:
     """A Llama of 2 layers, 32 wide, and a ChatML tokenizer of 400 tokens, as a Hugging Face folder."""
     texts = [message["content"] for index in range(200) for message in demonstration(index)["messages"]]
@@ -94,6 +103,14 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 pairs, jsonl."""
     path = tmp_path_factory.mktemp("pairs") / "preferences.jsonl"
     path.write_text("".join(json.dumps(preference(index)) + "\n" for index in range(200)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def lists(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 ranked rows, jsonl."""
+    path = tmp_path_factory.mktemp("lists") / "lists.jsonl"
+    path.write_text("".join(json.dumps(ranked(index)) + "\n" for index in range(120)))
     return path
 
 

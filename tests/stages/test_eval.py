@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -333,3 +334,34 @@ def test_a_match_in_kl_needs_what_measures_it(house: dict[str, Artifact], tmp_pa
     for fields in ({"tasks": ("greedy",)}, {"baseline": None}, {"data": None, "tasks": ("bits_per_byte",)}):
         with pytest.raises(ConfigError, match="matched_by: kl needs the task sampled and a baseline"):
             measure(house, tmp_path / "out", matched_by="kl", **fields)
+
+
+def test_reward_bench_rows_are_all_measured_by_subset_and_section(house: dict[str, Artifact], tmp_path: Path) -> None:
+    """And an ensemble is measured by its one name: two members of one model score as the model alone."""
+    subsets = ["hep-go", "hep-go", "math-prm", "of mine"]
+    given = [
+        {"prompt": f"Question {number}?", "chosen": f"Yes {number}.", "rejected": "No no.", "subset": subset}
+        for number, subset in enumerate(subsets)
+    ]
+    path = tmp_path / "bench.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    both = tmp_path / "both"
+    shutil.copytree(house["reward"].path / "model", both / "model")
+    shutil.copytree(house["reward"].path / "model", both / "member-1")
+    found = []
+    for name, reward in (("alone", house["reward"]), ("ensemble", artifact(both, "reward-model"))):
+        out = tmp_path / name
+        measure(
+            house | {"reward": reward}, out, models=("sft",), tasks=("reward_bench", "reward_accuracy"),
+            reward_bench=(DataEntry(source=str(path)),),
+        )  # fmt: skip
+        found.append({(row["task"], row["metric"]): row["value"] for row in rows(out)})
+        counts = {row["metric"]: row["n"] for row in rows(out) if row["task"] == "reward_bench"}
+        assert counts == {"accuracy": 4, "accuracy/hep-go": 2, "accuracy/math-prm": 1, "accuracy/of mine": 1,
+                          "section/reasoning": 3}  # fmt: skip
+        assert len([item for item in rows(out, "samples") if item["task"] == "reward_bench"]) == 4
+    alone, ensemble = found
+    assert {key: ensemble[key] for key in alone} == pytest.approx(alone, abs=1e-4)
+    assert ensemble["reward_accuracy", "members_disagree"] == 0.0
+    with pytest.raises(ConfigError, match="reward_bench needs `reward_bench`"):
+        measure(house, tmp_path / "none", models=("sft",), tasks=("reward_bench",))

@@ -26,6 +26,8 @@ stage = import_module(f"stages.{name}")
 make = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig"}[name]
 data, own = (DataEntry(source=rows),), {} if name == "sft" else {"optimizer": "muon"}
 own |= {"objective": objective, "eval_steps": 10} if objective else {}
+if rows.endswith("lists.jsonl"):
+    own |= {"ensemble": 2, "max_length": 64}
 config = getattr(stage, make)(data=data, learning_rate=1e-3, per_device_train_batch_size=4, max_steps=60, save_steps=4,
                               logging_steps=2, held_out=0.1, eval_rows=8, **own)
 
@@ -79,14 +81,15 @@ print(json.dumps({"kills": kills, "half": half, "resumed_from": int((killed / "r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "dpo:kto", "dpo:orpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "reward on lists", "dpo", "dpo:kto", "dpo:orpo"])
 def test_killed_at_random_and_in_the_middle_of_a_save_it_ends_with_the_same_bits(
-    stage: str, model_folder: Path, demonstrations: Path, preferences: Path, tmp_path: Path
+    stage: str, model_folder: Path, demonstrations: Path, preferences: Path, lists: Path, tmp_path: Path
 ) -> None:
     seed = int.from_bytes(os.urandom(2))
-    rows = demonstrations if stage == "sft" else preferences
+    rows = {"sft": demonstrations, "reward on lists": lists}.get(stage, preferences)
+    name = stage.partition(" ")[0]
     done = subprocess.run(
-        [sys.executable, "-c", KILLS, stage, str(model_folder), str(rows), str(tmp_path), str(seed)],
+        [sys.executable, "-c", KILLS, name, str(model_folder), str(rows), str(tmp_path), str(seed)],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
@@ -94,8 +97,9 @@ def test_killed_at_random_and_in_the_middle_of_a_save_it_ends_with_the_same_bits
     assert found["kills"] == 3, found
     assert found["half"] >= 1, f"seed {seed}: no kill hit a save: {found}"
     assert found["resumed_from"] > 0, found
-    calm, killed = (
-        hashlib.sha256((tmp_path / each / "model" / "model.safetensors").read_bytes()).hexdigest()
-        for each in ("calm", "killed")
-    )
-    assert killed == calm, f"seed {seed}: {found}"
+    for folder in ("model", "member-1") if stage == "reward on lists" else ("model",):
+        calm, killed = (
+            hashlib.sha256((tmp_path / each / folder / "model.safetensors").read_bytes()).hexdigest()
+            for each in ("calm", "killed")
+        )
+        assert killed == calm, f"seed {seed}: {found}"

@@ -1,6 +1,9 @@
 """reward on lists, ties and margins, and ensembles of several seeds."""
 
 import json
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,24 +25,6 @@ from pipeline.recipe import DataEntry, PeftConfig
 from pipeline.runtime import derive_seed
 from pipeline.schedule import schedule
 from stages import reward
-from tests.stages.conftest import ANIMALS, SOUNDS
-
-
-def ranked(index: int) -> dict[str, Any]:
-    """Two to four answers, from right to worse; in every fifth list the last two are equally bad."""
-    animal, sound = ANIMALS[index % 8], SOUNDS[index % 8]
-    answers = [f"The {animal} says {sound}.", f"{sound}", f"Some {SOUNDS[(index + 3) % 8]}.", "Who knows?"]
-    answers = answers[: 2 + index % 3]
-    row: dict[str, Any] = {"prompt": f"What does the {animal} number {index} say?", "answers": answers}
-    return row | ({"ranks": [*range(len(answers) - 1), len(answers) - 2]} if index % 5 == 0 and index % 3 else {})
-
-
-@pytest.fixture(scope="session")
-def lists(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 ranked rows, jsonl."""
-    path = tmp_path_factory.mktemp("lists") / "lists.jsonl"
-    path.write_text("".join(json.dumps(ranked(index)) + "\n" for index in range(120)))
-    return path
 
 
 @pytest.fixture
@@ -193,6 +178,70 @@ def test_every_parameter_moves_on_lists(init: Any, runtime: Any, config: Any) ->
     for name, value in load_file(out / "model" / "model.safetensors").items():
         assert not torch.equal(value, before[name]), name
     assert figures["accuracy"] > 0.9
+
+
+TWO = """
+import os, sys
+from pathlib import Path
+import pipeline.trainer
+from pipeline.artifacts import outside_model
+from pipeline.recipe import DataEntry
+from pipeline.runtime import Runtime
+from stages import reward
+
+model, rows, demonstrations, root, port = sys.argv[1:6]
+
+def work(world, out):
+    runtime = Runtime.start(out, seed=0, threads=1, world_size=world, quiet=True)
+    config = reward.RewardConfig(
+        data=(DataEntry(source=rows),), demonstrations=(DataEntry(source=demonstrations),), learning_rate=1e-3,
+        per_device_train_batch_size=4, max_steps=4, bf16=False, logging_steps=1, save_steps=2, held_out=0.1, ensemble=2,
+    )
+    reward.run(config, {"init": outside_model(Path(model))}, out, runtime)
+
+children = []
+for world, rank in ((1, 0), (2, 0), (2, 1)):
+    out = Path(root, str(world))
+    out.mkdir(exist_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        if world == 2:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
+        code = 1
+        try:
+            work(world, out)
+            code = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    children.append(pid)
+sys.exit(sum(os.waitpid(pid, 0)[1] for pid in children) != 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["lists", "pairs"])
+def test_two_processes_are_one(
+    model_folder: Path, lists: Path, preferences: Path, demonstrations: Path, lines: Any, tmp_path: Path, what: str
+) -> None:
+    """An ensemble of two, the rows of each step split over two gloo ranks: losses, figures and weights."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    rows = lists if what == "lists" else preferences
+    command = [sys.executable, "-c", TWO, *map(str, (model_folder, rows, demonstrations, tmp_path)), port]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = (lines(tmp_path / world) for world in "12")
+    assert len(one) == len(two) == 9
+    for ours, theirs in zip(two[:-1], one[:-1], strict=True):
+        for name in ("loss", "grad_norm", "accuracy", "margin", "mean_reward", "min_reward", "max_reward", "tokens"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (ours["step"], name)
+    for folder in ("model", "member-1"):
+        weights = [load_file(tmp_path / world / folder / "model.safetensors") for world in "12"]
+        apart = max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
+        assert apart < 2e-4  # of steps of 1e-3: Adam's first ones make much of the float order of small gradients
 
 
 # ---- ensembles ----

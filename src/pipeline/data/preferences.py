@@ -118,8 +118,9 @@ def pairs_of(rows: Sequence[Row]) -> list[Row]:
 
 
 def kind_of(row: Row) -> str:
-    """The row's own kind, empty without one."""
-    return row["kind"] if isinstance(row.get("kind"), str) else ""
+    """The row's own kind, or its `subset` (RewardBench's), empty without either."""
+    given = row.get("kind", row.get("subset"))
+    return given if isinstance(given, str) else ""
 
 
 def number_in(row: Row, key: str, default: float, bounds: tuple[float, float], where: str) -> float:

@@ -25,6 +25,7 @@ from pipeline.evals import (
     multiple_choice,
     preference_accuracy,
     reward_accuracy,
+    reward_bench,
     samples,
 )
 from pipeline.evals.results import Result
@@ -41,7 +42,8 @@ Row = dict[str, Any]
 
 FOR_ALL = ("bits_per_byte", "multiple_choice")
 FOR_CHAT = ("preference_accuracy", "exact_match", "greedy", "sampled")
-TASKS = (*FOR_ALL, "reward_accuracy", *FOR_CHAT)
+FOR_REWARD = ("reward_accuracy", "reward_bench")
+TASKS = (*FOR_ALL, *FOR_REWARD, *FOR_CHAT)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Plan:
     match: exact_match.Match | None
     """How exact_match compares an answer with its reference."""
     preferences: Sequence[Row]
+    reward_bench: Sequence[Row]
+    """Rows of RewardBench, their subset as the kind."""
     lengths: tuple[Sequence[int], Sequence[int]]
     """Characters of the chosen and of the rejected answers of other pairs: what the length-only scorer learns from."""
     seed: int
@@ -93,8 +97,8 @@ def units(plan: Plan) -> list[Unit]:
     if plan.baseline is not None and plan.baseline.name not in {model.name for model in plan.models}:
         compared = [task for task in _tasks_of(plan, plan.baseline) if task != "bits_per_byte"]
         found += [Unit(plan.baseline, task, False) for task in compared]
-    if plan.reward is not None and "reward_accuracy" in plan.tasks:
-        found.append(Unit(plan.reward, "reward_accuracy", True))
+    if plan.reward is not None:
+        found += [Unit(plan.reward, task, True) for task in FOR_REWARD if task in plan.tasks]
     return found
 
 
@@ -172,11 +176,11 @@ class Scorers:
     def score(self, unit: Unit) -> list[Item]:
         """The items of one unit."""
         plan = self.plan
-        if unit.task == "reward_accuracy":
+        if unit.task in FOR_REWARD:
             return reward_accuracy.score(
                 self.reward_model(),
                 load_tokenizer(unit.model.artifact.model),
-                plan.preferences,
+                plan.preferences if unit.task == "reward_accuracy" else plan.reward_bench,
                 max_length=plan.max_length,
                 token_budget=plan.token_budget,
                 tick=self.tick,
@@ -285,6 +289,8 @@ def _figures(plan: Plan, task: str, items: list[Item], baseline: list[Item] | No
         return multiple_choice.figures(items, baseline, plan.seed)
     if task == "reward_accuracy":
         return reward_accuracy.figures(items, length_only.fit(*plan.lengths), plan.seed)
+    if task == "reward_bench":
+        return reward_bench.figures(items, plan.seed)
     if task == "preference_accuracy":
         scorer = length_only.fit(*plan.lengths)
         return preference_accuracy.figures(items, baseline, scorer, plan.seed) if baseline is not None else {}

@@ -18,6 +18,11 @@ HEADLINES = {
     ("multiple_choice", "pmi_difference"): ("  minus baseline, %", 1, 100),
     ("reward_accuracy", "accuracy"): ("reward accuracy, %", 1, 100),
     ("reward_accuracy", "length_only"): ("  lengths only, %", 1, 100),
+    ("reward_accuracy", "ece"): ("  calibration error, %", 1, 100),
+    ("reward_accuracy", "length_spearman"): ("  rank correlation with length", 2, 1),
+    ("reward_bench", "score"): ("RewardBench, %", 1, 100),
+    ("reward_bench", "section"): ("  section", 1, 100),
+    ("reward_bench", "accuracy"): ("  all rows, %", 1, 100),
     ("preference_accuracy", "accuracy"): ("preference accuracy, %", 1, 100),
     ("preference_accuracy", "length_only"): ("  lengths only, %", 1, 100),
     ("exact_match", "accuracy"): ("exact match, %", 1, 100),
@@ -33,6 +38,8 @@ HEADLINES = {
     ("sampled", "gold"): ("gold (sampled)", 3, 1),
     ("sampled", "gold_win_rate"): ("  against baseline, %", 1, 100),
 }
+SPLIT = ("accuracy", "section")
+"""Figures whose kinds are shown with the headlines."""
 
 
 PAIRS = 6
@@ -155,15 +162,17 @@ def _order(keys: Sequence[tuple[str, str]], details: bool) -> list[tuple[str, st
     shown = []
     for task, metric in HEADLINES:
         kinds = [key for key in keys if key[0] == task and key[1].startswith(f"{metric}/")]
-        shown += [(task, metric)] * ((task, metric) in keys) + (kinds if metric == "accuracy" or details else [])
+        shown += [(task, metric)] * ((task, metric) in keys) + (kinds if metric in SPLIT or details else [])
     return shown + [key for key in keys if key not in shown] * details
 
 
 def _style(task: str, metric: str) -> tuple[str, int, int]:
     """(label, digits, factor) of a figure."""
     name, _, kind = metric.partition("/")
-    if kind:
+    if kind and (task, name) in HEADLINES:
         _, digits, factor = HEADLINES[task, name]
+        if name == "section":
+            return f"  {kind.replace('_', ' ')}, %", digits, factor
         return f"  {'lengths only, ' if name == 'length_only' else ''}against {kind}, %", digits, factor
     return HEADLINES.get((task, metric), (f"{task}.{metric}", 3, 1))
 
