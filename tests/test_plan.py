@@ -65,9 +65,11 @@ def test_ppo_counts_what_scores(road: Path) -> None:
         ("[{function: exact}]", 4),
         ("[{model: reward}]", 5),
         ("[{models: [reward, reward-b]}]", 6),
+        ("[{models: [reward-c]}]", 7),
         (f"[{{model: reward}}, {{judge: pretrain, constitution: {road.parent / 'rules.md'}}}]", 6),
     ):
         text = ROAD + "  reward-b: {stage: reward, data: pairs.jsonl, max_steps: 2}\n"
+        text += "  reward-c: {stage: reward, data: pairs.jsonl, max_steps: 2, ensemble: 3}\n"
         (road.parent / "terms.yaml").write_text(text)
         found = planned(road.parent / "terms.yaml", CPU, f"ppo.reward={reward}")["ppo"]
         assert found.flops == pytest.approx(one.flops * (forwards / 3 + 2) / (5 / 3 + 2))

@@ -256,19 +256,23 @@ class Planner:
         model = model_of(self.recipe, self.store, node.inputs["init"][0])
         if model is None:
             return replace(found, notes=("not estimated: what it starts from is not known",))
+        is_reward = node.stage.type == "reward"
         objective = config.objective if node.stage.type == "dpo" else ""
-        layout = "messages" if node.stage.type == "sft" else "unpaired" if objective == "kto" else "preference"
-        rows = read_rows(config.data, layout, held_out=config.held_out)
+        layout = {"sft": "messages", "reward": "ranked"}.get(node.stage.type, "preference")
+        rows = read_rows(config.data, "unpaired" if objective == "kto" else layout, held_out=config.held_out)
+        members = config.ensemble if is_reward else 1
         length = min(config.max_length, mean_length(rows[:SAMPLED_ROWS], self._bytes_a_token()))
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(rows) / batch)
-        sides = 2 if layout == "preference" else 1
-        tokens = steps * batch * sides * length
+        sides: float = 2 if layout == "preference" and objective != "kto" else 1
+        if is_reward:
+            sides = sum(len(row["answers"]) for row in rows) / len(rows)
+        tokens = members * steps * batch * sides * length
         total, _ = count_parameters(model)
         trained = adapter_parameters(model, config.peft.r) if config.peft else float(total)
         beside = {"dpo": 1 / 3, "kto": 1.0}.get(objective, 0.0)  # the reference's forward; kto: and of mismatched pairs
         factor = (2 / 3 if config.peft else 1.0) + beside
-        on_device = max(1, config.per_device_train_batch_size // self.processes) * sides
+        on_device = max(1, config.per_device_train_batch_size // self.processes) * math.ceil(sides)
         longest = min(config.max_length, round(2 * length))
         bf16 = self.device.bf16 if config.bf16 is None else config.bf16
         moments = 4.0 if config.optimizer == "muon" else 8.0
@@ -282,9 +286,15 @@ class Planner:
             tokens=tokens,
             flops=tokens * (flops_per_token(model, round(length)) * factor + 2 * teacher),
             memory=memory_of(model, load),
-            disk=4 * total + 3 * (4 + moments) * trained,
+            disk=members * 4 * total + 3 * (4 + moments) * trained,
             notes=(f"{len(rows):,} rows of about {length * sides:.0f} tokens, {steps * batch / len(rows):.2f} epochs",),
         )
+
+    def _members(self, ref: str) -> int:
+        """Reward models that a reference stands for: several for a stage of the recipe that trains an ensemble."""
+        node = self.recipe.nodes.get(ref)
+        config: Any = node.config if node is not None and node.stage.type == "reward" else None
+        return config.ensemble if config is not None else 1
 
     def _ppo(self, node: Node, found: Estimate) -> Estimate:
         """Generation, the forwards that score and compare, and the training of policy and, where there is one, critic,
@@ -300,7 +310,8 @@ class Planner:
         tokens = episodes * length
         total, _ = count_parameters(model)
         roles = [role for role, kind in node.stage.inputs.items() if kind == "reward-model" and role[:4] != "gold"]
-        scoring = [ref for role in roles for ref in node.inputs.get(role, ())]
+        named = [ref for role in roles for ref in node.inputs.get(role, ())]
+        scoring = [ref for ref in named for _ in range(self._members(ref))]
         rewards = len(scoring)
         judges = sum(self._size_of([ref]) for ref in node.inputs.get("reward.judge", ()))
         critics = int(config.advantage_estimator == "gae")
@@ -428,10 +439,10 @@ def artifacts_of(store: Store) -> Iterable[Artifact]:
 
 
 def mean_length(rows: Iterable[Mapping[str, Any]], bytes_a_token: float) -> float:
-    """Tokens of a row by its UTF-8 bytes, eight more a message for the template; of a pair the mean of its sides."""
+    """Tokens of a row by its UTF-8 bytes, eight more a message for the template; of answers to one prompt the mean."""
     lengths = []
     for row in rows:
-        sides = [row.get("messages")] if "messages" in row else [row.get(name) for name in SIDES]
+        sides = row.get("answers") or [row.get(name) for name in ("messages", *SIDES)]
         for side in [each for each in sides if each is not None] or [[]]:
             messages = [*row.get("prompt", []), *side]
             lengths.append(sum(len(each["content"].encode()) / bytes_a_token + 8 for each in messages))

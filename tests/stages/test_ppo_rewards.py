@@ -452,3 +452,24 @@ def test_a_stop_string_ends_an_answer_and_is_no_part_of_it(
         assert text == (whole[: whole.index("a")] if is_by_string else whole)
     assert not total_B.any()  # no answer holds the letter
     assert lines[0]["ended"] == pytest.approx(sum(said.rollout.is_ended_B.tolist()) / len(by_string))
+
+
+def test_an_ensemble_by_its_one_name_is_its_members_by_theirs(parts: Parts, tmp_path: Path):
+    """One artifact with two members against two artifacts; a bare name is mean - std; one model is no ensemble."""
+    both = tmp_path / "both"
+    shutil.copytree(parts.rewards[1].path / "model", both / "model")
+    shutil.copytree(parts.rewards[2].path / "model", both / "member-1")
+    made = Artifact("tiny/both", both, "reward-model", "of both", {"stage": "reward"})
+    holding = replace(parts, rewards=(made, *parts.rewards[1:]))
+
+    def scores(of: Parts, name: str, reward: Any) -> list[float]:
+        return [line["reward"] for line in run(of, tmp_path / name, reward) if "reward" in line]
+
+    for options in ({"std_weight": 0.5}, {"combine": "min"}, {}):
+        one = (RewardTerm(models=("reward-0",), **options),)
+        two = (RewardTerm(models=("reward-1", "reward-2"), **options),)
+        found = scores(holding, f"one {options}", one)
+        assert len(found) == 3
+        assert found == scores(parts, f"two {options}", two)
+    assert scores(holding, "bare", "reward-0") == found  # of {}: std_weight 1
+    refused(parts, tmp_path / "out", ConfigError, "is one reward model", (RewardTerm(models=("reward-0",)),))

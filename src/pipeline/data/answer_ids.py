@@ -41,10 +41,10 @@ def encode_answers(lists: list[Row], tokenizer: PreTrainedTokenizerFast, length:
         raise DataError(f"every row is longer than {length:,} tokens", where="reward.data", mend="a larger max_length")
     if any(len(row["ids"]) > 2 or row["preference"] < 1 for row in rows):
         return rows
-    margins = [{"margin": row["margin"]} if any(row["margin"] for row in rows) else {} for row in rows]
+    has_margins = any(row["margin"] for row in rows)
     return [
-        {"chosen_ids": row["ids"][0], "rejected_ids": row["ids"][1], **margin}
-        for row, margin in zip(rows, margins, strict=True)
+        {"chosen_ids": row["ids"][0], "rejected_ids": row["ids"][1]} | ({"margin": row["margin"]} if has_margins else {})
+        for row in rows
     ]
 
 
