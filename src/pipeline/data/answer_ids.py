@@ -41,11 +41,10 @@ def encode_answers(lists: list[Row], tokenizer: PreTrainedTokenizerFast, length:
         raise DataError(f"every row is longer than {length:,} tokens", where="reward.data", mend="a larger max_length")
     if any(len(row["ids"]) > 2 or row["preference"] < 1 for row in rows):
         return rows
-    has_margins = any(row["margin"] for row in rows)
-    return [
-        {"chosen_ids": row["ids"][0], "rejected_ids": row["ids"][1]} | ({"margin": row["margin"]} if has_margins else {})
-        for row in rows
-    ]
+    pairs = [{"chosen_ids": row["ids"][0], "rejected_ids": row["ids"][1]} for row in rows]
+    if any(row["margin"] for row in rows):
+        return [pair | {"margin": row["margin"]} for pair, row in zip(pairs, rows, strict=True)]
+    return pairs
 
 
 def answers_of(row: Row) -> list[list[int]]:

@@ -142,7 +142,7 @@ def evaluate(plan: Plan, folder: Path, runtime: Runtime) -> tuple[list[Result], 
     ]
     per_item: dict[str, dict[str, PerItem]] = {model.name: {} for model in plan.models}
     for unit in reported:
-        if unit.task != "reward_accuracy":  # the reward model's, which is one
+        if unit.task not in FOR_REWARD:  # the reward model's, which is one
             name, task = unit.model.name, unit.task
             per_item[name][task] = _per_item(task, found[name, task], _baselines(plan, unit, found))
     return results, items, per_item
