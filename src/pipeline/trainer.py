@@ -287,9 +287,9 @@ def train(
 
     `shown`: label -> TRL's name of the key figures of the progress line. `state` is kept with every checkpoint.
     `measure` gives figures of the model as it stands, logged every `measure_steps` steps (0: never) but the last.
-    `more`: further figures for every line of metrics, asked on all ranks. Of several models trained one after another by
-    one stage `member` says which this is (they take as many steps each), and `tokens_before` what those before it have
-    read: metrics and checkpoints count on.
+    `more`: further figures for every line of metrics, asked on all ranks. Of several models trained one after another
+    by one stage `member` says which this is (they take as many steps each), and `tokens_before` what those before it
+    have read: metrics and checkpoints count on.
 
     Raises TrainingError for a loss that is not finite, MachineError for a package that `trainer:` needs and is
     not there, Stopped or Interrupted after saving when asked to stop.
