@@ -46,7 +46,9 @@ class LabelConfig(StageConfig):
     labels: File | None = field(None, "a person's labels, as `llmpipe label` writes them")
 
     pairs: Literal["one", "all"] = field("one", "of each prompt's answers: one pair, drawn by the seed, or all")
-    tie_margin: float = field(0.0, "scores (of a judge: chances) that differ by no more are a tie", ge=0)
+    tie_margin: float = field(
+        0.0, "scores that differ by no more are a tie; of a judge: chances that are no further from 0.5", ge=0
+    )
     ties: Literal["keep", "leave_out"] = field("keep", "ties become rows of `preference: 0.5`, or none")
     noise: float = field(0.0, "reward: scores this far apart make a label right in 73 of 100; 0 for always", ge=0)
     soft: bool = field(False, "`preference` is the chance that the chosen side is better, not 1")

@@ -298,9 +298,15 @@ class _Speaker:
 def _prompts(config: SampleConfig, reading: Any, runtime: Runtime) -> Prompts:
     """The prompts, each once, in an order that the seed draws."""
     from pipeline.data.formats import read_rows
+    from pipeline.data.sources import BUILT_IN
 
     assert config.data is not None
     rows = read_rows(config.data, "prompt", split=config.split, held_out=config.held_out, say=runtime.say)
+    held_out = [entry.source for entry in config.data if entry.source in BUILT_IN and config.split != "train"]
+    if held_out:
+        runtime.say(
+            f"these rows hold prompts that eval measures with ({', '.join(held_out)}, held out): not to train on"
+        )
     prompts: Prompts = reading.take(rows, min(config.prompts or len(rows), len(rows)), "prompts").once()
     if prompts.left_out:
         runtime.say(f"{prompts.left_out:,} prompts of more than {config.max_prompt_length} tokens are left out")

@@ -116,8 +116,9 @@ def test_replies(reply: str, verdict: float | None):
         (("A", "A"), Compared(0.5, True)),
         (("B", "B"), Compared(0.5, True)),
         (("TIE", "TIE"), Compared(0.5, False)),
-        (("A", "TIE"), Compared(0.75, False)),
-        (("A", "who knows"), Compared(0.75, False, 1)),
+        (("A", "TIE"), Compared(0.5, True)),
+        (("A", "who knows"), Compared(0.5, False, 1)),
+        (("?", "B"), Compared(0.5, False, 1)),
         (("", "?"), Compared(0.5, False, 2)),
     ],
 )

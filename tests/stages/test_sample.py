@@ -237,6 +237,16 @@ def test_nothing_to_ask_or_to_keep(
     assert "ppo" not in str(caught.value)
 
 
+def test_prompts_that_eval_measures_with_are_named(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr(Runtime, "say", lambda runtime, text: said.append(text))
+    built_in = (DataEntry(source="arithmetic"),)
+    for split in ("train", "held_out"):
+        said.clear()
+        sample(parts, tmp_path / split, data=built_in, split=split, prompts=4, num_generations=1)
+        assert any("not to train on" in text for text in said) == (split == "held_out")
+
+
 def test_what_is_held_out_is_not_there(parts: Parts, tmp_path: Path):
     with pytest.raises(ConfigError, match="no held-out row"):
         sample(parts, tmp_path, split="held_out")

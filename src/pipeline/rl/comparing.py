@@ -6,8 +6,8 @@ the tokens A and B as the next one, and the two orders' are averaged: what a pla
 
     l = [l(first as A) - l(second as A)] / 2,   P(first is better) = 1 / (1 + exp(-l))
 
-Behind an address it writes A, B or TIE, and the two verdicts are averaged: 1, 0.5 or 0. Letters: B comparisons, V
-vocabulary, K ids that write one letter.
+Behind an address it writes A, B or TIE; what both orders agree on counts: 1 or 0, and 0.5 for all else. Letters: B
+comparisons, V vocabulary, K ids that write one letter.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Compared:
     is_swayed: bool
     """Whether the two orders gave two verdicts: the place decided."""
     unread: int = 0
-    """Replies, of the two, in which no verdict could be read; each counts as a tie."""
+    """Replies, of the two, in which no verdict could be read; the pair counts as a tie then."""
 
 
 def compare_text(constitution: str, prompt: Sequence[Message], first: str, second: str, choice: str = "A or B") -> str:
@@ -136,8 +136,10 @@ class RemoteComparer:
             verdicts = [read_verdict(reply) for reply in pool.map(self.judge.ask, texts)]
         found = []
         for forth, back in zip(verdicts[::2], verdicts[1::2], strict=True):
-            a, b = (0.5 if each is None else each for each in (forth, back))
-            found.append(Compared((a + 1 - b) / 2, a == b != 0.5, (forth is None) + (back is None)))
+            unread = (forth is None) + (back is None)
+            agree = forth is not None and back is not None and forth == 1 - back  # both name the same answer, or a tie
+            chance = forth if agree and forth is not None else 0.5
+            found.append(Compared(chance, not unread and not agree, unread))
         return found
 
 

@@ -163,7 +163,7 @@ class Loading:
     batch_size: int
     bf16: bool
     runtime: Runtime
-    trunk: PeftModel | None
+    trunk: PeftModel | None = None
     """The policy's adapters, where reward models may stand beside them."""
 
 
