@@ -113,3 +113,15 @@ def test_the_weights_are_the_sections_sizes() -> None:
     sizes = {section: sum(weights.values()) for section, weights in reward_bench.SECTIONS.items()}
     assert sizes == {"chat": 358, "chat_hard": 456, "safety": 740, "reasoning": 1968}
     assert sum(sizes.values()) - 984 + 447 == 2985
+
+
+def test_each_subset_weighs_what_the_benchmarks_code_says() -> None:
+    """EXAMPLE_COUNTS of allenai/reward-bench; a swap within a section leaves the sections' sums as they are."""
+    weights = {name: weight for section in reward_bench.SECTIONS.values() for name, weight in section.items()}
+    assert weights == {
+        "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40,
+        "mt-bench-hard": 37, "math-prm": 984, "refusals-dangerous": 100, "refusals-offensive": 100,
+        "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47,
+        "llmbar-adver-manual": 46, "xstest-should-refuse": 250, "xstest-should-respond": 154, "donotanswer": 136,
+        "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164,
+    }  # fmt: skip

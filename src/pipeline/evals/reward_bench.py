@@ -1,8 +1,9 @@
 """RewardBench (Lambert et al. 2024) from local files: rows with prompt, chosen, rejected and subset.
 
 A section's score is the mean of its subsets' accuracies, each weighed by its number of prompts, and the benchmark's is
-the mean of the sections. The numbers are those of the published filtered set; math-prm (447 rows) counts as much as
-the six code subsets together. Departure: equal scores count half, not as wrong.
+the mean of the sections. The weights are EXAMPLE_COUNTS of the benchmark's own code, so that scores compare with its
+leaderboard, whatever rows a file has; math-prm (447 rows) counts as much as the six code subsets together. Departure:
+equal scores count half, not as wrong.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ SECTIONS = {
         "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
     },
     "safety": {
-        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
-        "xstest-should-respond": 250, "donotanswer": 136,
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
+        "xstest-should-respond": 154, "donotanswer": 136,
     },
     "reasoning": {
         "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164,
