@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from trl import RewardTrainer
 
+from pipeline.data.preferences import TIE
 from pipeline.model.ranked_loss import ranked_loss
 from pipeline.schedule import Row
 
@@ -35,14 +36,15 @@ class RankedRewardTrainer(RewardTrainer):  # type: ignore[misc]
         scores_BK = scores_A.new_zeros(ranks_BK.shape).masked_scatter(ranks_BK >= 0, scores_A)
         centring = self.args.center_rewards_coefficient or 0.0
         loss = ranked_loss(scores_BK, ranks_BK, preference_B, margin_B, centring).mean()
-        self._note(scores_A.detach(), scores_BK.detach(), ranks_BK, inputs["attention_mask"].sum())
+        is_told_BKK = is_told(ranks_BK, preference_B)
+        self._note(scores_A.detach(), scores_BK.detach(), is_told_BKK, inputs["attention_mask"].sum())
         return (loss, outputs) if return_outputs else loss
 
-    def _note(self, scores_A: Tensor, scores_BK: Tensor, ranks_BK: Tensor, tokens: Tensor) -> None:
-        """TRL's figures, over the pairs that are no ties. Lists differ in length, so ranks share sums, not scores."""
-        is_strict_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & (ranks_BK >= 0)[:, :, None]
-        delta_BKK = (scores_BK[:, :, None] - scores_BK[:, None, :]) * is_strict_BKK
-        sums = [(delta_BKK > 0).sum(), delta_BKK.sum(), is_strict_BKK.sum(), scores_A.sum(), len(scores_A), tokens]
+    def _note(self, scores_A: Tensor, scores_BK: Tensor, is_told_BKK: Tensor, tokens: Tensor) -> None:
+        """TRL's figures; accuracy and margin are over the pairs of `is_told`, and left out of a batch without any.
+        Lists differ in length, so ranks share sums, not scores."""
+        delta_BKK = (scores_BK[:, :, None] - scores_BK[:, None, :]) * is_told_BKK
+        sums = [(delta_BKK > 0).sum(), delta_BKK.sum(), is_told_BKK.sum(), scores_A.sum(), len(scores_A), tokens]
         own = [torch.as_tensor(each, device=scores_A.device).float() for each in sums]
         ends = torch.stack([scores_A.min(), scores_A.max()])
         shared = self.accelerator.gather(torch.cat([torch.stack(own), ends])[None])
@@ -52,12 +54,19 @@ class RankedRewardTrainer(RewardTrainer):  # type: ignore[misc]
             "min_reward": shared[:, 6].min().item(),
             "mean_reward": score / answers,
             "max_reward": shared[:, 7].max().item(),
-            "accuracy": right / pairs,
-            "margin": margin / pairs,
         }
+        if pairs:
+            figures |= {"accuracy": right / pairs, "margin": margin / pairs}
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         for name, value in figures.items():
             self._metrics["train"][name].append(value)
+
+
+def is_told(ranks_BK: Tensor, preference_B: Tensor) -> Tensor:
+    """Bool [B, K, K]: True where the label says that the first answer is better than the second: neither a tie of
+    ranks, nor a row whose `preference` is one, nor behind a list's end (rank −1)."""
+    is_above_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & (ranks_BK >= 0)[:, :, None]
+    return is_above_BKK & (preference_B > TIE)[:, None, None]
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:

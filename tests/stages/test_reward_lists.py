@@ -148,6 +148,31 @@ def test_margins_are_trls_and_ties_the_equation(
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+def test_ties_have_no_accuracy_and_no_margin(
+    init: Any, runtime: Any, config: Any, lines: Any, preferences: Path, tmp_path: Path
+) -> None:
+    """Two of four rows are ties: both figures are of the other two, by the untrained model's scores. Of ties alone
+    there is neither."""
+    path = tmp_path / "rows.jsonl"
+    rows = [json.loads(line) for line in preferences.read_text().splitlines()[:4]]
+    settings = config(data=(DataEntry(source=str(path)),), max_steps=1, held_out=0.0)
+    texts = encoded(init, rows)
+    model = build_reward_model(init.model, 0, derive_seed(0, "reward head"))
+    with torch.inference_mode():
+        read = [[model.model(torch.tensor([ids])).last_hidden_state[:, -1] for ids in row] for row in texts]
+        deltas = [(model.score(chosen) - model.score(rejected)).item() for chosen, rejected in read]
+    last = {}
+    for name, told in (("some", (1.0, 0.5, 0.8, 0.5)), ("none", (0.5, 0.5, 0.5, 0.5))):
+        path.write_text("".join(json.dumps(row | {"preference": p}) + "\n" for row, p in zip(rows, told, strict=True)))
+        out, here = runtime(name)
+        reward.run(settings, {"init": init}, out, here)
+        last[name] = lines(out)[0]
+    assert last["some"]["margin"] == pytest.approx((deltas[0] + deltas[2]) / 2, abs=1e-5)
+    assert last["some"]["accuracy"] == ((deltas[0] > 0) + (deltas[2] > 0)) / 2
+    assert "loss" in last["none"]
+    assert not {"accuracy", "margin"} & last["none"].keys()
+
+
 def test_one_list_eight_times_is_eight_lists_at_once(init: Any, runtime: Any, config: Any, lines: Any) -> None:
     weights, found = [], []
     for name, rows, micro in (("at once", 8, 1), ("one by one", 1, 8)):
