@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.data.formats import read_rows
+from pipeline.data.ranked import as_pairs
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.recipe import DataEntry
 
@@ -55,6 +56,13 @@ def test_where_pairs_are_wanted_a_list_is_its_pairs_without_ties(tmp_path: Path)
     assert sides == [("Paris.", "Lyon.", "facts"), ("Paris.", "A city.", "facts")]
     (prompt,) = read(tmp_path, ROW, layout="prompt")
     assert (prompt["prompt"][0]["content"], prompt["reference"]) == ("Capital of France?", "Paris.")
+
+
+def test_a_pair_that_is_a_tie_is_no_pair(tmp_path: Path) -> None:
+    pair = {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}
+    tie, doubt = read(tmp_path, pair | {"preference": 0.5}, pair | {"preference": 0.6})
+    assert as_pairs(tie) == []
+    assert [(row["chosen"], row["preference"]) for row in as_pairs(doubt)] == [(said("Hello."), 0.6)]
 
 
 BAD = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.data.files import Row
 from pipeline.data.messages import ROLES, Message, check_conversation, checked_prompt, messages_of, side
-from pipeline.data.preferences import kind_of
+from pipeline.data.preferences import TIE, kind_of
 from pipeline.errors import DataError
 
 
@@ -57,7 +57,8 @@ def as_ranked(pair: Row, row: Row, where: str) -> Row:
 
 
 def as_pairs(row: Row) -> list[Row]:
-    """The pairs of a canonical ranked row, the better answer chosen, as canonical preference rows; ties make none."""
+    """The pairs of a canonical ranked row, the better answer chosen, as canonical preference rows; ties make none, be
+    they of `ranks` or of `preference`."""
     return [
         {
             "prompt": row["prompt"],
@@ -66,7 +67,7 @@ def as_pairs(row: Row) -> list[Row]:
             **{key: row[key] for key in ("kind", "margin", "preference")},
         }
         for first, second in combinations(range(len(row["answers"])), 2)
-        if row["ranks"][first] < row["ranks"][second]
+        if row["ranks"][first] < row["ranks"][second] and row["preference"] > TIE
     ]
 
 
