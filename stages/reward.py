@@ -65,6 +65,8 @@ class RewardConfig(TrainerConfig):
     def _has_a_gold(self) -> RewardConfig:
         if self.gold is not None and self.gold not in GOLD and not is_user_code(self.gold):
             raise ValueError(f"gold {self.gold!r} is none of {', '.join(GOLD)}, and no ./file.py:name")
+        if self.gold is not None and not self.held_out:
+            raise ValueError("gold is compared on held-out rows, and held_out is 0: keep some, or take gold out")
         return self
 
 

@@ -368,3 +368,5 @@ def test_a_gold_that_compares_needs_references(init: Any, runtime: Any, config: 
         reward.run(config(gold="rouge_l"), {"init": init}, out, here)
     with pytest.raises(ValueError, match="is none of rouge_l, exact, number"):
         config(gold="bleu")
+    with pytest.raises(ValueError, match="held_out is 0: keep some, or take gold out"):
+        config(gold="rouge_l", held_out=0.0)
