@@ -82,8 +82,14 @@ def test_pairs_of_one_list_are_drawn_together() -> None:
     """One list of three and one of two: two rows, so a resample is one of three: both, the first twice, the second."""
     items = reward_accuracy.items(HeldOut([0, 1], [row(["a", "b", "c"]), row(["d", "e"])], []),
                                   np.array([[3.0, 2.0, 1.0, 0.0, 1.0]]), [1.0])  # fmt: skip
-    found = reward_accuracy.figures(items, length_only.fit([], []), 0)["accuracy"]
+    figures = reward_accuracy.figures(items, length_only.fit([], []), 0)
+    found, error = figures["accuracy"], figures["ece"]
     assert (found.value, found.low, found.high, found.n) == (0.75, 0.0, 1.0, 4)
+    # claims of the list: σ(1) twice and σ(2), all right; of the pair σ(1), wrong, which drawn alone is the worst; both
+    # are the best, since the σ(1) are of one bin and partly cancel
+    both = (abs(2 * (1 - sigma(1)) - sigma(1)) + (1 - sigma(2))) / 4
+    assert (error.value, error.low, error.high) == pytest.approx((both, both, sigma(1)), abs=1e-5)
+    assert error.n == 4
 
 
 def bench(subset: str, right: list[bool]) -> list[dict[str, Any]]:

@@ -2,13 +2,14 @@
 
 Bradley and Terry's model claims that the answer it scores higher is the better one with probability σ(|Δ|), ½ to 1.
 Its claims are put into bins of equal width, and the mean claim of each bin is set against the share that was right
-(Guo et al. 2017, "On Calibration of Modern Neural Networks", equations 2 to 5). Shapes: N pairs, R resamples.
+(Guo et al. 2017, "On Calibration of Modern Neural Networks", equations 2 to 5). Shapes: N pairs, G rows (of a
+list all pairs are of one), R resamples, B bins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -58,17 +59,23 @@ def bins(claimed_N: Floats, right_N: Floats) -> list[Bin]:
     return found
 
 
-def calibration_error(claimed_N: Floats, right_N: Floats, seed: int) -> Estimate:
+def calibration_error(claimed_N: Floats, right_N: Floats, rows_N: npt.ArrayLike, seed: int) -> Estimate:
     """ECE = Σ_b (n_b / N) |share right in b − mean claim in b|. Chance alone makes it larger than 0, the more so the
-    fewer pairs there are, and its resamples' interval lies high for the same reason."""
+    fewer pairs there are, and its resamples' interval lies high for the same reason.
 
-    def statistic(claimed_RN: Floats, right_RN: Floats) -> Floats:
-        bin_RN = bin_of(claimed_RN)
-        gap_RN = right_RN - claimed_RN
-        parts = [np.abs(np.where(bin_RN == number, gap_RN, 0.0).sum(-1)) for number in range(BINS)]
-        return np.asarray(np.sum(parts, axis=0) / claimed_RN.shape[-1])
+    rows_N: which row a pair is of; rows are drawn whole. The sums of right − claim by bin are all it needs of a row.
+    """
+    _, row_N = np.unique(np.asarray(rows_N), return_inverse=True)
+    gap_N, bin_N = right_N - claimed_N, bin_of(claimed_N)
+    gaps_BG = [np.bincount(row_N, weights=np.where(bin_N == number, gap_N, 0.0)) for number in range(BINS)]
+    pairs_G = np.bincount(row_N)
 
-    return statistics.bootstrap(statistic, claimed_N, right_N, seed=seed)
+    def statistic(drawn_RG: Floats) -> Floats:
+        index_RG = drawn_RG.astype(np.int64)
+        parts = [np.abs(gap_G[index_RG].sum(-1)) for gap_G in gaps_BG]
+        return np.asarray(np.sum(parts, axis=0) / pairs_G[index_RG].sum(-1))
+
+    return replace(statistics.bootstrap(statistic, np.arange(len(pairs_G)), seed=seed), n=len(claimed_N))
 
 
 # ---- the figure ----

@@ -118,7 +118,7 @@ def figures(items: Sequence[Item], length_only: Scorer, seed: int) -> dict[str, 
     found = accuracies(deltas_P, strict, length_only, seed, rows_P)
     claimed_N, right_N = calibration.claims(_column(items, "probability"), _column(items, "preference"))
     p_N, mu_N = _column(items, "probability").clip(1e-7, 1 - 1e-7), _column(items, "preference")
-    found["ece"] = calibration.calibration_error(claimed_N, right_N, seed)
+    found["ece"] = calibration.calibration_error(claimed_N, right_N, _column(items, "item"), seed)
     found["nll"] = share(-mu_N * np.log(p_N) - (1 - mu_N) * np.log(1 - p_N), _column(items, "item"), seed)
     found |= _by_length(items, seed)
     found |= _by_margin(np.abs(deltas_P), right_P, rows_P, seed)
