@@ -1,10 +1,10 @@
 """reward: a model that gives an answer a number, from preferences, by TRL's RewardTrainer.
 
-Bradley-Terry: the loss of a pair is -log sigmoid(r(chosen) - r(rejected) - margin) (Stiennon et al. 2020; the margin:
-Touvron et al. 2023, equation 2), plus `center_rewards_coefficient` × (r(chosen) + r(rejected))² (Eisenstein et al.
-2023, equation 2), which keeps the numbers near zero. Of a list of K answers it is the mean over its K(K − 1)/2 pairs,
-all in one batch (Ouyang et al. 2022, equation 1). The model is the sft model's trunk with a new head, read at the row's
-stop token.
+Bradley-Terry: the loss of a pair is -log sigmoid(r(chosen) - r(rejected) - m) (Stiennon et al. 2020; the margin m,
+0 without `margin_weight`: Touvron et al. 2023, equation 2), plus `center_rewards_coefficient` × (r(chosen) +
+r(rejected))² (Eisenstein et al. 2023, equation 2), which keeps the numbers near zero. Of a list of K answers it is the
+mean over its K(K − 1)/2 pairs, all in one batch (Ouyang et al. 2022, equation 1). The model is the sft model's trunk
+with a new head, read at the row's stop token.
 
 Departures: the score is read at a row's last token by its length, so that a pad token that is also the stop token does
 no harm; it is given out as (raw - mean) / std over the sft demonstrations (InstructGPT shifts by the mean alone), and a
@@ -56,6 +56,7 @@ class RewardConfig(TrainerConfig):
     demonstration_rows: int = field(512, "of those, drawn at random", unit="rows", gt=1)
     learning_rate: float = field(1e-4, "peak rate", gt=0)
     center_rewards_coefficient: float | None = field(0.01, "weight of the squared sum of a pair's scores", ge=0)
+    margin_weight: float = field(0.0, "what a row's `margin` is multiplied by before it is asked of raw scores", ge=0)
     ensemble: int = field(1, "models trained one after another, with the seeds from `seed` on", unit="models", gt=0)
     gold: str | None = field(
         None, "what held-out scores are compared with: rouge_l, exact, number, or your own: ./rewards.py:name"
@@ -178,7 +179,7 @@ def _read(config: RewardConfig, init: Artifact, runtime: Runtime) -> Taught:
             where="reward.data",
             mend="rows with `reference`, or a gold function of your own: ./rewards.py:name",
         )
-    rows = encode_answers(lists, tokenizer, length, runtime)
+    rows = encode_answers(lists, tokenizer, length, config.margin_weight, runtime)
     held = reward_accuracy.encode(tokenizer, held_out, length)
     return Taught(tokenizer, stop_token_id(tokenizer), length, lists, rows, held)
 

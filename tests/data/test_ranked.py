@@ -80,10 +80,6 @@ BAD = {
     "nothing preferred": (ROW | {"ranks": [1, 1, 1]}, "all answers have one rank"),
     "a margin": (ROW | {"margin": 1}, "`margin` and `preference` are of two answers"),
     "no prompt": ({"answers": ["a", "b"]}, "field `prompt` of a ranked row is missing"),
-    "a margin in doubt": (
-        {"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": 1, "preference": 0.7},
-        "a margin of 1 is sure that chosen is better, preference 0.7 is not",
-    ),
 }
 
 

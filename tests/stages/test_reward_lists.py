@@ -114,8 +114,9 @@ def test_margins_are_trls_and_ties_the_equation(
     path = tmp_path / "margins.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = config(
-        data=(DataEntry(source=str(path)),), max_steps=3, held_out=0.0, warmup_steps=0.0, max_grad_norm=1e9
-    )
+        data=(DataEntry(source=str(path)),), max_steps=3, held_out=0.0, warmup_steps=0.0, max_grad_norm=1e9,
+        margin_weight=1.0,
+    )  # fmt: skip
     out, here = runtime("margins")
     reward.run(settings, {"init": init}, out, here)
     texts = encoded(init, rows)
@@ -146,6 +147,33 @@ def test_margins_are_trls_and_ties_the_equation(
     found, expected = losses(lines, out), naive_losses(init, rows, settings, here)
     assert found[0] == pytest.approx(expected[0], abs=1e-6)
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_margin_counts_as_much_as_it_is_asked_to(
+    init: Any, runtime: Any, config: Any, lines: Any, preferences: Path, tmp_path: Path
+) -> None:
+    """Unless asked for, margins in another model's units, as `sample` writes them, are those of no row; a half of 3 is
+    1.5; and what is asked for is not of a row in doubt."""
+    rows = [json.loads(line) for line in preferences.read_text().splitlines()[:4]]
+    path = tmp_path / "rows.jsonl"
+
+    def first_loss(name: str, weight: float, fields: dict[str, float]) -> float:
+        path.write_text("".join(json.dumps(row | fields) + "\n" for row in rows))
+        out, here = runtime(name)
+        settings = config(data=(DataEntry(source=str(path)),), max_steps=1, held_out=0.0, margin_weight=weight)
+        reward.run(settings, {"init": init}, out, here)
+        return losses(lines, out)[0]
+
+    plain = first_loss("plain", 1.0, {})
+    unless_set = reward.RewardConfig.model_fields["margin_weight"].default
+    assert first_loss("not asked for", unless_set, {"margin": 3}) == plain
+    half = first_loss("half", 0.5, {"margin": 3})
+    assert half == first_loss("as it says", 1.0, {"margin": 1.5})
+    assert half > plain + 0.3
+    doubtful = {"margin": 1, "preference": 0.7}
+    assert first_loss("in doubt", 0.0, doubtful) == first_loss("without one", 0.0, {"preference": 0.7})
+    with pytest.raises(DataError, match="a margin of 1 is sure that chosen is better"):
+        first_loss("refused", 1.0, doubtful)
 
 
 def test_ties_have_no_accuracy_and_no_margin(

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from pipeline.runtime import Runtime
 
 
-def encode_answers(lists: list[Row], tokenizer: PreTrainedTokenizerFast, length: int, runtime: Runtime) -> list[Row]:
-    """All answers of each row as ids, from the prompt to the stop token. A row with one too long is left out.
+def encode_answers(
+    lists: list[Row], tokenizer: PreTrainedTokenizerFast, length: int, margin_weight: float, runtime: Runtime
+) -> list[Row]:
+    """All answers of each row as ids, from the prompt to the stop token, its margin times `margin_weight`. A row
+    with an answer too long is left out; one with a margin that counts and a doubt is refused (DataError).
 
     Where all are pairs and none a tie, they are rows for TRL's own trainer, else for ours.
     """
@@ -30,8 +33,16 @@ def encode_answers(lists: list[Row], tokenizer: PreTrainedTokenizerFast, length:
                     where="reward.data",
                     mend="take the row out",
                 )
+            margin = margin_weight * row["margin"] if margin_weight else 0.0  # of any margin, infinite ones too
+            if margin and row["preference"] < 1:
+                raise DataError(
+                    f"a margin of {row['margin']:g} is sure that chosen is better, preference {row['preference']:g} is "
+                    f"not: {row['answers'][0][0]['content'][:60]!r}",
+                    where="reward.data",
+                    mend="take one of the two out of the row, or `margin_weight: 0`",
+                )
             if max(map(len, texts)) <= length:
-                rows.append({"ids": texts, **{key: row[key] for key in ("ranks", "preference", "margin")}})
+                rows.append({"ids": texts, "ranks": row["ranks"], "preference": row["preference"], "margin": margin})
             bar.advance()
             runtime.check_stop()
     what = "pairs" if all(len(row["answers"]) == 2 for row in lists) else "rows"

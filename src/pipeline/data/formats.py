@@ -199,7 +199,7 @@ def to_layout(row: Row, chosen: str, layout: str, where: str) -> list[Row]:
             return as_unpaired(pair)
         reference = {"prompt": pair["prompt"], "reference": pair["chosen"][0]["content"]}
         if layout == "ranked":
-            return [as_ranked(pair, row, where)]
+            return [as_ranked(pair, row)]
         return [pair if layout == "preference" else reference]
     if chosen == "ranked":
         found = ranked(row, where)

@@ -44,14 +44,8 @@ def ranked(row: Row, where: str) -> Row:
     }
 
 
-def as_ranked(pair: Row, row: Row, where: str) -> Row:
+def as_ranked(pair: Row, row: Row) -> Row:
     """A canonical preference row as a list of two; `row` is what it was made of."""
-    if pair["margin"] > 0 and pair["preference"] < 1:
-        raise DataError(
-            f"a margin of {pair['margin']:g} is sure that chosen is better, preference {pair['preference']:g} is not",
-            where=where,
-            mend="take one of the two out",
-        )
     kept = {key: pair[key] for key in ("prompt", "kind", "margin", "preference")}
     return {**kept, "answers": [pair["chosen"], pair["rejected"]], "ranks": [0, 1], "reference": reference_of(row)}
 

@@ -48,7 +48,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], max_length: 
     out."""
     held = HeldOut([], [], [])
     for number, row in enumerate(rows):
-        row = row if "answers" in row else as_ranked(row, row, f"row {number}")
+        row = row if "answers" in row else as_ranked(row, row)
         texts = [encode_messages(tokenizer, [*row["prompt"], *answer]).input_ids for answer in row["answers"]]
         if max(map(len, texts)) <= max_length:
             held.numbers.append(number)
