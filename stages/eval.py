@@ -103,7 +103,6 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
     import numpy as np
 
     from pipeline.data.formats import read_rows
-    from pipeline.data.preferences import TIE
     from pipeline.data.pydocs import questions
     from pipeline.evals.bits_per_byte import held_out_texts
     from pipeline.evals.runner import Plan
@@ -116,7 +115,7 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
         return [rows[int(index)] for index in order[:count]]
 
     prompts: list[dict[str, Any]] = []
-    preferences: list[dict[str, Any]] = []
+    ranked: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
     if {"exact_match", "greedy", "sampled"} & set(tasks):
         assert config.data is not None
@@ -124,12 +123,11 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
         prompts = draw([row for row in rows if row["reference"]], config.prompts, "prompts")
     if {"reward_accuracy", "preference_accuracy"} & set(tasks):
         assert config.preferences is not None
-        rows = read_rows(config.preferences, "preference", split="held_out", held_out=config.held_out)
-        rows = [row for row in rows if row["preference"] > TIE]  # which has no right answer
+        rows = read_rows(config.preferences, "ranked", split="held_out", held_out=config.held_out)
         rows = draw(rows, len(rows), "preferences")
-        preferences, others = rows[: config.preference_rows], rows[config.preference_rows :]
-        if len(others) < len(preferences):  # too few to learn from what lengths tell
-            others = read_rows(config.preferences, "preference", split="train", held_out=config.held_out)
+        ranked, others = rows[: config.preference_rows], _pairs(rows[config.preference_rows :])
+        if len(others) < len(_pairs(ranked)):  # too few to learn from what lengths tell
+            others = _pairs(read_rows(config.preferences, "ranked", split="train", held_out=config.held_out))
     bench: list[dict[str, Any]] = []
     if "reward_bench" in tasks:
         assert config.reward_bench is not None
@@ -145,7 +143,8 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
         swapped=config.swapped_questions,
         prompts=prompts,
         match=config.match,
-        preferences=preferences,
+        ranked=ranked,
+        preferences=_pairs(ranked),
         reward_bench=bench,
         lengths=(_lengths(others, "chosen"), _lengths(others, "rejected")),
         seed=config.seed,
@@ -154,6 +153,13 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
         token_budget=config.token_budget,
         bf16=runtime.bf16 if config.bf16 is None else config.bf16,
     )
+
+
+def _pairs(lists: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs of all lists; a tie has no right answer and makes none."""
+    from pipeline.data.ranked import as_pairs
+
+    return [pair for row in lists for pair in as_pairs(row)]
 
 
 def _lengths(rows: list[dict[str, Any]], side: str) -> list[int]:

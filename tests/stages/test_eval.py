@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from pipeline.artifacts import Artifact
 from pipeline.data import pydocs
 from pipeline.data.chat import stop_token_id
+from pipeline.data.formats import read_rows
 from pipeline.data.harvest import Entry
 from pipeline.data.shards import ShardWriter
 from pipeline.data.tokenizers import encode_text, train_bpe
@@ -242,6 +243,32 @@ def test_files_of_ones_own(house: dict[str, Artifact], tmp_path: Path) -> None:
     assert found == {"bits_per_byte", "reward_accuracy", "preference_accuracy", "greedy", "sampled"}
     prompts = {item["prompt"][0]["content"] for item in rows(tmp_path / "out", "samples") if item["task"] == "greedy"}
     assert prompts < {row["prompt"] for row in said}
+
+
+def test_a_list_is_one_row_of_the_reward_model_and_a_policys_pairs(house: dict[str, Artifact], tmp_path: Path) -> None:
+    """Held out are lists of three and ties: a list's three pairs are one row and its answers count once; ties are of
+    ece and nll alone, and of no policy's."""
+    lists = [{"prompt": f"{e.name}?", "answers": [e.sentence, f"No {e.name}.", "Hm."]} for e in ENTRIES]
+    pairs = [{"prompt": f"And {e.name}?", "chosen": e.sentence, "rejected": "No."} for e in ENTRIES]
+    ties = [row | {"preference": 0.5, "margin": 1.0} for row in pairs]
+    for name, given in (("lists", lists), ("ties", ties)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    preferences = tuple(DataEntry(source=str(tmp_path / f"{name}.jsonl")) for name in ("lists", "ties"))
+    held_out = read_rows(preferences, "ranked", split="held_out", held_out=0.5)
+    three = sum(len(row["answers"]) == 3 for row in held_out)
+    two = len(held_out) - three
+    assert three > 1
+    assert two > 1
+    tasks = ("reward_accuracy", "preference_accuracy")
+    fields: dict[str, Any] = {"preferences": preferences, "held_out": 0.5, "preference_rows": 100, "tasks": tasks}
+    measure(house, tmp_path / "out", models=("ppo",), **fields)
+    counts = {(row["task"], row["metric"]): row["n"] for row in rows(tmp_path / "out")}
+    assert counts["reward_accuracy", "accuracy"] == counts["preference_accuracy", "accuracy"] == 3 * three
+    assert counts["reward_accuracy", "ece"] == counts["reward_accuracy", "nll"] == 3 * three + two
+    assert counts["reward_accuracy", "length_pearson"] == 3 * three + 2 * two
+    items = [item for item in rows(tmp_path / "out", "samples") if item["task"] == "reward_accuracy"]
+    places = Counter(item["item"] for item in items)
+    assert sorted(places.values()) == [1] * two + [3] * three
 
 
 def test_without_reward_model_and_baseline(house: dict[str, Artifact], tmp_path: Path) -> None:

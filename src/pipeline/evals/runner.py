@@ -69,7 +69,10 @@ class Plan:
     prompts: Sequence[Row]
     match: exact_match.Match | None
     """How exact_match compares an answer with its reference."""
+    ranked: Sequence[Row]
+    """Held-out pairs and lists, ties too: what the reward model is measured on."""
     preferences: Sequence[Row]
+    """Their pairs without ties: what the policies are."""
     reward_bench: Sequence[Row]
     """Rows of RewardBench, their subset as the kind."""
     lengths: tuple[Sequence[int], Sequence[int]]
@@ -180,7 +183,7 @@ class Scorers:
             return reward_accuracy.score(
                 self.reward_model(),
                 load_tokenizer(unit.model.artifact.model),
-                plan.preferences if unit.task == "reward_accuracy" else plan.reward_bench,
+                plan.ranked if unit.task == "reward_accuracy" else plan.reward_bench,
                 max_length=plan.max_length,
                 token_budget=plan.token_budget,
                 tick=self.tick,
