@@ -14,6 +14,7 @@ prompt. The KL that is reported is exact over the vocabulary, along held-out cho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -161,12 +162,12 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     # 2. the model, and what it says of held-out answers before it is trained
     model = adapter.load_policy(init.model, config, runtime)
     with adapter.autocast(config, runtime):
-        before = implicit_reward.listen(_subject(model, tokenizer, length, runtime), held_out)
+        before = implicit_reward.listen(_subject(model, tokenizer, length, runtime.check_stop), held_out)
 
-    def measure(policy: PreTrainedModel) -> dict[str, float]:
+    def measure(policy: PreTrainedModel, tick: Callable[[], None]) -> dict[str, float]:
         start = adapter.load_policy(init.model, config, runtime)
         with adapter.autocast(config, runtime):
-            found = implicit_reward.figures(_subject(policy, tokenizer, length, runtime), start, held_out, before)
+            found = implicit_reward.figures(_subject(policy, tokenizer, length, tick), start, held_out, before)
         runtime.say("held out: " + ("  ".join(f"{name} {value:.3f}" for name, value in found.items()) or "no row fits"))
         return found
 
@@ -182,9 +183,14 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     if config.has_reference:
         preference_trainer.add_reference(trainer, rows, plan, out / "reference.safetensors", runtime)
     shown = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
+
+    def in_the_middle(policy: PreTrainedModel) -> dict[str, float]:
+        """Never cut short: a stop is taken, and saved, at the end of the next step."""
+        return measure(policy, lambda: None)
+
     adapter.train(
         trainer, config, rows, plan, runtime, checkpoint, phase="dpo", shown=shown, state={},
-        measure=lambda: preference_trainer.while_training(trainer, measure), measure_steps=config.eval_steps,
+        measure=lambda: preference_trainer.while_training(trainer, in_the_middle), measure_steps=config.eval_steps,
     )  # fmt: skip
 
     # 4. save, then evaluate
@@ -193,7 +199,7 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     if runtime.is_main:
         save_model(model, out / "model", init.model, [stop_id], tokenizer.pad_token_id)
     runtime.barrier()
-    figures |= measure(model) if config.held_out else {}
+    figures |= measure(model, runtime.check_stop) if config.held_out else {}
     runtime.metrics.log(plan.steps, int(plan.tokens[-1]), **figures)
     return {**figures, "flops": flops}
 
@@ -330,9 +336,11 @@ def _held_out(config: DPOConfig, read: list[Row]) -> HeldOut:
     )
 
 
-def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, length: int, runtime: Runtime) -> Subject:
+def _subject(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, length: int, tick: Callable[[], None]
+) -> Subject:
     """The model as the evaluations take it."""
     from pipeline.evals.likelihood import TOKEN_BUDGET
     from pipeline.evals.subject import Subject
 
-    return Subject("dpo", model, tokenizer, True, length, TOKEN_BUDGET, runtime.check_stop)
+    return Subject("dpo", model, tokenizer, True, length, TOKEN_BUDGET, tick)

@@ -362,6 +362,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         if (
             self.measure is not None
             and self.measure_steps
+            and not self.is_stopping  # who asks to stop waits for the save alone
             and step % self.measure_steps == 0
             and step < self.plan.steps
         ):

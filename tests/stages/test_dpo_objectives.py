@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from trl import KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
+from pipeline import preference_trainer
 from pipeline.data.chat import encode_messages, encode_prompt
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, DataError, Stopped
@@ -307,6 +308,34 @@ def test_stopped_it_goes_on_to_the_same_bits(
     silent, here = runtime("silent")
     dpo.run(settings.model_copy(update={"eval_steps": 0}), {"init": init}, silent, here)
     assert (silent / weights).read_bytes() == (out / weights).read_bytes(), "evaluations change nothing"
+
+
+@pytest.mark.parametrize(("asked", "saved"), [("before", 2), ("during", 3)])
+def test_a_stop_that_meets_an_evaluation_saves(
+    init: Any, runtime: Any, config: Config, lines: Any, monkeypatch: pytest.MonkeyPatch, asked: str, saved: int
+) -> None:
+    """Asked for before the evaluation after step 2 it leaves that out; during it, the next step is still done."""
+    out, here = runtime(asked)
+    steps = iter(range(1, 100))
+    requested, measured = here.stop_requested, preference_trainer.while_training
+
+    def at_step_two() -> bool:
+        here.halt.asked = Stopped if next(steps) == 2 else here.halt.asked
+        return bool(requested())
+
+    def in_evaluation(*arguments: Any) -> dict[str, float]:
+        here.halt.asked = Stopped
+        return measured(*arguments)
+
+    if asked == "before":
+        monkeypatch.setattr(here, "stop_requested", at_step_two)
+    else:
+        monkeypatch.setattr(preference_trainer, "while_training", in_evaluation)
+    with pytest.raises(Stopped, match=f"stopped at step {saved} and saved"):
+        dpo.run(config(eval_steps=2, save_steps=100, max_steps=5), {"init": init}, out, here)
+    assert [line["step"] for line in lines(out) if "kl_per_token" in line] == ([2] if asked == "during" else [])
+    out, here = runtime(asked)
+    assert here.checkpoints.latest().step == saved
 
 
 def test_the_reference_is_the_model_without_its_adapters(
