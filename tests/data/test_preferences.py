@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.data.preferences import as_unpaired, pairs_of
+from pipeline.data.preferences import as_unpaired, kind_of, pairs_of
 
 
 def pair(question: str, chosen: str, rejected: str, **own: Any) -> dict[str, Any]:
@@ -23,3 +23,11 @@ def test_an_answer_without_a_partner_and_a_partner_that_says_the_same_are_left_o
     other = as_unpaired(pair("R", "c", "d"))[1]
     assert pairs_of([good, other, good, bad]) == [pair("Q", "a", "b")]
     assert pairs_of([good, {**bad, "completion": good["completion"]}]) == []
+
+
+def test_the_kind_is_the_rows_own_else_its_subset() -> None:
+    """A table's empty cell (null) is no kind."""
+    assert kind_of({"kind": "caps", "subset": "donotanswer"}) == "caps"
+    assert kind_of({"kind": None, "subset": "donotanswer"}) == "donotanswer"
+    assert kind_of({"subset": "donotanswer"}) == "donotanswer"
+    assert kind_of({"kind": None}) == kind_of({}) == kind_of({"kind": 3}) == ""

@@ -119,7 +119,7 @@ def pairs_of(rows: Sequence[Row]) -> list[Row]:
 
 def kind_of(row: Row) -> str:
     """The row's own kind, or its `subset` (RewardBench's), empty without either."""
-    given = row.get("kind", row.get("subset"))
+    given = row.get("kind") or row.get("subset")
     return given if isinstance(given, str) else ""
 
 
