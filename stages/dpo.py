@@ -323,7 +323,8 @@ def _held_out(config: DPOConfig, read: list[Row]) -> HeldOut:
         rows = read_rows(config.data, _layout(config), split="held_out", held_out=config.held_out)
         rows = [row for row in rows if is_kto or row["preference"] > TIE]
         rows = rows[: config.eval_rows * (2 if is_kto else 1)]  # as many answers, so that the same pairs are measured
-    pairs, known = (pairs_of(rows), pairs_of(read)) if is_kto else (rows, read)
+    known = pairs_of(read) if is_kto else [row for row in read if row["preference"] > TIE]
+    pairs = pairs_of(rows) if is_kto else rows
     lengths = ([len(pair[side][0]["content"]) for pair in known] for side in SIDES)
     return HeldOut(
         pairs=pairs,

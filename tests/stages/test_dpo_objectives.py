@@ -1,6 +1,7 @@
 """dpo's own losses: kto, orpo, simpo, cpo, ties and margins, beside TRL's trainers and the papers; what is refused."""
 
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -445,6 +446,22 @@ def test_ties_and_options_that_a_loss_cannot_take_are_refused(
         dpo.run(config(objective="kto", per_device_train_batch_size=1), {"init": init}, out, here)
     with pytest.raises(ConfigError, match="no train row in this source"):
         dpo.run(config(**ties, objective="kto"), {"init": init}, out, here)
+
+
+def test_lengths_of_ties_teach_nothing(config: Config) -> None:
+    """Three pairs whose longer answer is the better one; ten ties say the opposite, and their sides mean nothing."""
+
+    def row(good: int, bad: int, preference: float) -> dict[str, Any]:
+        sides = {
+            side: [{"role": "assistant", "content": "x" * n}] for side, n in (("chosen", good), ("rejected", bad))
+        }
+        return {"prompt": [{"role": "user", "content": "a"}], **sides, "preference": preference}
+
+    sure, ties = [row(9, 2, 1.0)] * 3, [row(2, 9, 0.5)] * 10
+    settings = config(held_out=0.0)
+    short, long = dpo._held_out(settings, sure + ties).length_only([2, 9]).tolist()
+    # one added to each count of two bins: (0 + 1) / 5 against (3 + 1) / 5
+    assert (short, long) == pytest.approx((math.log(1 / 4), math.log(4)))
 
 
 RANKS = """
