@@ -175,10 +175,10 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     plan = schedule([preference_trainer.tokens_of(row) for row in rows], config, runtime)
     figures = {"rows": float(len(rows)), "epochs": len(plan.order) / len(rows)}
     if config.objective == "kto":
-        rows, plan = preference_trainer.mismatched(rows, plan)
+        rows, plan = preference_trainer.mismatched(rows, plan, length)
     trainer = _trainer(config, _objective(config, rows), model, rows, tokenizer, plan, out, runtime)
     longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
-    adapter.fit_attention(trainer, min(longest, length))
+    adapter.fit_attention(trainer, longest)
     runtime.say(adapter.describe(trainer, plan, int(figures["rows"])))
     if config.has_reference:
         preference_trainer.add_reference(trainer, rows, plan, out / "reference.safetensors", runtime)

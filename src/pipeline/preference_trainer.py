@@ -63,7 +63,7 @@ class Objective:
     @property
     def row_fields(self) -> tuple[str, ...]:
         """What it reads of a row beside its tokens."""
-        return ("label",) if self.name == "kto" else ("preference", "margin")
+        return ("label", "is_mismatched") if self.name == "kto" else ("preference", "margin")
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,18 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
         """
         assert self.objective is not None
         self.model.eval()
-        sums_3 = torch.zeros(3, device=batches[0]["input_ids"].device)  # log-ratios, rows, tokens
+        sums_3 = torch.zeros(3, device=batches[0]["input_ids"].device)  # log-ratios, pairs, tokens
         for batch in batches:
             chosen, other = _halves(batch)
             sums_3[2] += chosen["completion_mask"][:, 1:].sum()
             if self.objective.name == "kto":
                 with torch.no_grad(), self.accelerator.autocast():
                     log_p_B, _, _ = self._log_probs(self.model, other)
-                sums_3[0] += (log_p_B - batch["ref_rejected_logps"]).sum()
-                sums_3[1] += len(log_p_B)
+                sums_3[0] += (log_p_B - batch["ref_rejected_logps"])[batch["is_mismatched"]].sum()
+                sums_3[1] += batch["is_mismatched"].sum()
         self.model.train()
-        ratios, rows, tokens = self.accelerator.reduce(sums_3, reduction="sum")
-        kl = (ratios / rows.clamp(min=1)).clamp(min=0)
+        ratios, pairs, tokens = self.accelerator.reduce(sums_3, reduction="sum")
+        kl = (ratios / pairs.clamp(min=1)).clamp(min=0)
         return _Step(kl, tokens, len(batches) * self.accelerator.num_processes)
 
     def _log_probs(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Any]:
@@ -283,19 +283,25 @@ def tokens_of(row: Row) -> int:
     return sum(len(row["prompt_ids"]) + len(answer) for answer in answers)
 
 
-def mismatched(rows: Sequence[Row], plan: Schedule) -> tuple[list[Row], Schedule]:
-    """KTO's rows in the order of the run, each with the answer of the one before it in its step (of the step's first
-    the last one's): pairs of prompt and answer that do not belong together, the answers being the step's own. With them
-    the plan that reads them one after the other.
+def mismatched(rows: Sequence[Row], plan: Schedule, length: int) -> tuple[list[Row], Schedule]:
+    """KTO's rows in the order of the run, each with the answer of the nearest row before it in its step (of the step's
+    first the last one's) that has another prompt: pairs of prompt and answer that do not belong together, the answers
+    being the step's own, cut where the row would be longer than `length` tokens. With them the plan that reads them
+    one after the other.
 
-    The answer of KTO's row is `chosen_ids`, and what is not its own is `rejected_ids`.
+    The answer of KTO's row is `chosen_ids`, and what is not its own is `rejected_ids`. Where the whole step has one
+    prompt there is no such answer: `is_mismatched` is False, and the row's own first token stands there, not counted.
     """
-    steps = plan.order.reshape(plan.steps, plan.batch)
-    partners = np.roll(steps, 1, axis=1).reshape(-1)
-    placed = [
-        rows[own] | {"rejected_ids": rows[other]["chosen_ids"]}
-        for own, other in zip(plan.order.tolist(), partners.tolist(), strict=True)
-    ]
+    placed = []
+    for step in plan.order.reshape(plan.steps, plan.batch).tolist():
+        for place, own in enumerate(step):
+            prompt = rows[own]["prompt_ids"]
+            before = (rows[step[place - back]] for back in range(1, len(step)))
+            partner = next((row for row in before if row["prompt_ids"] != prompt), None)
+            room = length - len(prompt)
+            assert room > 0, "rows whose own answer does not fit are left out"
+            answer = partner["chosen_ids"][:room] if partner else rows[own]["chosen_ids"][:1]
+            placed.append(rows[own] | {"rejected_ids": answer, "is_mismatched": partner is not None})
     return placed, replace(plan, order=np.arange(len(placed)))
 
 

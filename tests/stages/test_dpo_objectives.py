@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from pipeline.errors import ConfigError, DataError, Stopped
 from pipeline.model.build import load_causal_lm
 from pipeline.preference_trainer import mismatched
 from pipeline.recipe import DataEntry, PeftConfig
-from pipeline.schedule import schedule
+from pipeline.schedule import Schedule, schedule
 from stages import dpo
 
 OBJECTIVES = ("kto", "orpo", "simpo", "cpo")
@@ -103,11 +104,12 @@ def test_kto_is_trls_where_a_step_is_one_batch(
         for side in ("chosen", "rejected")
     ]
     order = order_of([{k: v for k, v in row.items() if k != "label"} for row in rows], settings, runtime("order")[1])
-    placed = [
-        rows[own] | {"KL_completion_ids": rows[other]["completion_ids"]}
-        for step in order
-        for own, other in zip(step, [step[-1], *step[:-1]], strict=True)
-    ]
+    placed = []
+    for step in order:
+        for place, own in enumerate(step):
+            others = [step[(place - back) % 4] for back in (1, 2, 3)]
+            other = next(number for number in others if number // 2 != own // 2)  # two answers a prompt
+            placed.append(rows[own] | {"KL_completion_ids": rows[other]["completion_ids"]})
     raw = KTOTrainer(
         model=load_causal_lm(init.model),
         ref_model=load_causal_lm(init.model),
@@ -392,13 +394,59 @@ def test_mismatched_answers_are_the_steps_own(runtime: Any, config: Config) -> N
     plan = schedule(
         [1] * 5, config(max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2), runtime("x")[1]
     )
-    placed, read = mismatched(rows, plan)
+    placed, read = mismatched(rows, plan, 9)
     assert read.order.tolist() == list(range(12))
     assert [row["prompt_ids"][0] for row in placed] == plan.order.tolist()
     for start in (0, 4, 8):
         step = placed[start : start + 4]
-        assert [row["rejected_ids"] for row in step] == [step[place - 1]["chosen_ids"] for place in range(4)]
+        for place, row in enumerate(step):
+            before = [step[place - back] for back in (1, 2, 3)]
+            other = next(each for each in before if each["prompt_ids"] != row["prompt_ids"])
+            assert row["rejected_ids"] == other["chosen_ids"]
     assert "rejected_ids" not in rows[0]
+
+
+def test_mismatched_answers_are_to_another_prompt_and_fit() -> None:
+    """Two steps of three: of two answers to one prompt and a row that is met again, and of one prompt alone."""
+    rows: list[Any] = [
+        {"prompt_ids": [1, 1], "chosen_ids": [10]},
+        {"prompt_ids": [1, 1], "chosen_ids": [11]},
+        {"prompt_ids": [2], "chosen_ids": [12, 13, 14]},
+    ]
+    plan = Schedule(3, np.array([2, 0, 1, 0, 1, 0]), np.array([9, 18]))
+    placed, _ = mismatched(rows, plan, 4)
+    assert [(row["rejected_ids"], row["is_mismatched"]) for row in placed] == [
+        ([11], True), ([12, 13], True), ([12, 13], True),  # cut to the two tokens that a prompt of two leaves
+        ([10], False), ([11], False), ([10], False),
+    ]  # fmt: skip
+
+
+def test_rows_without_another_prompt_are_no_part_of_the_kl(
+    init: Any, runtime: Any, config: Config, lines: Any, preferences: Path, tmp_path: Path
+) -> None:
+    """z of a step is the mean over its mismatched pairs alone; without any it is 0."""
+    line = json.loads(preferences.read_text().splitlines()[0])
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    data = (DataEntry(source=str(path)),)
+    settings = config(**THREE | {"max_steps": 1}, objective="kto", data=data, per_device_train_batch_size=2)
+    losses_of(settings, init, runtime, lines, "one prompt")
+    assert [each["kl"] for each in lines(tmp_path / "one prompt") if "kl" in each] == [0.0]
+    tokenizer = load_tokenizer(init.model)
+    rows = [
+        {"prompt_ids": row["prompt_ids"], "chosen_ids": row["chosen_ids"], "rejected_ids": row["rejected_ids"][:1],
+         "label": True, "is_mismatched": place == 1, "ref_chosen_logps": 0.0, "ref_rejected_logps": -100.0 - place}
+        for place, row in enumerate(pairs(tokenizer, preferences)[:2])
+    ]  # fmt: skip
+    out, here = runtime("measured")
+    trainer = dpo._trainer(
+        settings, dpo._objective(settings, []), load_causal_lm(init.model), rows, tokenizer,
+        schedule([1] * 2, settings, here), out, here,
+    )  # fmt: skip
+    found = trainer._measured([trainer.data_collator(rows[:1]), trainer.data_collator(rows[1:])]).kl
+    with torch.no_grad():
+        log_p = log_ps(load_causal_lm(init.model), rows[1])[1]
+    assert float(found) == pytest.approx(float(log_p) + 101.0, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -452,9 +500,7 @@ def test_lengths_of_ties_teach_nothing(config: Config) -> None:
     """Three pairs whose longer answer is the better one; ten ties say the opposite, and their sides mean nothing."""
 
     def row(good: int, bad: int, preference: float) -> dict[str, Any]:
-        sides = {
-            side: [{"role": "assistant", "content": "x" * n}] for side, n in (("chosen", good), ("rejected", bad))
-        }
+        sides = {side: [{"role": "assistant", "content": "x" * n}] for side, n in (("chosen", good), ("rejected", bad))}
         return {"prompt": [{"role": "user", "content": "a"}], **sides, "preference": preference}
 
     sure, ties = [row(9, 2, 1.0)] * 3, [row(2, 9, 0.5)] * 10
