@@ -84,6 +84,8 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
 
     objective: Objective | None = None
     step: _Step
+    labelled: list[Tensor]
+    """kto: the sums of each micro-batch of the step so far, by side: rewards, log-probabilities, answers."""
 
     def use(self, objective: Objective) -> None:
         """Take this loss instead of TRL's."""
@@ -100,7 +102,7 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
         """The micro-batches of a step, of which the step's own figures are taken before it begins."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.objective is not None and batches:
-            self.step = self._measured(batches)
+            self.step, self.labelled = self._measured(batches), []
         return batches, items
 
     def _measured(self, batches: Sequence[dict[str, Tensor]]) -> _Step:
@@ -196,18 +198,23 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
         rewards_B = objective.beta * ratio_B.detach()
         is_right_B = ((ratio_B > kl) == is_good_B).float()
         self._note({"kl": kl, "rewards/accuracies": is_right_B, "entropy": _mean_entropy(rows, outputs)})
-        means = []
-        for side, is_side_B in (("chosen", is_good_B), ("rejected", ~is_good_B)):
-            kept = (rewards_B[is_side_B].sum(), log_p_B[is_side_B].sum(), is_side_B.float().sum())
-            sums_3 = torch.stack(kept)
-            reward, log_p, count = self.accelerator.reduce(sums_3.detach(), reduction="sum").tolist()
-            if count:
-                means.append(reward / count)
-                self._metrics["train"][f"rewards/{side}"].append(reward / count)
-                self._metrics["train"][f"logps/{side}"].append(log_p / count)
-        if len(means) == 2:
-            self._metrics["train"]["rewards/margins"].append(means[0] - means[1])
+        figures_3B = torch.stack([rewards_B, log_p_B.detach(), torch.ones_like(rewards_B)])
+        self.labelled.append(torch.stack([(figures_3B * is_side_B).sum(1) for is_side_B in (is_good_B, ~is_good_B)]))
+        if len(self.labelled) * self.accelerator.num_processes == self.step.micro_batches:
+            self._note_sides()
         return losses_B.mean(), outputs
+
+    def _note_sides(self) -> None:
+        """kto's means over the desirable and over the undesirable answers of the whole step, those there are."""
+        sums_23 = self.accelerator.reduce(torch.stack(self.labelled).sum(dim=0), reduction="sum").tolist()
+        means: dict[str, float] = {}
+        for side, (reward, log_p, count) in zip(SIDES, sums_23, strict=True):
+            if count:
+                means |= {f"rewards/{side}": reward / count, f"logps/{side}": log_p / count}
+        if all(count for *_, count in sums_23):
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        for name, value in means.items():
+            self._metrics["train"][name].append(value)
 
     def _note(self, figures: dict[str, Tensor]) -> None:
         """Means over all processes, for the next line of metrics."""

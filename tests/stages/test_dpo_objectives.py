@@ -245,9 +245,9 @@ def test_our_dpo_step_is_trls(
 def test_how_a_step_is_cut_does_not_change_it(
     init: Any, runtime: Any, config: Config, lines: Any, objective: str
 ) -> None:
-    """Eight rows at once and one at a time: the same weights after three steps."""
-    weights, losses = [], []
-    for rows, micro_steps in ((8, 1), (1, 8)):
+    """Eight rows at once, four and four, and one at a time: the same weights and figures after three steps."""
+    weights, losses, rewards = [], [], []
+    for rows, micro_steps in ((8, 1), (4, 2), (1, 8)):
         settings = config(
             **THREE | {"max_grad_norm": 1.0},
             objective=objective,
@@ -258,10 +258,15 @@ def test_how_a_step_is_cut_does_not_change_it(
         out, here = runtime(f"{rows}")
         dpo.run(settings, {"init": init}, out, here)
         weights.append(load_file(out / "model" / "model.safetensors"))
-        losses.append([line["loss"] for line in lines(out) if "loss" in line])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6 * max(losses[0]))
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-6)
+        trained = [line for line in lines(out) if "loss" in line]
+        losses.append([line["loss"] for line in trained])
+        rewards.append([{key: line[key] for key in line if key.startswith(("rewards/", "logps/"))} for line in trained])
+    for cut in (1, 2):
+        assert losses[0] == pytest.approx(losses[cut], abs=1e-6 * max(losses[0]))
+        for whole, parts in zip(rewards[0], rewards[cut], strict=True):
+            assert parts == pytest.approx(whole, abs=2e-5)
+        for name, value in weights[0].items():
+            torch.testing.assert_close(weights[cut][name], value, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
