@@ -196,6 +196,7 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     # 4. save, then evaluate
     flops = adapter.training_flops(trainer, plan)
     model = adapter.trained_model(trainer)
+    flops += adapter.forward_flops(model, plan, preference_trainer.tokens_only_read(rows, plan, config.objective))
     if runtime.is_main:
         save_model(model, out / "model", init.model, [stop_id], tokenizer.pad_token_id)
     runtime.barrier()

@@ -128,6 +128,8 @@ def test_every_stage_by_hand(road: Path) -> None:
     assert found["dpo"].tokens == pytest.approx(5 * 4 * 2 * pair)
     per_token = {name: found[name].flops / found[name].tokens for name in ("reward", "dpo", "simpo", "kto")}  # type: ignore[operator]
     assert per_token["dpo"] / per_token["reward"] == pytest.approx(4 / 3)  # the reference's forward
+    long = planned(road, CPU, "dpo.max_steps=40")["dpo"]  # four epochs of 40 pairs, which the reference reads once
+    assert long.flops / long.tokens / per_token["reward"] == pytest.approx(1 + 1 / 12)  # type: ignore[operator]
     assert per_token["simpo"] == pytest.approx(per_token["reward"])
     assert per_token["kto"] / per_token["reward"] == pytest.approx(2)  # own row, and three forwards
     assert found["kto"].tokens == pytest.approx(5 * 8 * pair)

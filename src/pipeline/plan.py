@@ -270,7 +270,10 @@ class Planner:
         tokens = members * steps * batch * sides * length
         total, _ = count_parameters(model)
         trained = adapter_parameters(model, config.peft.r) if config.peft else float(total)
-        beside = {"dpo": 1 / 3, "kto": 1.0}.get(objective, 0.0)  # the reference's forward; kto: and of mismatched pairs
+        once = min(1.0, len(rows) / (steps * batch))  # the reference reads a row once, however many the epochs
+        beside = {"dpo": once / 3, "kto": 1.0}.get(
+            objective, 0.0
+        )  # its forward; kto: of each pair, and mismatched ones
         factor = (2 / 3 if config.peft else 1.0) + beside
         on_device = max(1, config.per_device_train_batch_size // self.processes) * math.ceil(sides)
         longest = min(config.max_length, round(2 * length))

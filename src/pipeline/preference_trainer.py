@@ -290,6 +290,17 @@ def tokens_of(row: Row) -> int:
     return sum(len(row["prompt_ids"]) + len(answer) for answer in answers)
 
 
+def tokens_only_read(rows: Sequence[Row], plan: Schedule, name: Name) -> int:
+    """Tokens of a run that are read and not trained on: both answers of every row that is met, once, by the reference
+    (dpo, kto); and by the policy, in every step, those of kto's mismatched pairs."""
+    if name not in ("dpo", "kto"):
+        return 0
+    by_reference = sum(tokens_of(rows[row]) for row in np.unique(plan.order).tolist())
+    if name == "dpo":
+        return by_reference
+    return by_reference + sum(len(rows[row]["prompt_ids"]) + len(rows[row]["rejected_ids"]) for row in plan.order)
+
+
 def mismatched(rows: Sequence[Row], plan: Schedule, length: int) -> tuple[list[Row], Schedule]:
     """KTO's rows in the order of the run, each with the answer of the nearest row before it in its step (of the step's
     first the last one's) that has another prompt: pairs of prompt and answer that do not belong together, the answers

@@ -241,9 +241,9 @@ def training_flops(trainer: Any, plan: Schedule, plain: PreTrainedModel | None =
     return float(plan.tokens[-1]) * flops_per_token(base, _mean_length(plan)) * share
 
 
-def forward_flops(model: PreTrainedModel, plan: Schedule) -> float:
-    """FLOPs of a model that only reads the run's rows: 2 a token and parameter."""
-    return float(plan.tokens[-1]) * flops_per_token(model, _mean_length(plan)) / 3
+def forward_flops(model: PreTrainedModel, plan: Schedule, tokens: int | None = None) -> float:
+    """FLOPs of a model that only reads: 2 a token and parameter; all tokens of the run unless their number is given."""
+    return float(plan.tokens[-1] if tokens is None else tokens) * flops_per_token(model, _mean_length(plan)) / 3
 
 
 def _mean_length(plan: Schedule) -> int:

@@ -25,7 +25,7 @@ from pipeline.data.chat import encode_messages, encode_prompt
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, DataError, Stopped
 from pipeline.model.build import load_causal_lm
-from pipeline.preference_trainer import mismatched
+from pipeline.preference_trainer import mismatched, tokens_only_read
 from pipeline.recipe import DataEntry, PeftConfig
 from pipeline.schedule import Schedule, schedule
 from stages import dpo
@@ -424,6 +424,24 @@ def test_mismatched_answers_are_to_another_prompt_and_fit() -> None:
         ([11], True), ([12, 13], True), ([12, 13], True),  # cut to the two tokens that a prompt of two leaves
         ([10], False), ([11], False), ([10], False),
     ]  # fmt: skip
+
+
+def test_what_is_only_read_is_counted(init: Any, runtime: Any, config: Config) -> None:
+    """The reference's forward is a third of a training step's FLOPs, over the same rows."""
+    found = {}
+    for objective in ("dpo", "cpo"):
+        out, here = runtime(objective)
+        settings = config(**THREE | {"max_steps": 1}, objective=objective)
+        found[objective] = dpo.run(settings, {"init": init}, out, here)["flops"]
+    assert found["dpo"] / found["cpo"] == pytest.approx(4 / 3)
+    rows: list[Any] = [
+        {"prompt_ids": [1] * 5, "chosen_ids": [2] * 3, "rejected_ids": [3] * 2},  # 8 + 7
+        {"prompt_ids": [1] * 4, "chosen_ids": [2], "rejected_ids": [3] * 6},  # 5 + 10
+        {"prompt_ids": [1] * 90, "chosen_ids": [2], "rejected_ids": [3]},
+    ]
+    plan = Schedule(2, np.array([0, 1, 1, 0]), np.array([30, 60]))
+    counted = {objective: tokens_only_read(rows, plan, objective) for objective in ("dpo", "kto", "orpo")}  # type: ignore[arg-type]
+    assert counted == {"dpo": 15 + 15, "kto": 15 + 15 + 2 * (7 + 10), "orpo": 0}
 
 
 def test_rows_without_another_prompt_are_no_part_of_the_kl(
