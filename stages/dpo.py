@@ -15,6 +15,7 @@ prompt. The KL that is reported is exact over the vocabulary, along held-out cho
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -69,6 +70,7 @@ class DPOConfig(TrainerConfig):
     """What dpo can be told."""
 
     TRL = "DPOConfig"
+    IGNORED = {"label_smoothing_factor": "the stage's field is `label_smoothing`"}
 
     init: Ref = field("sft", "the model to start from, which is also the reference")
     data: Data = field(..., "preferences: rows with a chosen and a rejected answer; kto: or answers with a label")
@@ -123,6 +125,10 @@ class DPOConfig(TrainerConfig):
             )
         if self.margin_weight and ("ipo" in self.loss_type or len(pairwise) < len(self.loss_type)):
             raise ValueError("margin_weight is of the losses sigmoid, sigmoid_norm and hinge")
+        if self.eval_steps and not self.held_out:
+            raise ValueError("eval_steps measures held-out rows, and held_out: 0 keeps none")
+        if "discopop_tau" in self.trainer and (self.objective != "dpo" or "discopop" not in self.loss_type):
+            raise ValueError("trainer.discopop_tau is of loss_type discopop: other losses ignore it")
         return self
 
     @property
@@ -183,11 +189,8 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     if config.has_reference:
         preference_trainer.add_reference(trainer, rows, plan, out / "reference.safetensors", runtime)
     shown = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
-
-    def in_the_middle(policy: PreTrainedModel) -> dict[str, float]:
-        """Never cut short: a stop is taken, and saved, at the end of the next step."""
-        return measure(policy, lambda: None)
-
+    # in the middle a measurement is never cut short: a stop is taken, and saved, at the end of the next step
+    in_the_middle = partial(measure, tick=lambda: None)
     adapter.train(
         trainer, config, rows, plan, runtime, checkpoint, phase="dpo", shown=shown, state={},
         measure=lambda: preference_trainer.while_training(trainer, in_the_middle), measure_steps=config.eval_steps,
@@ -234,6 +237,12 @@ def _objective(config: DPOConfig, rows: list[Row]) -> Objective | None:
     from pipeline.preference_trainer import Objective
 
     if config.objective == "dpo":
+        if config.margin_weight and not any(row["margin"] for row in rows):
+            raise DataError(
+                "margin_weight multiplies a row's `margin`, and no row has one",
+                where="dpo.data",
+                mend="rows with `margin`, by how much chosen is better; or margin_weight: 0",
+            )
         is_unsure = any(row["preference"] < 1 for row in rows)
         if is_unsure and not set(config.loss_type) <= set(PAIRWISE):
             raise DataError(

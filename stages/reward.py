@@ -49,6 +49,7 @@ class RewardConfig(TrainerConfig):
     """What reward can be told."""
 
     TRL = "RewardConfig"
+    IGNORED = {"label_smoothing_factor": "a row with `preference` below 1 says how sure it is"}
 
     init: Ref = field("sft", "the model whose trunk it starts from; the policy's tokenizer and chat template")
     data: Data = field(..., "preferences: rows with a chosen and a rejected answer, or a list of answers, best first")

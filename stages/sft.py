@@ -67,6 +67,8 @@ class SFTConfig(TrainerConfig):
             raise ValueError("train_last_layers and peft exclude each other: peft.target_modules names where")
         if self.teacher and self.trainer.get("loss_type", "nll") != "nll":
             raise ValueError("with a teacher the loss is its own: no trainer.loss_type")
+        if self.teacher and self.trainer.get("label_smoothing_factor"):
+            raise ValueError("with a teacher the loss is its own: no trainer.label_smoothing_factor")
         return self
 
 

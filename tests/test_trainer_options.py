@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from pipeline import trainer as adapter
@@ -101,6 +102,19 @@ def test_a_wrong_key_is_an_error_at_its_own_line(tmp_path: Path, line: str, prob
     with pytest.raises(RecipeError, match=problem) as caught:
         recipe(tmp_path, line)
     assert caught.value.where.endswith("r.yaml:8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "mend"), [(dpo.DPOConfig, "`label_smoothing`"), (reward.RewardConfig, "`preference` below 1")]
+)
+def test_what_a_stages_loss_would_ignore_is_refused(kind: Any, mend: str) -> None:
+    """transformers smooths the labels of a language model: no preferences. sft's loss does take it."""
+    for ignored in vars(kind)["IGNORED"]:
+        assert ignored in config_fields(kind.TRL), "TRL takes it and says nothing"
+    with pytest.raises(ValidationError, match=f"the loss would ignore it: .*{mend}") as caught:
+        kind(data=("rows.jsonl",), trainer={"label_smoothing_factor": 0.1})
+    assert caught.value.errors()[0]["loc"] == ("trainer", "label_smoothing_factor")
+    assert sft.SFTConfig(data=("rows.jsonl",), trainer={"label_smoothing_factor": 0.1}).IGNORED == {}
 
 
 def test_what_is_said_on_the_command_line_is_checked_there(tmp_path: Path) -> None:

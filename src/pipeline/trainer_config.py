@@ -5,6 +5,7 @@ Needs no torch: a recipe is checked before anything heavy loads. `pipeline.train
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationError, ValidationInfo, field_validator
@@ -20,6 +21,8 @@ class TrainerConfig(StageConfig):
 
     TRL: ClassVar[str] = ""
     """TRL's config of the stage, whose fields `trainer` may hold; checked here where it is named, else by the stage."""
+    IGNORED: ClassVar[Mapping[str, str]] = {}
+    """Fields of TRL's config that the stage's losses would ignore, with what to do instead."""
 
     learning_rate: float = field(2e-5, "peak rate", gt=0)
     per_device_train_batch_size: int = field(8, "rows a micro-step; several processes share them", unit="rows", gt=0)
@@ -57,6 +60,7 @@ class TrainerConfig(StageConfig):
         """Each wrong key is an error of its own, at its own line of the recipe."""
         known = config_fields(cls.TRL) if options and cls.TRL else frozenset()
         problems = {key: problem_with(key, known, cls.model_fields) for key in options} if cls.TRL else {}
+        problems |= {key: f"the loss would ignore it: {cls.IGNORED[key]}" for key in options if key in cls.IGNORED}
         if "optim" in options and info.data.get("optimizer") == "muon":
             problems["optim"] = "says nothing beside optimizer: muon"
         errors = [

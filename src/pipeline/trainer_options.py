@@ -74,6 +74,7 @@ NOT_TAKEN = {
     "pad_token": "masks come from lengths, whatever the pad token is",
     "disable_dropout": "dropout is off; that of adapters is peft.lora_dropout",
     "precompute_ref_log_probs": "the reference's log-probs are always computed before training",
+    "precompute_ref_batch_size": "the reference reads the very batches that are trained on",
 }
 """Field of TRL's config -> why it cannot be set."""
 

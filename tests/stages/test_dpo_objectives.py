@@ -484,11 +484,21 @@ def test_rows_without_another_prompt_are_no_part_of_the_kl(
         ({"label_smoothing": 0.1, "loss_type": ["sigmoid", "robust"]}, "not for both"),
         ({"margin_weight": 1.0, "loss_type": "ipo"}, "margin_weight is of the losses sigmoid"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": (1.0,)}, "1 loss_weights for 2 losses"),
+        ({"eval_steps": 5, "held_out": 0.0}, "eval_steps measures held-out rows, and held_out: 0 keeps none"),
+        ({"trainer": {"discopop_tau": 0.1}}, "trainer.discopop_tau is of loss_type discopop"),
+        ({"trainer": {"discopop_tau": 0.1}, "objective": "kto"}, "trainer.discopop_tau is of loss_type discopop"),
+        ({"trainer": {"precompute_ref_batch_size": 2}}, "the reference reads the very batches that are trained on"),
+        ({"trainer": {"label_smoothing_factor": 0.1}}, "ignore it: the stage's field is `label_smoothing`"),
     ],
 )
 def test_fields_that_would_not_count_are_refused(config: Config, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         config(**fields)
+
+
+def test_fields_beside_what_reads_them_are_taken(config: Config) -> None:
+    assert config(trainer={"discopop_tau": 0.1}, loss_type=["sigmoid", "discopop"]).trainer == {"discopop_tau": 0.1}
+    assert config(eval_steps=5).eval_steps == 5
 
 
 def test_what_an_objective_sets_can_be_set(config: Config) -> None:
@@ -513,6 +523,8 @@ def test_ties_and_options_that_a_loss_cannot_take_are_refused(
         dpo.run(config(**ties, loss_type=["sigmoid", "robust"], held_out=0.0), {"init": init}, out, here)
     with pytest.raises(ConfigError, match="`ld_alpha` is of TRL's own losses"):
         dpo.run(config(**ties, trainer={"ld_alpha": 0.5}), {"init": init}, out, here)
+    with pytest.raises(DataError, match="margin_weight multiplies a row's `margin`, and no row has one"):
+        dpo.run(config(margin_weight=0.5), {"init": init}, out, here)
     with pytest.raises(ConfigError, match="kto takes its KL from other rows of the step"):
         dpo.run(config(objective="kto", per_device_train_batch_size=1), {"init": init}, out, here)
     with pytest.raises(ConfigError, match="no train row in this source"):

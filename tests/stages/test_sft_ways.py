@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 
 from pipeline.artifacts import outside_model
 from pipeline.data.chat import stop_token_id
@@ -234,6 +235,13 @@ def test_a_teacher_of_other_tokens_is_refused(init: Any, tmp_path: Path, runtime
     with pytest.raises(MismatchError, match="has another tokenizer than") as caught:
         sft.run(config(), {"init": init, "teacher": outside_model(other)}, *runtime("other"))
     assert caught.value.where == "sft.teacher"
+
+
+@pytest.mark.parametrize("option", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
+def test_another_loss_beside_a_teacher_is_refused(config: Any, option: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=f"the loss is its own: no trainer.{next(iter(option))}"):
+        config(teacher="pretrain", trainer=option)
+    assert config(trainer=option).trainer == option
 
 
 def test_a_mixture_is_drawn_by_its_weights_and_said(
