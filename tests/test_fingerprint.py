@@ -1,5 +1,6 @@
 """What counts for a stage's fingerprint, what does not, and how a difference is told."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,38 @@ def test_data_and_parents_count_by_content(file: Path):
     assert parts(file, data={"data": ["d0"]}) == plain
     assert why(plain, parts(file, data={"data": ["d1"]})) == ["data: data"]
     assert why(plain, parts(file, data={"data": ["d0"]}, inputs={"init": ["f1"]})) == ["input: init"]
+
+
+class MeasureConfig(StageConfig):
+    models: tuple[str, ...] = field(..., "x")
+    baseline: str | None = field("sft", "x")
+
+
+def test_an_evaluation_counts_by_the_names_of_what_it_measures(file: Path):
+    """Its figures bear the names, and which models are seeds of one variant is in the names alone."""
+    stage = Stage(
+        type="./toy.py",
+        file=file,
+        config=MeasureConfig,
+        inputs={"models": "causal-lm", "baseline": "causal-lm"},
+        kind="evaluation",
+        result_version=1,
+        defaults={},
+        trains_on="",
+        run=lambda: {},
+    )
+
+    def values(*models: str, baseline: str | None = "sft", kind: str = "evaluation") -> dict[str, Any]:
+        config = MeasureConfig(models=models, baseline=baseline)
+        return stage_parts(replace(stage, kind=kind), config, {}, {"models": ["f", "g"]})["config"]
+
+    assert values("a", "b") == {"models": ["a", "b"]}
+    assert values("dpo@seed=0", "dpo@seed=1", baseline="base") == {
+        "models": ["dpo@seed=0", "dpo@seed=1"],
+        "baseline": "base",
+    }
+    assert values("/here/tiny", "run/sft", "hub:org/x", baseline=None) == {"models": ["tiny", "run/sft", "hub:org/x"]}
+    assert values("a", "b", baseline="base", kind="rows") == {}, "of other stages the parents count, not their names"
 
 
 def test_a_long_value_is_told_short(file: Path):

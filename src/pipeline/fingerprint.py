@@ -42,6 +42,8 @@ def stage_parts(
     """
     user_files: list[Path] = []
     values = _values(config, stage.inputs, user_files)
+    if stage.kind == "evaluation":
+        values = _names(config, stage.inputs) | values
     code = code_parts(stage, user_files)
     return {"config": values, "data": dict(data), "inputs": dict(inputs), "code": code}
 
@@ -76,6 +78,25 @@ def _values(config: BaseModel, roles: Collection[str], user_files: list[Path]) -
         elif value != info.default:
             values[name] = to_jsonable_python(value)
     return values
+
+
+def _names(config: BaseModel, roles: Collection[str]) -> dict[str, Any]:
+    """Role -> what its references are called: an evaluation's figures bear these names, and its means go by them.
+
+    Of a folder only its own name, since where things lie does not count.
+    """
+
+    def called(ref: str) -> str:
+        return Path(ref).name if ref.startswith("/") else ref
+
+    found: dict[str, Any] = {}
+    for role in (role for role in roles if "." not in role):
+        value = getattr(config, role)
+        if isinstance(value, tuple) and not is_section_list(value):
+            found[role] = [called(ref) for ref in value]
+        elif isinstance(value, str) and value != type(config).model_fields[role].default:
+            found[role] = called(value)
+    return found
 
 
 def _count(value: Any) -> int:
