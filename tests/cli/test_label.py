@@ -89,8 +89,18 @@ def test_a_file_of_other_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = tmp_path / "labels.jsonl"
     type_in(monkeypatch, "1")
     converse(ASKED[:1], path)
-    with pytest.raises(ConfigError, match="its 1 labels are of other pairs than these"):
+    with pytest.raises(ConfigError, match="1 of its 1 labels are of other pairs than these"):
         converse(ASKED[1:], path)
+
+
+def test_one_label_of_another_pair_is_refused_before_anything_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "labels.jsonl"
+    type_in(monkeypatch, "11")
+    converse(ASKED[:2], path)
+    type_in(monkeypatch, "1111")
+    with pytest.raises(ConfigError, match="1 of its 2 labels are of other pairs than these"):
+        converse(ASKED[1:], path)
+    assert len(labels_in(path)) == 2
 
 
 def test_nothing_steers_the_terminal():

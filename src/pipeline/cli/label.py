@@ -122,9 +122,10 @@ def converse(asked: Sequence[Asked], path: Path) -> dict[Any, Label]:
     """Show what is not in the file yet until all is labelled, `q`, Ctrl-C or the end of input. Returns all labels."""
     said = read_labels(path) if path.exists() else {}
     keys = [key_of(each.prompt, each.left, each.right) for each in asked]
-    if said and not said.keys() & set(keys):
+    strange = said.keys() - set(keys)
+    if strange:  # the stage that makes rows of them would refuse them, once all is labelled
         raise ConfigError(
-            f"its {len(said)} labels are of other pairs than these",
+            f"{len(strange)} of its {len(said)} labels are of other pairs than these",
             where=str(path),
             mend="--labels another.jsonl, or the --seed, --data and --pairs that they were made with",
         )
