@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts import Store
+from pipeline.artifacts import Store, outside_model
 from pipeline.cli.sample import is_recipe, run_of, sample_fields, short
 from pipeline.errors import ConfigError
 from tests.conftest import Warm
@@ -88,13 +88,38 @@ def test_what_is_refused(folder: Path, warm: Warm, arguments: tuple[str, ...], m
 
 def test_names():
     assert [run_of(each) for each in ("demo/sft", "./a/b", "/a", "hub:org/name")] == ["demo", *["answers"] * 3]
-    assert [short(each) for each in ("demo/dpo@2", "./a b/", "hub:org/name@v1", "./é")] == [
-        "dpo-2",
-        "a-b",
-        "name",
-        "model",
-    ]
+    references = ("demo/dpo@2", "./a b/", "./runs/a/model", "../runs/b/model/", "/model", "hub:org/name@v1", "./é")
+    names = ["dpo-2", "a-b", "a-model", "b-model", "model", "org-name", "model"]
+    assert [short(each) for each in references] == names
+    members = [short(f"demo/dpo@{'learning_rate=0.1' * 4}@seed={seed}") for seed in (0, 1)]
+    assert [len(each) for each in members] == [48, 48]
+    assert members[0] != members[1], "what differs in what is cut off is another name"
     assert [is_recipe(each) for each in ("demo", "a/b.yaml", "demo/sft", "./demo")] == [True, True, False, False]
+
+
+def test_another_model_does_not_replace_what_stands(folder: Path, warm: Warm):
+    """Under a name that was made up; one that was moved, or trained again where it lies, is the same model."""
+    made = folder / "artifacts" / "answers" / "Tiny-Chat-sample"
+    made.mkdir(parents=True)
+    own = str(folder / "Tiny Chat")
+    arguments = ("sample", "./Tiny Chat", "--data", "rows.jsonl", *SMALL, "--dry-run")
+
+    def stand(reference: str, fingerprint: str) -> None:
+        manifest: dict[str, Any] = {"schema_version": 1, "kind": "rows", "stage": "sample", "fingerprint": "f"}
+        manifest["inputs"] = {"init": [{"reference": reference, "fingerprint": fingerprint}]}
+        manifest["parts"] = {"config": {}, "data": {}, "inputs": {}, "code": {}}
+        (made / "manifest.json").write_text(json.dumps(manifest))
+
+    stand("/elsewhere/Tiny Chat", "another")
+    refused = warm(*arguments)
+    assert refused.code != 0
+    assert "answers/Tiny-Chat-sample is of another model, /elsewhere/Tiny Chat" in refused.stderr
+    assert "--run NAME" in refused.stderr
+    assert warm(*arguments, "--run", "other").code == 0
+    assert warm(*arguments, "--as", "Tiny-Chat-sample").code == 0, "a name that is given is meant"
+    for reference, fingerprint in ((own, "another"), ("/elsewhere/Tiny Chat", outside_model(Path(own)).fingerprint)):
+        stand(reference, fingerprint)
+        assert warm(*arguments).code == 0
 
 
 def test_rows_do_not_answer(tmp_path: Path):

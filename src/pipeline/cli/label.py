@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pipeline.artifacts import Store
 from pipeline.cli.run import run_graph
-from pipeline.cli.sample import Stages, run_of, sample_fields, short
+from pipeline.cli.sample import Stages, refuse_another_model, run_of, sample_fields, short
 from pipeline.cli.session import open_stages
 from pipeline.data.answers import Answers, pairs_of, read_answers
 from pipeline.data.labels import CHANCES, Label, append_label, key_of, mend_end, read_labels
@@ -71,6 +71,7 @@ def label_references(
     sources = [each if each in stages else str(_rows_in(store, ref)) for ref, each in _named(references, stages)]
     if stages:
         session = open_stages(stages, run=run, store=store, named=f"{run}/{name}", launch=launch)
+        refuse_another_model(session)
         run_graph(session, until=None, keep=[], force=False, dry_run=False, as_json=False, closes=False)
     files = [str(rows_of(store, run, each)) if each in stages else each for each in sources]
     groups = read_answers([DataEntry(source=file) for file in files])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ def sample_reference(
 ) -> None:
     """Let the model that `reference` names answer; `overrides` are fields of the stage (`keep=best`), `run_one` is how
     its stage is run. ConfigError where nothing says which prompts."""
+    made_up = name is None
     run, name = run or run_of(reference), name or f"{short(reference)}-sample"
     fields = sample_fields(reference, store, data) | ({"reward": reward} if reward else {})
     session = open_stages(
@@ -47,6 +49,8 @@ def sample_reference(
         overrides=[f"{name}.{each}" for each in overrides],
         launch=launch,
     )
+    if made_up:
+        refuse_another_model(session)
     run_one(session, name, None)
 
 
@@ -74,7 +78,31 @@ def run_of(reference: str) -> str:
     return OUTSIDE if reference.startswith((".", "/", "hub:")) else reference.partition("/")[0]
 
 
-def short(reference: str) -> str:
-    """The last part of a reference, as a part of a stage's name."""
-    last = Path((reference.partition("@")[0] if reference.startswith("hub:") else reference).rstrip("/")).name
-    return re.sub(r"[^A-Za-z0-9._-]", "-", last).strip("-._")[:48] or "model"
+def short(reference: str, longest: int = 48) -> str:
+    """A reference as a part of a stage's name: of `run/stage` the stage, from outside the folder or org around it too.
+
+    What is longer than `longest` is cut and ends in six digits of its hash.
+    """
+    outside = reference.startswith((".", "/", "hub:"))
+    written = reference.removeprefix("hub:").partition("@")[0] if reference.startswith("hub:") else reference
+    last = "-".join([part for part in Path(written).parts if part not in ("/", "..")][-2 if outside else -1 :])
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", last).strip("-._") or "model"
+    if len(name) <= longest:
+        return name
+    return f"{name[: longest - 7]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def refuse_another_model(session: Session) -> None:
+    """ConfigError where an artifact that would be replaced under a made-up name is of another model.
+
+    A model that was moved, or trained again where it lay, is the same one.
+    """
+    for node in session.recipe.nodes.values():
+        standing, refs = session.store.find(session.recipe.run, node.name), node.inputs.get("init")
+        if standing is None or not refs:
+            continue
+        for before in standing.manifest["inputs"].get("init", ()):
+            is_same = before["reference"] == refs[0]
+            if not is_same and before["fingerprint"] != session.store.resolve(refs[0]).fingerprint:
+                what = f"{standing.reference} is of another model, {before['reference']}"
+                raise ConfigError(what, where=refs[0], mend="--run NAME for a run of its own")
