@@ -97,6 +97,15 @@ def test_names():
     assert [is_recipe(each) for each in ("demo", "a/b.yaml", "demo/sft", "./demo")] == [True, True, False, False]
 
 
+def test_a_name_with_dots_takes_fields(folder: Path, warm: Warm):
+    (folder / "Tiny Chat").rename(folder / "Tiny-1.7B-v0.1")
+    done = warm("sample", "./Tiny-1.7B-v0.1", "--data", "rows.jsonl", *SMALL, "--dry-run")
+    assert done.stdout == "Tiny-1.7B-v0.1-sample would run: has not run\n", done.stderr
+    done = warm("sample", "./Tiny-1.7B-v0.1", "--data", "rows.jsonl", "--set", "keeps=best")
+    assert "unknown key `keeps`; did you mean `keep`" in done.stderr
+    assert "--set keeps=best" in done.stderr
+
+
 def test_another_model_does_not_replace_what_stands(folder: Path, warm: Warm):
     """Under a name that was made up; one that was moved, or trained again where it lies, is the same model."""
     made = folder / "artifacts" / "answers" / "Tiny-Chat-sample"

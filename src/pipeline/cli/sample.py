@@ -46,7 +46,7 @@ def sample_reference(
         run=run,
         store=store,
         named=f"{run}/{name}",
-        overrides=[f"{name}.{each}" for each in overrides],
+        overrides={name: overrides},
         launch=launch,
     )
     if made_up:

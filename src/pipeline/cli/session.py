@@ -12,7 +12,7 @@ from pipeline.artifacts import Store
 from pipeline.cli.stages import find_recipe, load_stage
 from pipeline.graph import Recipe, build
 from pipeline.launch import Launch
-from pipeline.reading import Document, lay_over, read_recipe
+from pipeline.reading import Document, assign_to, read_recipe
 from pipeline.unroll import unroll
 
 
@@ -62,11 +62,16 @@ def open_stages(
     run: str,
     store: Store,
     named: str,
-    overrides: Sequence[str] = (),
+    overrides: Mapping[str, Sequence[str]] | None = None,
     launch: Launch | None = None,
 ) -> Session:
-    """Stages that a command makes up, as a recipe that no file holds; paths start at the current folder."""
+    """Stages that a command makes up, as a recipe that no file holds; paths start at the current folder.
+
+    `overrides`: stage -> `field=value` of `--set`.
+    """
     values: dict[str, Any] = {"run": run, "stages": {name: dict(fields) for name, fields in stages.items()}}
     document = Document("the command line", Path.cwd(), values)
-    lay_over(document, overrides)
+    for name, own in (overrides or {}).items():
+        for each in own:
+            assign_to(document, ("stages", name), each, f"--set {each}")
     return Session(build(document, load_stage, store), document, store, launch or Launch(), named)
