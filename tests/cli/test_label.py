@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import pty
@@ -15,10 +16,12 @@ import pytest
 
 from pipeline.artifacts import Store
 from pipeline.cli import label as module
-from pipeline.cli.label import Asked, converse, label_references, plain
+from pipeline.cli.label import Asked, converse, label_name, label_references, plain
+from pipeline.cli.sample import short
 from pipeline.data.labels import mend_end, read_labels
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.launch import Launch
+from pipeline.recipe import NAME
 from tests.stages.conftest import demonstration, make_model
 
 ASKED = [Asked([{"role": "user", "content": f"p{n}"}], f"left {n}", f"right {n}") for n in range(5)]
@@ -155,6 +158,25 @@ def label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
         return tmp_path / "artifacts" / "people"
 
     return run
+
+
+def test_names_are_short_enough():
+    members = [f"demo/dpo@learning_rate=1e-05@loss_type=sigmoid@seed={seed}" for seed in (0, 1, 2)]
+    names = [label_name(pair) for pair in itertools.pairwise(members)]
+    assert all(NAME.fullmatch(name) for name in names)
+    assert names[0] != names[1]
+    assert label_name(["demo/sft", "demo/dpo"]) == "sft-dpo-label"
+    assert label_name(["a" * 58]) == f"{short('a' * 58)}-label"
+
+
+@pytest.mark.parametrize(("option", "run", "name"), [("--as", "people", "x" * 65), ("--run", "a/b", None)])
+def test_a_bad_name_is_refused_before_anything_runs(tmp_path: Path, option: str, run: str, name: str | None):
+    with pytest.raises(ConfigError, match="is no name") as caught:
+        label_references(
+            ["./nothing"], Store(tmp_path), data=[], fields={}, pairs="one", seed=0,
+            labels=None, run=run, name=name, launch=Launch(quiet=True), as_json=False,
+        )  # fmt: skip
+    assert caught.value.where == option
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from pipeline.data.labels import CHANCES, Label, append_label, key_of, mend_end,
 from pipeline.data.messages import Message
 from pipeline.errors import ConfigError
 from pipeline.launch import Launch
-from pipeline.recipe import DataEntry
+from pipeline.recipe import NAME, DataEntry
 from pipeline.roles import ROWS, rows_of
 
 LEFT, RIGHT = "\x1b[D", "\x1b[C"  # arrows, as terminals send them
@@ -66,7 +66,11 @@ def label_references(
 
     `fields` are the sample stage's for models. ConfigError where there is nothing to compare.
     """
-    run, name = run or run_of(references[0]), name or f"{'-'.join(map(short, references))}-label"
+    run, name = run or run_of(references[0]), name or label_name(references)
+    for option, given in (("--as", name), ("--run", run)):
+        if not NAME.fullmatch(given):
+            what = f"{given!r} is no name: letters, digits, '.', '_' and '-', at most 64, a letter or digit first"
+            raise ConfigError(what, where=option, mend=f"{option} and such a name")
     stages = _sampling(references, store, data, dict(fields), seed)
     sources = [each if each in stages else str(_rows_in(store, ref)) for ref, each in _named(references, stages)]
     if stages:
@@ -85,6 +89,12 @@ def label_references(
     stages[name] = {"stage": "label", "data": sources, "labels": str(path), "pairs": pairs, "seed": seed, "init": None}
     session = open_stages(stages, run=run, store=store, named=f"{run}/{name}", launch=Launch(1, quiet=launch.quiet))
     run_graph(session, until=None, keep=[], force=False, dry_run=False, as_json=as_json)
+
+
+def label_name(references: Sequence[str]) -> str:
+    """The artifact's name unless one is given: what is compared, each part cut where it would be too long."""
+    whole = f"{'-'.join(map(short, references))}-label"
+    return whole if len(whole) <= 64 else f"{'-'.join(short(each, 28) for each in references)}-label"
 
 
 def _sampling(
