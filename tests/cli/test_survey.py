@@ -80,6 +80,43 @@ def test_stages_that_read_rows_otherwise(stage: str, answers: list[str], recipe:
     assert list(json.loads(shown.stdout)["tokens"]["figures"]) == ["prompt", *answers, "row"]
 
 
+def test_a_member_and_a_round_are_looked_at_by_their_names(recipe: Path, warm: Any) -> None:
+    text = recipe.read_text().replace("max_length: 40, ", "matrix: {max_length: [40, 50]}, ")
+    block = "  repeat: {times: 2, stages: {dpo: {init: pretrain, data: pairs.jsonl}}}\n"
+    text = text.replace("  dpo: {init: sft, data: pairs.jsonl}\n", block).replace(
+        "[sft]", "[sft@max_length=40], baseline: null"
+    )
+    recipe.write_text("".join(line for line in text.splitlines(keepends=True) if "ppo:" not in line))
+    for named, stage in (("sft@max_length=50", "sft@max_length=50"), ("dpo", "dpo@2"), ("dpo@1", "dpo@1")):
+        shown = warm("preview", recipe, named, "--stats", "--json")
+        assert shown.code == 0, shown.stderr
+        assert json.loads(shown.stdout)["stage"] == stage
+    refused = warm("preview", recipe, "sft", "--stats")
+    assert "`sft` is 2 stages: sft@max_length=40, sft@max_length=50" in refused.stderr
+
+
+def test_a_reward_bench_counts_whole_and_with_its_rejected_answers(recipe: Path, warm: Any) -> None:
+    """eval measures all its rows, whatever `held_out` says of others."""
+    bench = [
+        {"prompt": f"{'x' * n}", "chosen": "mi", "rejected": RUN if n == 3 else "ru", "subset": "donotanswer"}
+        for n in range(1, 7)
+    ]
+    assert any(share(each["prompt"]) > 0.05 for each in bench)
+    path = recipe.with_name("bench.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in bench))
+    recipe.write_text(
+        recipe.read_text()
+        .replace("reward: null, data: test.jsonl", "reward: null, reward_bench: bench.jsonl, data: null")
+        .replace("held_out: 0.999", "held_out: 0.05")
+    )
+    shown = warm("preview", recipe, "sft", "--stats", "--json")
+    assert shown.code == 0, shown.stderr
+    found = {each["with"]: each for each in json.loads(shown.stdout)["overlaps"]}["eval.reward_bench"]
+    assert found["rows"] == 6
+    (like,) = found["shared runs"]["examples"]
+    assert like == {"row": f"{path}:3", "like": f"{recipe.parent}/rows.jsonl:22"}
+
+
 @pytest.mark.parametrize("stage", ["tokenize", "eval", "pretrain"])
 def test_what_has_no_rows_is_refused(stage: str, recipe: Path, warm: Any) -> None:
     refused = warm("preview", recipe, stage, "--stats")

@@ -21,12 +21,7 @@ if TYPE_CHECKING:
 
 def show_rows(session: Session, name: str, *, rows: int, ids: bool, as_json: bool) -> None:
     """The first `rows` rows of the stage `name`. Raises MissingInputError while no tokenizer of it stands."""
-    nodes = session.recipe.nodes
-    found = session.recipe.select(name)
-    if len(found) != 1:
-        what = f"`{name}` is {len(found)} stages: {', '.join(found)}" if found else f"no stage `{name}`"
-        raise ConfigError(f"{what}{'' if found else meant(name, nodes)}", where=session.recipe.name)
-    node = nodes[found[0]]
+    node = node_of(session, name)
     if node.stage.preview is None:
         raise ConfigError(f"{node.stage.type} has no rows to show", where=f"{session.recipe.name}: {name}")
     inputs = inputs_of(session, node)
@@ -43,11 +38,12 @@ def show_rows(session: Session, name: str, *, rows: int, ids: bool, as_json: boo
 
 
 def node_of(session: Session, name: str) -> Node:
-    """The stage by its name in the recipe."""
-    nodes = session.recipe.nodes
-    if name not in nodes:
-        raise ConfigError(f"no stage `{name}`{meant(name, nodes)}", where=session.recipe.name)
-    return nodes[name]
+    """The one stage that a user means by `name`; ConfigError for none and for several."""
+    nodes, found = session.recipe.nodes, session.recipe.select(name)
+    if len(found) != 1:
+        what = f"`{name}` is {len(found)} stages: {', '.join(found)}" if found else f"no stage `{name}`"
+        raise ConfigError(f"{what}{'' if found else meant(name, nodes)}", where=session.recipe.name)
+    return nodes[found[0]]
 
 
 def inputs_of(session: Session, node: Node) -> dict[str, Artifact | None]:

@@ -42,6 +42,7 @@ def show_survey(session: Session, name: str, *, as_json: bool) -> None:
 def survey(session: Session, name: str) -> dict[str, Any]:
     """All of it as one object: sources, conversations, tokens, repeats, overlaps."""
     node = node_of(session, name)
+    name = node.name
     config = node.config.model_dump()
     data: tuple[DataEntry, ...] | None = dict(node.config).get("data")
     if not data or not is_data(node.stage.config, "data") or node.stage.kind in ("tokens", "evaluation"):
@@ -77,7 +78,10 @@ def survey(session: Session, name: str) -> dict[str, Any]:
 
 
 def _measured_on(session: Session, own: Others) -> list[Others]:
-    """The rows that the stage holds out itself, and those of every eval in the recipe; the same rows once."""
+    """The rows that the stage holds out itself, and those of every eval in the recipe; the same rows once.
+
+    `reward_bench` is measured whole, whatever share of other rows is held out.
+    """
     from pipeline.data.survey import Others, read_source
 
     named: dict[str, list[Placed]] = {own.name: list(own.rows)}
@@ -86,9 +90,12 @@ def _measured_on(session: Session, own: Others) -> list[Others]:
             config = dict(node.config)
             share = config.get("held_out") or 0.0
             for field in (each for each in config if is_data(node.stage.config, each)):
-                purpose = "preferences" if field == "preferences" else "prompts"
+                purpose = "preferences" if field in ("preferences", "reward_bench") else "prompts"
                 read = [read_source(entry, purpose, share) for entry in config[field] or ()]
-                named[f"{node.name}.{field}"] = [row for source in read for row in source.held_out]
+                rows = [row for source in read for row in source.held_out]
+                if field == "reward_bench":
+                    rows += [row for source in read for row in source.train]
+                named[f"{node.name}.{field}"] = rows
     found: dict[tuple[str, ...], Others] = {}
     for name, rows in named.items():
         places = tuple(row.where for row in rows)
