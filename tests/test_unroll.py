@@ -166,6 +166,16 @@ def test_a_matrix_where_a_list_is_taken_is_all_of_it(folder: Path):
     assert config.models[1:] == (MEMBERS[2], MEMBERS[3], MEMBERS[0], MEMBERS[1])
 
 
+def test_two_names_of_one_stage_are_one_in_a_list(folder: Path):
+    assert recipe(folder, ROUNDS, "repeat.times=1").nodes["eval"].inputs["models"] == ("sft", "dpo@1")
+    text = f"{TOP}  repeat: {{times: 1, stages: {{rm: {{stage: reward, init: sft, data: rows.jsonl}}}}}}\n"
+    text += "  other: {stage: reward, init: sft, data: rows.jsonl}\n"
+    text += "  ppo: {reward: [{models: [rm@1, rm, other, rm]}]}\n"
+    node: Any = recipe(folder, text).nodes["ppo"]
+    assert node.inputs["reward.models"] == ("rm@1", "other")
+    assert node.config.reward[0].models == ("rm@1", "other"), "an ensemble counts each member once"
+
+
 def test_a_matrix_where_one_model_is_taken_is_refused_and_named(folder: Path):
     text = MATRIX + "  after: {stage: dpo, init: dpo@beta=0.05, data: rows.jsonl}\n"
     error = refused(folder, text)

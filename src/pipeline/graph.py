@@ -170,9 +170,11 @@ def _node(
             if origins[role] == "default":
                 refs = _present(document, name, role, refs, stages, stage)
             resolved = tuple(
-                found
-                for i, ref in enumerate(refs)
-                for found in _references(document, (*key, role, i), ref, kind, stages, store, is_list[role])
+                dict.fromkeys(  # two names of one stage (`dpo@1` and, after one round, `dpo`) take it once
+                    found
+                    for i, ref in enumerate(refs)
+                    for found in _references(document, (*key, role, i), ref, kind, stages, store, is_list[role])
+                )
             )
             inputs[role] = tuple(ref for ref in resolved if not USER_CODE.fullmatch(ref))
             updates[role] = resolved if is_list[role] else (resolved[0] if resolved else None)
@@ -191,10 +193,12 @@ def _spread(document: Document, key: Key, stage: Stage, values: dict[str, Any]) 
             refs = section.get(inner) if isinstance(section, dict) else None
             if isinstance(refs, list) and all(isinstance(ref, str) for ref in refs):
                 at = (*key, outer, i, inner)
-                found = [(each, (*at, j)) for j, ref in enumerate(refs) for each in meaning(document, str(key[1]), ref)]
-                places = [document.place(*place) for _, place in found]
-                document.places |= {(*at, j): place for j, place in enumerate(places)}
-                section[inner] = [each for each, _ in found]
+                found: dict[str, str] = {}  # each once, at the place of its first name
+                for j, ref in enumerate(refs):
+                    for each in meaning(document, str(key[1]), ref):
+                        found.setdefault(each, document.place(*at, j))
+                document.places |= {(*at, j): place for j, place in enumerate(found.values())}
+                section[inner] = list(found)
     return values
 
 
