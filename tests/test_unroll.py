@@ -437,8 +437,13 @@ def test_a_missing_file_of_a_carry_is_refused(folder: Path):
 
 def test_a_carry_of_set_starts_at_the_current_folder(folder: Path):
     (folder / "elsewhere" / "mine.jsonl").write_text("{}\n")
-    config: Any = recipe(folder, ROUNDS, "repeat.carry.seen.first=./mine.jsonl").nodes["dpo@1"].config
-    assert config.data[1].source == str(folder / "elsewhere" / "mine.jsonl")
+    for written in ("./mine.jsonl", "mine.jsonl", "min*.jsonl"):
+        nodes: dict[str, Any] = dict(recipe(folder, ROUNDS, f"repeat.carry.seen.first={written}").nodes)
+        assert nodes["dpo@1"].config.data[1].source == str(folder / "elsewhere" / Path(written).name)
+        assert nodes["dpo@2"].config.data[1].source.endswith("label@1/rows.jsonl")
+    error = refused(folder, ROUNDS, "repeat.carry.seen.first=rows.jsonl", kind=MissingInputError)
+    assert error.what == f"no file or folder {folder / 'elsewhere' / 'rows.jsonl'}"
+    assert error.where == "--set repeat.carry.seen.first=rows.jsonl"
 
 
 def test_set_reaches_a_round_or_all(folder: Path):

@@ -20,7 +20,7 @@ from pipeline.reading import Document, Key
 from pipeline.recipe import USER_CODE, DataEntry, is_data, is_section_list
 from pipeline.trainer_config import TrainerConfig
 from pipeline.trainer_options import with_files_read
-from pipeline.unroll import meaning
+from pipeline.unroll import carry_key, meaning
 
 
 def written_by(config: BaseModel, rows: Mapping[str, str]) -> dict[str, str]:
@@ -79,15 +79,19 @@ def _entries(document: Document, key: Key, entry: DataEntry, rows: Mapping[str, 
     found = meaning(document, str(key[1]), entry.source)
     is_rows = all(source in rows for source in found)
     is_outside = found[0] not in document.values["stages"]  # what `carry` names, or a path as it was written
+    at: Key = (*key, "source")
+    carried = carry_key(document.scopes[str(key[1])], entry.source) if str(key[1]) in document.scopes else at
+    at = carried if document.is_set(*carried) else at
     for source in found if is_rows or is_outside else (entry.source,):
-        yield _entry(document, key, entry.model_copy(update={"source": source}), rows)
+        yield _entry(document, at, entry.model_copy(update={"source": source}), rows)
 
 
-def _entry(document: Document, key: Key, entry: DataEntry, rows: Mapping[str, str]) -> DataEntry:
+def _entry(document: Document, at: Key, entry: DataEntry, rows: Mapping[str, str]) -> DataEntry:
+    """The entry with an absolute path; `at` is the key of what names its source."""
     if entry.source in BUILT_IN or entry.source.startswith(HUB):
         return entry
-    where = document.place(*key, "source")
-    base = Path.cwd() if document.is_set(*key, "source") else document.base
+    where = document.place(*at)
+    base = Path.cwd() if document.is_set(*at) else document.base
     path = str((base / Path(entry.source).expanduser()).absolute())
     if entry.source in rows:
         if Path(path).exists():

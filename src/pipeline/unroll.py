@@ -100,6 +100,8 @@ def _unroll_block(document: Document, made: Document, key: Key, block: Repeat) -
         raise RecipeError("`repeat.stages` is empty", where=document.place(*key, "stages"))
     _check_names(document, block.stages, (*key, "stages"))
     _check_block(document, made, key, block)
+    for stage, name in itertools.product(block.stages, block.carry):
+        made.places[carry_key(Scope(stage, 1, {}, {}), name)] = document.place(*key, "carry", name, "first")
     first = {name: _first(document, (*key, "carry", name), carry) for name, carry in block.carry.items()}
     chains = _chains(document, key, block)
     for turn, chain in itertools.product(range(1, block.times + 1), chains):
@@ -150,6 +152,11 @@ def _check_block(document: Document, made: Document, key: Key, block: Repeat) ->
         if carry.first in block.stages or carry.first in block.carry:
             what = f"`carry.{name}.first`: `{carry.first}` is of the block, which has not run before the first round"
             raise RecipeError(what, where=document.place(*where, "first"), mend="name something outside the block")
+
+
+def carry_key(scope: Scope, name: str) -> Key:
+    """Under which the unrolled recipe keeps the place of what the carry `name` means in a stage: of its first round."""
+    return ("carry", scope.base, scope.turn or 0, name)
 
 
 def _first(document: Document, key: Key, carry: Carry) -> str:
