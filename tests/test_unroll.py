@@ -257,6 +257,27 @@ def test_a_matrix_that_reaches_into_what_is_no_mapping(folder: Path):
     assert refused(folder, text).what == "`matrix.peft.r`: `peft` holds no fields"
 
 
+def test_set_reaches_a_field_of_a_matrix(folder: Path):
+    text = f"{TOP}  dpo: {{matrix: {{peft.r: [8, 16], data: {{own: rows.jsonl}}}}, init: sft}}\n"
+
+    def ranks(*overrides: str) -> list[int]:
+        nodes: dict[str, Any] = dict(recipe(folder, text, *overrides).nodes)
+        return [node.config.peft.r for name, node in nodes.items() if name.startswith("dpo")]
+
+    assert ranks() == [8, 16]
+    assert ranks("dpo.matrix.peft.r=[32]") == [32]
+    assert ranks("dpo.matrix.peft.r.0=32") == [32, 16]
+    assert ranks("dpo.matrix.peft.lora_alpha=[1, 2]") == [8, 16, 8, 16]
+    assert "dpo@data=own@peft.r=8@seed=3" in recipe(folder, text, "dpo.matrix.seed=[3]").nodes
+    assert "dpo@data=more@peft.r=8" in recipe(folder, text, f"dpo.matrix.data.more={folder / 'more.jsonl'}").nodes
+    nodes = recipe(folder, CHAINS, "repeat.matrix.dpo.beta=[0.7]", "repeat.stages.dpo.matrix.peft.r=[4]").nodes
+    member: Any = nodes["dpo@1@dpo.beta=0.7@peft.r=4@seed=1"]
+    assert (member.config.beta, member.config.peft.r) == (0.7, 4)
+    error = refused(folder, text, "dpo.matrix.peft.r=3")
+    assert error.what == "`matrix.peft.r` is neither a list of values nor a mapping of names to values"
+    assert error.where == "--set dpo.matrix.peft.r=3"
+
+
 def test_set_reaches_all_or_one(folder: Path):
     def betas(*overrides: str) -> dict[str, tuple[Any, ...]]:
         nodes: dict[str, Any] = dict(recipe(folder, MATRIX, *overrides).nodes)

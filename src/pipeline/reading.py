@@ -166,7 +166,7 @@ def assign_to(document: Document, under: Key, assignment: str, where: str) -> No
     keys: Key = tuple(int(part) if part.isdigit() else part for part in path.strip().split("."))
     if not equals or not all(str(part) for part in keys):
         raise RecipeError("write it as stage.field=value", where=where)
-    keys = (*under, *keys)
+    keys = _below_matrix(document, (*under, *keys))
     node: Any = document.values
     for depth, part in enumerate(keys[:-1]):
         if isinstance(node, dict) and node.get(str(part)) is None and (str(part) in node or depth > 1):
@@ -187,6 +187,31 @@ def assign_to(document: Document, under: Key, assignment: str, where: str) -> No
     for old in [key for key in document.places if key[: len(keys)] == keys]:
         del document.places[old]
     document.places[keys] = where
+
+
+MATRIX_KEY = re.compile(r"stages\.((repeat(\.\d+)?\.stages\.)?[^.]+|repeat\.\d+)\.matrix\.")
+
+
+def _below_matrix(document: Document, keys: Key) -> Key:
+    """`keys` with what follows the `matrix` of a stage or block joined: its fields have dots (`{peft.r: [8, 16]}`).
+
+    What leads into the values of a field that is there (`matrix.peft.r.0`) goes on behind it.
+    """
+    found = MATRIX_KEY.match(".".join(map(str, keys)))
+    if found is None:
+        return keys
+    at = found[0].count(".")
+    matrix: Any = document.values
+    for part in keys[:at]:
+        if isinstance(matrix, list) and isinstance(part, int) and part < len(matrix):
+            matrix = matrix[part]
+        else:
+            matrix = matrix.get(str(part)) if isinstance(matrix, dict) else None
+    rest = keys[at:]
+    written = matrix if isinstance(matrix, dict) else {}
+    ends = [end for end in range(len(rest), 0, -1) if ".".join(map(str, rest[:end])) in written]
+    end = ends[0] if ends else len(rest)
+    return (*keys[:at], ".".join(map(str, rest[:end])), *rest[end:])
 
 
 def meant(name: str, known: Iterable[str]) -> str:
