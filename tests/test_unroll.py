@@ -226,6 +226,7 @@ def test_a_matrix_of_rows_is_data_of_all(folder: Path):
         ("seed: [0, 1]", "lr: {a b: 1}", 8, "`matrix.lr`: '1' can't stand in a stage's name"),
         ("seed: [0, 1]", "loss_type: [[ipo]]", 8, "`matrix.loss_type`: \"['ipo']\" can't stand in a stage's name"),
         ("seed: [0, 1]", f"lr: [{'x' * 200}]", 7, "is too long a name"),
+        ("seed: [0, 1]", "mixture.web/old: [0.5]", 8, "`matrix.mixture.web/old`: 'mixture.web/old' can't stand in a"),
         ("init: sft", "init: sft\n    peft: 3", 11, "`peft`: "),
         ("  dpo:", "  dpo@1:", 6, "'dpo@1' is no name: `@` stands in the names that"),
         ("  dpo:", "  d/o:\n    stage: dpo", 6, "'d/o' is no name: letters"),
@@ -243,6 +244,16 @@ def test_a_matrix_that_cannot_be_is_refused_at_its_line(folder: Path, old: str, 
     error = refused(folder, text)
     assert what in error.what
     assert line(error) == at
+
+
+def test_a_field_that_has_no_name_is_mended_by_a_name(folder: Path):
+    text = f"{TOP}  more: {{stage: pretrain, matrix: {{mixture.web/old: [0.5, 0.7]}}}}\n"
+    error = refused(folder, text)
+    assert (line(error), error.mend) == (6, "matrix: {mixture: {one: {web/old: …}, other: …}}")
+    named = text.replace("mixture.web/old: [0.5, 0.7]", "mixture: {one: {text.txt: 1.0}}")
+    assert "more@mixture=one" in recipe(folder, named).nodes
+    block = ROUNDS.replace("    times: 3\n", "    times: 1\n    matrix: {dpo.a/b: [1]}\n")
+    assert line(refused(folder, block)) == 8
 
 
 @pytest.mark.parametrize("matrix", ["3", "[1]", "{}", "null"])

@@ -24,7 +24,7 @@ from typing import Any
 
 from pipeline.errors import RecipeError
 from pipeline.reading import Document, Key, Scope, assign_to, meant, validate
-from pipeline.recipe import LONGEST_NAME, Section, field
+from pipeline.recipe import LONGEST_NAME, NAME, STAGE_NAME, Section, field
 
 REPEAT, MATRIX, SEED = "repeat", "matrix", "seed"
 SEEDS_A_ROUND = 1000
@@ -190,6 +190,12 @@ def _unroll_stage(
             what = f"{name!r} is too long a name ({len(name)} characters, at most {LONGEST_NAME})"
             mend = "short names for the values: matrix: {data: {short: …, long: …}}"
             raise RecipeError(what, where=document.place(*key, MATRIX), mend=mend)
+        if NAME.fullmatch(base) and not STAGE_NAME.fullmatch(name):  # a bad base is refused with the whole recipe
+            path = next(path for path in labels if not STAGE_NAME.fullmatch(f"{base}@{path}=1"))
+            what = f"`matrix.{path}`: {path!r} can't stand in a stage's name"
+            outer, dot, inner = path.partition(".")
+            mend = f"matrix: {{{outer}: {{one: {{{inner}: …}}, other: …}}}}" if dot else ""
+            raise RecipeError(what, where=document.place(*given[path][2]), mend=mend)
         made.values["stages"][name] = own = copy.deepcopy(written)
         _copy_places(document, made, key, ("stages", name))
         if name == base:
