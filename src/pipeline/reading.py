@@ -82,7 +82,7 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Document:
         raise RecipeError("a recipe is a mapping with the key `stages`", where=f"{document.name}:1")
     document.values = _plain(tree, (), document)
     document.places.setdefault((), f"{document.name}:1")
-    for assignment in _from_environment():
+    for assignment in from_environment():
         _assign(document, assignment, f"LLMPIPE_SET {assignment}")
     lay_over(document, overrides)
     return document
@@ -94,7 +94,8 @@ def lay_over(document: Document, overrides: Iterable[str]) -> None:
         _assign(document, assignment, f"--set {assignment}")
 
 
-def _from_environment() -> list[str]:
+def from_environment() -> list[str]:
+    """The words of `LLMPIPE_SET`, each an assignment. RecipeError where it can't be cut into words."""
     text = os.environ.get("LLMPIPE_SET", "")
     try:
         return shlex.split(text)

@@ -106,6 +106,27 @@ def test_a_name_with_dots_takes_fields(folder: Path, warm: Warm):
     assert "--set keeps=best" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["sample", "label"])
+def test_the_environment_sets_fields_too(folder: Path, warm: Warm, command: str):
+    """As with a recipe, before `--set`; where it leads nowhere it is named."""
+    arguments = (command, "./Tiny Chat", "--data", "rows.jsonl")
+    bad = warm(*arguments, env={"LLMPIPE_SET": "keeps=best"})
+    assert "unknown key `keeps`" in bad.stderr
+    assert "LLMPIPE_SET keeps=best" in bad.stderr
+    both = warm(*arguments, "--set", "top_p=3", env={"LLMPIPE_SET": "top_p=2"})
+    assert "--set top_p=3: `top_p`" in both.stderr, both.stderr
+
+
+def test_answers_that_are_there_take_no_fields(folder: Path, warm: Warm):
+    made = folder / "artifacts" / "run" / "rows"
+    made.mkdir(parents=True)
+    manifest: dict[str, Any] = {"schema_version": 1, "kind": "rows", "fingerprint": "f"}
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    done = warm("label", "run/rows", "--set", "top_p=0.5")
+    assert done.code == 2
+    assert "--set top_p=0.5: it is of the answers, and these are there already" in done.stderr
+
+
 def test_another_model_does_not_replace_what_stands(folder: Path, warm: Warm):
     """Under a name that was made up; one that was moved, or trained again where it lies, is the same model."""
     made = folder / "artifacts" / "answers" / "Tiny-Chat-sample"

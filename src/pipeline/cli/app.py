@@ -210,6 +210,7 @@ def label(
         labels=labels,
         run=run,
         name=as_,
+        overrides=set_ or [],
         launch=launch,
         as_json=json,
     )

@@ -59,12 +59,14 @@ def label_references(
     labels: Path | None,
     run: str | None,
     name: str | None,
+    overrides: Sequence[str] = (),
     launch: Launch,
     as_json: bool,
 ) -> None:
     """Show the pairs that are not labelled yet, one after another; then make rows of all labels.
 
-    `fields` are the sample stage's for models. ConfigError where there is nothing to compare.
+    `fields` are the sample stage's for models, as `overrides` and `LLMPIPE_SET` are. ConfigError where there
+    is nothing to compare, or nothing that takes the overrides.
     """
     run, name = run or run_of(references[0]), name or label_name(references)
     for option, given in (("--as", name), ("--run", run)):
@@ -73,8 +75,12 @@ def label_references(
             raise ConfigError(what, where=option, mend=f"{option} and such a name")
     stages = _sampling(references, store, data, dict(fields), seed)
     sources = [each if each in stages else str(_rows_in(store, ref)) for ref, each in _named(references, stages)]
+    sampled = dict.fromkeys(stages, overrides)
+    if overrides and not sampled:
+        mend = "leave it out; the fields of label are set in a recipe"
+        raise ConfigError("it is of the answers, and these are there already", where=f"--set {overrides[0]}", mend=mend)
     if stages:
-        session = open_stages(stages, run=run, store=store, named=f"{run}/{name}", launch=launch)
+        session = open_stages(stages, run=run, store=store, named=f"{run}/{name}", overrides=sampled, launch=launch)
         refuse_another_model(session)
         run_graph(session, until=None, keep=[], force=False, dry_run=False, as_json=False, closes=False)
     files = [str(rows_of(store, run, each)) if each in stages else each for each in sources]
@@ -87,7 +93,9 @@ def label_references(
         say("nothing is labelled yet: no artifact")
         return
     stages[name] = {"stage": "label", "data": sources, "labels": str(path), "pairs": pairs, "seed": seed, "init": None}
-    session = open_stages(stages, run=run, store=store, named=f"{run}/{name}", launch=Launch(1, quiet=launch.quiet))
+    session = open_stages(
+        stages, run=run, store=store, named=f"{run}/{name}", overrides=sampled, launch=Launch(1, quiet=launch.quiet)
+    )
     run_graph(session, until=None, keep=[], force=False, dry_run=False, as_json=as_json)
 
 

@@ -12,7 +12,7 @@ from pipeline.artifacts import Store
 from pipeline.cli.stages import find_recipe, load_stage
 from pipeline.graph import Recipe, build
 from pipeline.launch import Launch
-from pipeline.reading import Document, assign_to, read_recipe
+from pipeline.reading import Document, assign_to, from_environment, read_recipe
 from pipeline.unroll import unroll
 
 
@@ -67,11 +67,14 @@ def open_stages(
 ) -> Session:
     """Stages that a command makes up, as a recipe that no file holds; paths start at the current folder.
 
-    `overrides`: stage -> `field=value` of `--set`.
+    `overrides`: stage -> `field=value` of `--set`; those of `LLMPIPE_SET` are laid over the same stages before them.
     """
     values: dict[str, Any] = {"run": run, "stages": {name: dict(fields) for name, fields in stages.items()}}
     document = Document("the command line", Path.cwd(), values)
     for name, own in (overrides or {}).items():
-        for each in own:
-            assign_to(document, ("stages", name), each, f"--set {each}")
+        given = [(each, f"LLMPIPE_SET {each}") for each in from_environment()] + [
+            (each, f"--set {each}") for each in own
+        ]
+        for each, where in given:
+            assign_to(document, ("stages", name), each, where)
     return Session(build(document, load_stage, store), document, store, launch or Launch(), named)
