@@ -312,8 +312,8 @@ def _row(config: LabelConfig, groups: list[Answers], each: dict[str, Any]) -> di
 def _figures(
     config: LabelConfig, groups: list[Answers], compared: list[dict[str, Any]], rows: list[dict[str, Any]]
 ) -> dict[str, float]:
-    """Counts; of a judge how often the place decided; of labels that the data had before how often these agree; of two
-    sources how often the first one's answer is better, a tie counting half."""
+    """Counts; of a judge how often the place decided; of labels that the data had before how often these agree; of
+    several sources how often the first one's answer is better than another's, a tie counting half."""
     n = len(compared)
     ties = sum(_is_tie(config, each["chance"]) for each in compared)
     found = {"rows": float(len(rows)), "pairs": float(n), "ties": ties / n}
@@ -329,7 +329,7 @@ def _figures(
             before = sides in group.was_better
             agrees += [float(before)] if before or sides[::-1] in group.was_better else []
         won = 0.5 if is_tie else float(chance > 0.5)
-        if {group.sources[a], group.sources[b]} == {0, 1}:
+        if (group.sources[a] == 0) != (group.sources[b] == 0):  # the first source against any other
             wins.append(won if group.sources[a] == 0 else 1 - won)
     if agrees:
         found["agreement"] = sum(agrees) / len(agrees)

@@ -216,6 +216,18 @@ def test_two_sources_and_labels_from_before(parts: Parts, tmp_path: Path):
     assert "win_rate" not in figures
 
 
+def test_the_win_rate_is_of_the_first_source_against_any_other(parts: Parts, tmp_path: Path):
+    """The first one is better than the second, worse than the third; the pairs of those two don't count."""
+    data = []
+    for name, vowels in (("first", 2), ("second", 1), ("third", 3)):
+        rows = [{"prompt": f"p{n}", "completion": f"{'a' * vowels} nn"} for n in range(4 if name == "third" else 6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data.append(DataEntry(source=str(tmp_path / f"{name}.jsonl")))
+    _, figures = label(parts, tmp_path / "run", tuple(data), reward="vowels", pairs="all")
+    assert figures["pairs"] == 4 * 3 + 2
+    assert figures["win_rate"] == 0.6, "6 of 6 against the second, 0 of 4 against the third"
+
+
 def test_stopped_between_parts_it_goes_on(
     parts: Parts, tmp_path: Path, judge: Artifact, monkeypatch: pytest.MonkeyPatch
 ):
