@@ -33,6 +33,17 @@ def system_of(row: Row, where: str) -> list[Message]:
     return [{"role": "system", "content": text_in(row, "system", where)}] if row.get("system") else []
 
 
+def joined(systems: list[Message], messages: list[Message], where: str) -> list[Message]:
+    """The messages behind the system messages that stand apart from them; DataError where they have another first."""
+    if not systems or messages[: len(systems)] == systems:
+        return messages
+    if messages and messages[0]["role"] == "system":
+        raise DataError(
+            "the row has two system messages that differ", where=where, mend="let one of them hold what both say"
+        )
+    return systems + messages
+
+
 def text_in(row: Row, key: str, where: str) -> str:
     """A field that must hold text."""
     if not isinstance(row[key], str):

@@ -13,6 +13,7 @@ from pipeline.data.messages import (
     Message,
     check_conversation,
     checked_prompt,
+    joined,
     messages_of,
     side,
     system_of,
@@ -141,16 +142,42 @@ def common_prompt(
 ) -> tuple[list[Message], list[Message], list[Message]]:
     """(prompt, chosen, rejected), the messages that both sides begin with moved into the prompt.
 
-    Where the sides repeat the prompt that is given (UltraFeedback's habit), it is taken once.
+    Where the sides repeat the prompt that is given (UltraFeedback's habit), it is taken once, as the sides have it.
     """
-    if prompt and good[: len(prompt)] == prompt and bad[: len(prompt)] == prompt:
-        good, bad = good[len(prompt) :], bad[len(prompt) :]
     if good == bad:
         raise DataError("chosen and rejected are the same", where=where, mend="take the row out")
     shared = 0
     while good[shared : shared + 1] == bad[shared : shared + 1]:
         shared += 1
-    return prompt + good[:shared], good[shared:], bad[shared:]
+    begun = good[:shared]
+    if begun[: len(prompt)] == prompt:
+        return begun, good[shared:], bad[shared:]
+    if repeats(prompt, begun):
+        systems = [message for message in prompt if message["role"] == "system"]
+        return joined(systems, begun, where), good[shared:], bad[shared:]
+    if any(message["role"] == "system" for message in begun):
+        raise DataError(
+            "a system message of both sides comes after `prompt`",
+            where=where,
+            mend="put it first in `prompt`, or let both sides begin with the whole conversation",
+        )
+    return prompt + begun, good[shared:], bad[shared:]
+
+
+def repeats(prompt: list[Message], begun: list[Message]) -> bool:
+    """Whether what both sides begin with holds the prompt's words, white space around them aside.
+
+    A beginning that an assistant opens goes on from the prompt instead, whatever is said in it.
+    """
+    asked, said = spoken(prompt), spoken(begun)
+    if not asked or not said or said[0][0] == "assistant":
+        return False
+    return any(said[end - len(asked) : end] == asked for end in range(len(asked), len(said) + 1))
+
+
+def spoken(messages: list[Message]) -> list[tuple[str, str]]:
+    """Who says what, white space around it and the system aside."""
+    return [(each["role"], each["content"].strip()) for each in messages if each["role"] != "system"]
 
 
 def answer_of(value: Any, key: str, where: str) -> list[Message]:
