@@ -275,6 +275,59 @@ BAD_ROWS = {
 }
 
 
+SYSTEM_FIELDS = {
+    "messages": ({"messages": [Q, A]}, "messages"),
+    "prompt_completion": ({"prompt": "Q", "completion": "A"}, "messages"),
+    "question_answer": ({"question": "Q", "answer": "A"}, "messages"),
+    "alpaca": ({"instruction": "Q", "output": "A"}, "messages"),
+    "sharegpt": ({"conversations": [turn("human", "Q"), turn("gpt", "A")]}, "messages"),
+    "preference": ({"prompt": "Q", "chosen": "A", "rejected": "C"}, "preference"),
+    "preference, implicit": ({"chosen": [Q, A], "rejected": [Q, C]}, "preference"),
+    "sharegpt_preference": (
+        {"conversations": [turn("human", "Q")], "chosen": "A", "rejected": "C"},
+        "preference",
+    ),
+    "ranked": ({"prompt": "Q", "answers": ["A", "C"]}, "ranked"),
+    "unpaired": ({"prompt": "Q", "completion": "A", "label": True}, "unpaired"),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEM_FIELDS)
+def test_a_system_field_is_the_first_message_and_tools_are_refused_in_every_format(name: str, tmp_path: Path) -> None:
+    row, layout = SYSTEM_FIELDS[name]
+    entry = written(tmp_path / "rows.jsonl", row, {**row, "system": "S", "tools": []}, {**row, "system": None})
+    plain, told, empty = read_rows([entry], layout, split="all")
+    key = "messages" if layout == "messages" else "prompt"
+    assert plain[key][0] == Q
+    assert told == {**plain, key: [S, *plain[key]]}
+    assert empty == plain
+    prompts = [row["prompt"] for row in read_rows([entry], "prompt", split="all")]
+    assert prompts == [[Q], [S, Q], [Q]]
+    with pytest.raises(DataError, match="the row has `tools`, which are not rendered") as caught:
+        read_rows([written(tmp_path / "tools.jsonl", row, {**row, "tools": [{"name": "f"}]})], layout, split="all")
+    assert caught.value.where == f"{tmp_path / 'tools.jsonl'}:2"
+
+
+OWN_SYSTEM = {
+    "messages": ({"messages": [S, Q, A]}, "messages"),
+    "prompt_completion": ({"prompt": [S, Q], "completion": "A"}, "messages"),
+    "sharegpt": ({"conversations": [turn("system", "S"), turn("human", "Q"), turn("gpt", "A")]}, "messages"),
+    "preference": ({"prompt": [S, Q], "chosen": "A", "rejected": "C"}, "preference"),
+    "ranked": ({"prompt": [S, Q], "answers": ["A", "C"]}, "ranked"),
+    "unpaired": ({"prompt": [S, Q], "completion": "A", "label": True}, "unpaired"),
+}
+
+
+@pytest.mark.parametrize("name", OWN_SYSTEM)
+def test_a_row_with_two_system_messages_is_refused_unless_they_are_equal(name: str, tmp_path: Path) -> None:
+    row, layout = OWN_SYSTEM[name]
+    one, same = read_rows([written(tmp_path / "rows.jsonl", row, {**row, "system": "S"})], layout, split="all")
+    assert one == same
+    with pytest.raises(DataError, match="two system messages that differ") as caught:
+        read_rows([written(tmp_path / "rows.jsonl", row, {**row, "system": "T"})], layout, split="all")
+    assert caught.value.where == f"{tmp_path / 'rows.jsonl'}:2"
+
+
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_of_each_format(name: str, tmp_path: Path) -> None:
     good, bad, layout, reason = BAD_ROWS[name]

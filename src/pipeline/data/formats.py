@@ -25,7 +25,9 @@ from pipeline.data.messages import (
     ROLES,
     SHAREGPT_ROLES,
     Message,
+    behind_system,
     check_conversation,
+    check_tools,
     checked_prompt,
     messages_of,
     side,
@@ -193,6 +195,7 @@ def to_layout(row: Row, chosen: str, layout: str, where: str) -> list[Row]:
                 f"field `{key}` of a {chosen} row is missing", where=where, mend="add it, or take the row out"
             )
     _check_use(chosen, layout, where)
+    check_tools(row, where)
     if chosen in PAIRS:
         pair = preference(row, chosen, where)
         if layout == "unpaired":
@@ -251,9 +254,9 @@ def _check_use(chosen: str, layout: str, where: str) -> None:
 def demonstration(row: Row, chosen: str, where: str) -> list[Message]:
     """The conversation of a row that is no preference row."""
     if chosen == "messages":
-        return messages_of(row["messages"], "messages", ROLES, where)
+        return behind_system(row, messages_of(row["messages"], "messages", ROLES, where), where)
     if chosen == "sharegpt":
-        return system_of(row, where) + messages_of(row["conversations"], "conversations", SHAREGPT_ROLES, where)
+        return behind_system(row, messages_of(row["conversations"], "conversations", SHAREGPT_ROLES, where), where)
     if chosen == "alpaca":
         parts = [text_in(row, "instruction", where)]
         if row.get("input"):
@@ -267,7 +270,8 @@ def demonstration(row: Row, chosen: str, where: str) -> list[Message]:
     if chosen == "question_answer":
         said = [("user", text_in(row, "question", where)), ("assistant", text_in(row, "answer", where))]
         return [*system_of(row, where), *({"role": role, "content": text} for role, text in said)]
-    return side(row, "prompt", "user", where) + side(row, "completion", "assistant", where)
+    given = side(row, "prompt", "user", where) + side(row, "completion", "assistant", where)
+    return behind_system(row, given, where)
 
 
 def prompt_key(row: Row) -> str:

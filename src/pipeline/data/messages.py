@@ -33,6 +33,18 @@ def system_of(row: Row, where: str) -> list[Message]:
     return [{"role": "system", "content": text_in(row, "system", where)}] if row.get("system") else []
 
 
+def behind_system(row: Row, messages: list[Message], where: str) -> list[Message]:
+    """The messages with the row's `system` field, if it has one, as their first; DataError where they have another."""
+    return joined(system_of(row, where), messages, where)
+
+
+def check_tools(row: Row, where: str) -> None:
+    """DataError where a row brings along definitions of tools: the template is not told of them."""
+    if row.get("tools") not in (None, "", "[]", [], {}):
+        mend = "write the tools into its system message, as your chat template would, or take the field out"
+        raise DataError("the row has `tools`, which are not rendered", where=where, mend=mend)
+
+
 def joined(systems: list[Message], messages: list[Message], where: str) -> list[Message]:
     """The messages behind the system messages that stand apart from them; DataError where they have another first."""
     if not systems or messages[: len(systems)] == systems:

@@ -11,12 +11,12 @@ from pipeline.data.files import Row
 from pipeline.data.messages import (
     SHAREGPT_ROLES,
     Message,
+    behind_system,
     check_conversation,
     checked_prompt,
     joined,
     messages_of,
     side,
-    system_of,
 )
 from pipeline.errors import DataError
 
@@ -32,12 +32,13 @@ def preference(row: Row, chosen: str, where: str) -> Row:
     1) are taken along; "", 0 and 1 without them.
     """
     if chosen == "sharegpt_preference":
-        prompt = system_of(row, where) + messages_of(row["conversations"], "conversations", SHAREGPT_ROLES, where)
+        prompt = messages_of(row["conversations"], "conversations", SHAREGPT_ROLES, where)
         good, bad = (answer_of(row[key], key, where) for key in ("chosen", "rejected"))
     else:
         prompt = side(row, "prompt", "user", where) if row.get("prompt") is not None else []
         good, bad = (side(row, key, "assistant", where) for key in ("chosen", "rejected"))
     prompt, good, bad = common_prompt(prompt, good, bad, where)
+    prompt = behind_system(row, prompt, where)
     for key, messages in (("chosen", good), ("rejected", bad)):
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             roles = " ".join(message["role"] for message in messages)
@@ -65,7 +66,8 @@ def preference(row: Row, chosen: str, where: str) -> Row:
 
 def unpaired(row: Row, where: str) -> Row:
     """A lone answer and whether it is a good one: {"prompt", "completion": [message], "label": bool, "kind": str}."""
-    prompt, answer = side(row, "prompt", "user", where), side(row, "completion", "assistant", where)
+    prompt = behind_system(row, side(row, "prompt", "user", where), where)
+    answer = side(row, "completion", "assistant", where)
     if len(answer) != 1 or answer[0]["role"] != "assistant":
         roles = " ".join(message["role"] for message in answer)
         raise DataError(

@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import Any
 
 from pipeline.data.files import Row
-from pipeline.data.messages import ROLES, Message, check_conversation, checked_prompt, messages_of, side
+from pipeline.data.messages import ROLES, Message, behind_system, check_conversation, checked_prompt, messages_of, side
 from pipeline.data.preferences import TIE, kind_of
 from pipeline.errors import DataError
 
@@ -18,7 +18,7 @@ def ranked(row: Row, where: str) -> Row:
     Answers stand best first; `ranks` of the row (whole numbers, one an answer, equal for a tie) may say which are
     equally good, and are counted from 0 without gaps here. A margin is of two answers: a row with one is refused.
     """
-    prompt = checked_prompt(side(row, "prompt", "user", where), where)
+    prompt = checked_prompt(behind_system(row, side(row, "prompt", "user", where), where), where)
     answers = [_answer(value, place, where) for place, value in enumerate(_listed(row, where), start=1)]
     for messages in answers:
         check_conversation([*prompt, *messages], where)
