@@ -275,6 +275,60 @@ BAD_ROWS = {
 }
 
 
+WORDS = {"@half": '"a\\ud83d"', "@huge": "1" + "0" * 400, "@digits": "7" * 5000}
+CRASHES = {
+    "a role that is a list": (
+        '{"messages": [{"role": ["user"], "content": "Q"}, {"role": "assistant", "content": "A"}]}',
+        "message 1 of `messages` has the role ['user']",
+    ),
+    "half a character in a message": (
+        '{"messages": [{"role": "user", "content": @half}, {"role": "assistant", "content": "A"}]}',
+        "message 1 of `messages` holds half a character (a lone surrogate, character 2)",
+    ),
+    "in a prompt": ('{"prompt": @half, "completion": "A"}', "field `prompt` holds half a character"),
+    "in an alpaca row": ('{"instruction": "Q", "output": @half}', "field `output` holds half a character"),
+    "in a system field": ('{"prompt": "Q", "completion": "A", "system": @half}', "field `system` holds half a"),
+    "in a sharegpt side": (
+        '{"conversations": [{"from": "human", "value": "Q"}], "chosen": @half, "rejected": "C"}',
+        "field `chosen` holds half a character",
+    ),
+    "in a list": ('{"prompt": "Q", "answers": ["A", @half]}', "answer 2 holds half a character"),
+    "a margin without end": ('{"prompt": "Q", "chosen": "A", "rejected": "C", "margin": Infinity}', "`margin` is inf"),
+    "a margin that is none": ('{"prompt": "Q", "chosen": "A", "rejected": "C", "margin": NaN}', "`margin` is nan"),
+    "a margin that no float holds": (
+        '{"prompt": "Q", "chosen": "A", "rejected": "C", "margin": @huge}',
+        "not a number of at least 0",
+    ),
+    "a number of 5,000 digits": ('{"prompt": "Q", "completion": "A", "id": @digits}', "not JSON that can"),
+    "lists in lists": ("[" * 200000 + "]" * 200000, "not JSON that can be read"),
+}
+FITTING = {
+    "messages": {"messages": [Q, A]},
+    "alpaca": {"instruction": "Q", "output": "A"},
+    "sharegpt_preference": {"conversations": [turn("human", "Q")], "chosen": "A", "rejected": "C"},
+    "preference": {"prompt": "Q", "chosen": "A", "rejected": "C"},
+    "ranked": {"prompt": "Q", "answers": ["A", "C"]},
+    "prompt_completion": {"prompt": "Q", "completion": "A"},
+}
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_what_would_crash_later_is_a_bad_row_with_its_line(name: str, tmp_path: Path) -> None:
+    line, reason = CRASHES[name]
+    for word, meant in WORDS.items():
+        line = line.replace(word, meant)
+    known = [each for each in FITTING.values() if all(f'"{key}"' in line for key in each)]
+    good = known[0] if known else FITTING["prompt_completion"]
+    layout = "preference" if "chosen" in good or "answers" in good else "messages"
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(good)}\n{line}\n{json.dumps(good)}\n")
+    with pytest.raises(DataError) as caught:
+        read_rows([DataEntry(source=str(path))], layout, split="all")
+    assert caught.value.where == f"{path}:2"
+    assert reason in caught.value.what
+    assert len(read_rows([DataEntry(source=str(path), max_bad_rows=1)], layout, split="all")) == 2
+
+
 SYSTEM_FIELDS = {
     "messages": ({"messages": [Q, A]}, "messages"),
     "prompt_completion": ({"prompt": "Q", "completion": "A"}, "messages"),

@@ -173,6 +173,8 @@ def row_in(line: bytes, where: str) -> Row:
             where=where,
             mend="a row is one JSON object a line",
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+        raise DataError(f"not JSON that can be read: {error}", where=where, mend="mend the row") from error
 
 
 def list_rows(path: Path, bad: Bad) -> Iterator[tuple[Row, str]]:

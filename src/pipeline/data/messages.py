@@ -24,7 +24,7 @@ SHAREGPT_ROLES = ROLES | {
 def side(row: Row, key: str, role: str, where: str) -> list[Message]:
     """A field that holds a text (then it is one message of `role`) or a list of messages."""
     if isinstance(row[key], str):
-        return [{"role": role, "content": row[key]}]
+        return [{"role": role, "content": whole(row[key], f"field `{key}`", where)}]
     return messages_of(row[key], key, ROLES, where)
 
 
@@ -60,7 +60,16 @@ def text_in(row: Row, key: str, where: str) -> str:
     """A field that must hold text."""
     if not isinstance(row[key], str):
         raise DataError(f"field `{key}` holds {type(row[key]).__name__}, not text", where=where, mend="mend the row")
-    text: str = row[key]
+    return whole(row[key], f"field `{key}`", where)
+
+
+def whole(text: str, place: str, where: str) -> str:
+    """The text; DataError where it holds half a character (a `\\ud83d` of JSON alone): no tokenizer reads that."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        what = f"{place} holds half a character (a lone surrogate, character {error.start + 1})"
+        raise DataError(what, where=where, mend="write the text again, or take the row out") from error
     return text
 
 
@@ -75,14 +84,16 @@ def messages_of(value: Any, key: str, roles: dict[str, str], where: str) -> list
             raise DataError(f"{place} is {type(message).__name__}, not an object", where=where)
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
-        if role not in roles:
+        if not isinstance(role, str) or role not in roles:
             raise DataError(f"{place} has the role {role!r}", where=where, mend=f"one of {', '.join(roles)}")
         if not isinstance(content, str):
             raise DataError(f"{place} has no text as its content", where=where, mend="contents are texts")
         if message.get("tool_calls"):
             mend = "write the call into its content, as your chat template would"
             raise DataError(f"{place} has `tool_calls`, which are not rendered", where=where, mend=mend)
-        messages.append({"role": roles[role], "content": content, **untrained(message, place, where)})
+        messages.append(
+            {"role": roles[role], "content": whole(content, place, where), **untrained(message, place, where)}
+        )
     return messages
 
 

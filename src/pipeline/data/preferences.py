@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.data.messages import (
     joined,
     messages_of,
     side,
+    whole,
 )
 from pipeline.errors import DataError
 
@@ -131,11 +133,11 @@ def number_in(row: Row, key: str, default: float, bounds: tuple[float, float], w
     value = row.get(key)
     if value is None:
         return default
-    low, high = bounds
+    low, high = bounds[0], min(bounds[1], sys.float_info.max)  # of a whole number that no float holds, nor infinity
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        between = f"of at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+        between = f"of at least {low:g}" if math.isinf(bounds[1]) else f"between {low:g} and {high:g}"
         mend = "swap the sides of a row whose chosen answer is the worse one" if key == "preference" else ""
-        raise DataError(f"`{key}` is {value!r}, not a number {between}", where=where, mend=mend)
+        raise DataError(f"`{key}` is {value!r:.40}, not a number {between}", where=where, mend=mend)
     return float(value)
 
 
@@ -185,5 +187,5 @@ def spoken(messages: list[Message]) -> list[tuple[str, str]]:
 def answer_of(value: Any, key: str, where: str) -> list[Message]:
     """One side of a sharegpt preference: a message, a list of messages, or its text."""
     if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
+        return [{"role": "assistant", "content": whole(value, f"field `{key}`", where)}]
     return messages_of(value if isinstance(value, list) else [value], key, SHAREGPT_ROLES, where)

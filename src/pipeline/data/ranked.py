@@ -6,7 +6,16 @@ from itertools import combinations
 from typing import Any
 
 from pipeline.data.files import Row
-from pipeline.data.messages import ROLES, Message, behind_system, check_conversation, checked_prompt, messages_of, side
+from pipeline.data.messages import (
+    ROLES,
+    Message,
+    behind_system,
+    check_conversation,
+    checked_prompt,
+    messages_of,
+    side,
+    whole,
+)
 from pipeline.data.preferences import TIE, kind_of
 from pipeline.errors import DataError
 
@@ -83,7 +92,7 @@ def _listed(row: Row, where: str) -> list[Any]:
 def _answer(value: Any, place: int, where: str) -> list[Message]:
     """One answer: a text, a message or a list of one."""
     if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
+        return [{"role": "assistant", "content": whole(value, f"answer {place}", where)}]
     messages = messages_of(value if isinstance(value, list) else [value], f"answers[{place - 1}]", ROLES, where)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         roles = " ".join(message["role"] for message in messages)
