@@ -274,3 +274,14 @@ def test_a_users_function_is_loaded_with_what_lies_beside_it(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         load_file(tmp_path / "bad.py")
     assert caught.value.where == f"{tmp_path}/bad.py:2"
+
+
+def test_a_format_that_is_none_is_refused_at_its_line(tmp_path: Path) -> None:
+    text = (
+        "stages:\n  toy:\n    data:\n      - {source: a, format: alpaca}\n      - source: b\n        format: alpacca\n"
+    )
+    error = refused(tmp_path, text)
+    assert "`data.1.format`: input should be 'messages', 'prompt_completion'" in error.what
+    assert '; did you mean `alpaca`? (got "alpacca")' in error.what
+    assert error.where == f"{tmp_path / 'recipe.yaml'}:6"
+    assert "did you mean" not in refused(tmp_path, text.replace("alpacca", "bogus")).what

@@ -247,6 +247,9 @@ def _explain(error: Any, location: Key, kind: type[BaseModel]) -> str:
         return f"`{name}` is required"
     got = json.dumps(error["input"], default=str)
     message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "literal_error":
+        near = difflib.get_close_matches(str(error["input"]), re.findall(r"'([^']*)'", error["ctx"]["expected"]), n=1)
+        message += f"; did you mean `{near[0]}`?" if near else ""
     told = f"`{name}`: {message[:1].lower()}{message[1:]} (got {got[:80]})"
     return re.sub(r"//[^/@\s]*@", "//…@", told)  # a password in an address
 

@@ -65,6 +65,20 @@ class StageConfig(Section):
     seed: int = field(0, "seed of everything random in the stage; the recipe's `seed` unless set", ge=0)
 
 
+RowFormat = Literal[
+    "messages",
+    "prompt_completion",
+    "question_answer",
+    "alpaca",
+    "sharegpt",
+    "preference",
+    "sharegpt_preference",
+    "ranked",
+    "unpaired",
+]
+"""The layouts of rows that llmpipe reads; `pipeline.data.formats` says what each looks like."""
+
+
 class DataEntry(Section):
     """One source of documents or rows."""
 
@@ -72,7 +86,9 @@ class DataEntry(Section):
     split: str | None = field(None, "split of a hub dataset, such as `train`")
     name: str | None = field(None, "configuration of a hub dataset")
     revision: str | None = field(None, "revision of a hub dataset")
-    format: str | None = field(None, "layout of the rows; recognised by their keys where unset")
+    format: Literal[RowFormat, "text"] | None = field(
+        None, "layout of the rows; recognised by their keys where unset; `text`: any file as one document"
+    )
     text_field: str = field("text", "field that holds the text of a document in jsonl and parquet")
     label: str | None = field(None, "tokenize: its name in mixtures and tables; short for `source` unless set")
     weight: float = field(1.0, "how often its rows are drawn, relative to the other sources", gt=0)

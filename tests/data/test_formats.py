@@ -3,15 +3,17 @@
 import gzip
 import json
 from pathlib import Path
+from typing import get_args
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pipeline.data.formats import prompt_key, read_rows
+from pipeline.data.answers import read_answers
+from pipeline.data.formats import KEYS, prompt_key, read_rows
 from pipeline.data.sources import share
 from pipeline.errors import ConfigError, DataError, MissingInputError
-from pipeline.recipe import DataEntry
+from pipeline.recipe import DataEntry, RowFormat
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 Q, A, B, C = ({"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "QABC", strict=True))
@@ -407,10 +409,11 @@ def test_a_format_can_be_forced_and_must_exist(tmp_path: Path) -> None:
     assert read_rows([entry], "messages", split="all") == [{"messages": [Q, A]}]
     forced = entry.model_copy(update={"format": "prompt_completion"})
     assert read_rows([forced], "messages", split="all") == [{"messages": [Q, {**A, "content": "C"}]}]
-    with pytest.raises(ConfigError, match="no format 'chat'") as caught:
-        read_rows([entry.model_copy(update={"format": "chat"})], "messages")
-    assert "sharegpt" in caught.value.mend
-    assert caught.value.exit_code == 2
+    for read in (lambda text: read_rows([text], "messages"), lambda text: read_answers([text])):
+        with pytest.raises(ConfigError, match="`format: text` is of documents") as caught:
+            read(entry.model_copy(update={"format": "text"}))
+        assert "sharegpt" in caught.value.mend
+    assert set(get_args(RowFormat)) == set(KEYS)
 
 
 def test_unknown_fields_are_refused_with_the_formats_there_are(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.data.files import BadRows, Row
-from pipeline.data.formats import PAIRS, canonical_rows, recognise, to_layout
+from pipeline.data.formats import PAIRS, canonical_rows, named_format, recognise, to_layout
 from pipeline.data.messages import Message
 from pipeline.data.preferences import TIE
 from pipeline.data.sources import BUILT_IN, check_entry, read_source_rows
@@ -76,7 +76,7 @@ def _rows(entry: DataEntry, say: Callable[[str], None]) -> Iterator[Read]:
         for rows, _ in canonical_rows(entry, "preference", "train", bad, say):
             yield from map(_of_pair, rows)
         return
-    chosen = entry.format
+    chosen = named_format(entry)
     for row, where in read_source_rows(entry, bad):
         try:
             chosen = chosen or recognise(row, where)

@@ -137,9 +137,7 @@ def canonical_rows(
         for number, rows in enumerate(found, start=1):
             yield rows, f"{entry.source} {split} row {number}"
         return
-    chosen = entry.format
-    if chosen is not None and chosen not in KEYS:
-        raise ConfigError(f"no format {chosen!r} of rows", where=entry.source, mend=f"one of {', '.join(KEYS)}")
+    chosen = named_format(entry)
     for row, where in read_source_rows(entry, bad):
         try:
             if chosen is None:
@@ -150,6 +148,14 @@ def canonical_rows(
             bad(error)
             continue
         yield rows, where
+
+
+def named_format(entry: DataEntry) -> str | None:
+    """The format that an entry names, None without one; ConfigError for `text`, which holds no rows."""
+    if entry.format == "text":
+        mend = f"one of {', '.join(KEYS)}, or none: it is recognised; text is for `tokenize`"
+        raise ConfigError("`format: text` is of documents, and these are rows", where=entry.source, mend=mend)
+    return entry.format
 
 
 def recognise(row: Row, where: str) -> str:
