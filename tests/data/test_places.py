@@ -12,7 +12,7 @@ from pipeline.data.places import naming_rows
 from pipeline.errors import RowError
 from stages.dpo import DPOConfig
 from stages.ppo import PPOConfig
-from stages.sft import SFTConfig
+from stages.sft import SFTConfig, _turns
 
 NO_SYSTEM = """\
 {% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}\
@@ -70,6 +70,15 @@ def test_a_message_that_the_template_drops(fresh: PreTrainedTokenizerFast, tmp_p
     config = SFTConfig(data=written(tmp_path / "rows.jsonl", *rows))
     with pytest.raises(RowError, match=r"message 3 \(role tool\) 0 times") as caught, naming_rows(config):
         encode_messages(fresh, rows[1]["messages"])
+    assert caught.value.where.startswith(f"{tmp_path / 'rows.jsonl'}:2 (")
+
+
+def test_a_row_of_which_the_last_turn_alone_is_trained(fresh: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    fresh.chat_template = DROPS_TOOLS
+    rows = [{"messages": [Q, A]}, {"messages": [Q, A, T, A]}]
+    config = SFTConfig(data=written(tmp_path / "rows.jsonl", *rows), train_on_turns="last")
+    with pytest.raises(RowError, match=r"message 3 \(role tool\) 0 times") as caught, naming_rows(config):
+        encode_messages(fresh, _turns(config, rows[1]["messages"]))
     assert caught.value.where.startswith(f"{tmp_path / 'rows.jsonl'}:2 (")
 
 

@@ -28,13 +28,19 @@ def naming_rows(config: StageConfig) -> Iterator[None]:
 
 def place_in(entry: DataEntry, messages: Sequence[Message]) -> str:
     """Where the first row stands that begins with these messages; "" where none does."""
+    sought = said(messages)
     for layout in LAYOUTS:
         try:
             for row, where in placed_rows(entry, layout, "all", 0.0, lambda text: None):
                 placed = Placed(row, where)
                 for answer in [*placed.answers.values(), []]:
-                    if [*placed.prompt, *answer][: len(messages)] == list(messages):
+                    if said([*placed.prompt, *answer][: len(messages)]) == sought:
                         return where
         except PipelineError:  # rows of this format have no such layout
             continue
     return ""
+
+
+def said(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Who says what; which messages are trained is the stage's to change (`train_on_turns`)."""
+    return [(message["role"], message["content"]) for message in messages]
