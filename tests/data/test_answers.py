@@ -47,6 +47,13 @@ def test_lone_answers_and_bad_rows(tmp_path: Path):
         read_answers((entry(tmp_path, "rows", *rows),))
 
 
+def test_a_ranked_row_is_all_its_answers_and_what_its_ranks_say(tmp_path: Path):
+    row = {"prompt": "p", "answers": ["a", "b", "c"], "ranks": [1, 2, 2]}
+    (group,) = read_answers((entry(tmp_path, "rows", row),))
+    assert group.texts == ["a", "b", "c"]
+    assert group.was_better == {("a", "b"), ("a", "c")}, "a tie says neither"
+
+
 def test_a_system_message_makes_another_prompt(tmp_path: Path):
     row = {"question": "p", "answer": "b"}
     groups = read_answers((entry(tmp_path, "rows", row, row | {"answer": "c"}, row | {"system": "s", "answer": "d"}),))

@@ -17,6 +17,7 @@ from pipeline.data.files import BadRows, Row
 from pipeline.data.formats import PAIRS, canonical_rows, named_format, recognise, to_layout
 from pipeline.data.messages import Message
 from pipeline.data.preferences import TIE
+from pipeline.data.ranked import as_pairs
 from pipeline.data.sources import BUILT_IN, check_entry, read_source_rows
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import DataEntry
@@ -34,7 +35,7 @@ class Answers:
     sources: list[int] = field(default_factory=list)
     """Of each answer the number of the source that it is from."""
     was_better: set[tuple[str, str]] = field(default_factory=set)
-    """(chosen, rejected) of preference rows, as they were labelled before."""
+    """(the better, the worse) of preference and ranked rows, as they were labelled before."""
 
     def add(self, text: str, source: int) -> None:
         """One more answer, unless it is there."""
@@ -51,12 +52,11 @@ def read_answers(entries: Sequence[DataEntry], say: Callable[[str], None] = lamb
     found: dict[str, Answers] = {}
     for number, entry in enumerate(entries):
         check_entry(entry)
-        for prompt, texts, is_pair in itertools.islice(_rows(entry, say), entry.limit):
+        for prompt, texts, better in itertools.islice(_rows(entry, say), entry.limit):
             group = found.setdefault(json.dumps(prompt, sort_keys=True), Answers(prompt))
             for text in texts:
                 group.add(text, number)
-            if is_pair:
-                group.was_better.add((texts[0], texts[1]))
+            group.was_better.update(better)
     if not any(len(group.texts) > 1 for group in found.values()):
         raise ConfigError(
             f"none of {len(found):,} prompts has two different answers",
@@ -66,8 +66,8 @@ def read_answers(entries: Sequence[DataEntry], say: Callable[[str], None] = lamb
     return list(found.values())
 
 
-Read = tuple[list[Message], list[str], bool]
-"""(prompt, answers, whether the first of two was labelled the better one)."""
+Read = tuple[list[Message], list[str], list[tuple[str, str]]]
+"""(prompt, answers, which of two of them was labelled the better one: (the better, the worse))."""
 
 
 def _rows(entry: DataEntry, say: Callable[[str], None]) -> Iterator[Read]:
@@ -90,19 +90,24 @@ def _rows(entry: DataEntry, say: Callable[[str], None]) -> Iterator[Read]:
 
 
 def _of_pair(pair: Row) -> Read:
-    return pair["prompt"], [pair[side][0]["content"] for side in ("chosen", "rejected")], pair["preference"] > TIE
+    chosen, rejected = (pair[side][0]["content"] for side in ("chosen", "rejected"))
+    return pair["prompt"], [chosen, rejected], [(chosen, rejected)] if pair["preference"] > TIE else []
 
 
 def _answers_in(row: Row, chosen: str, where: str) -> Read:
     if chosen in PAIRS:
         return _of_pair(to_layout(row, chosen, "preference", where)[0])
+    if chosen == "ranked":
+        listed = to_layout(row, chosen, "ranked", where)[0]
+        pairs = [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in as_pairs(listed)]
+        return listed["prompt"], [answer[0]["content"] for answer in listed["answers"]], pairs
     if chosen == "unpaired":
         lone = to_layout(row, chosen, "unpaired", where)[0]
-        return lone["prompt"], [lone["completion"][0]["content"]], False
+        return lone["prompt"], [lone["completion"][0]["content"]], []
     answered = to_layout(row, chosen, "prompt", where)[0]
     if not answered["reference"].strip():
         raise DataError("a row without an answer", where=where, mend="take it out, or let `sample` answer it")
-    return answered["prompt"], [answered["reference"]], False
+    return answered["prompt"], [answered["reference"]], []
 
 
 def pairs_of(group: Answers, number: int, which: Literal["one", "all"], seed: int) -> list[Pair]:
