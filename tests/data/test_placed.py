@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.answers import read_answers
 from pipeline.data.formats import read_rows
 from pipeline.data.sources import read_documents, share
 from pipeline.errors import ConfigError
@@ -69,6 +70,30 @@ def test_answers_of_other_labels_are_no_repeats(tmp_path: Path) -> None:
     assert [row["label"] for row in read_rows([entry], "unpaired", held_out=0.0)] == [True, False]
     exact = entry.model_copy(update={"deduplicate": "exact"})
     assert [row["label"] for row in read_rows([exact], "unpaired", held_out=0.0)] == [True, False]
+
+
+@pytest.mark.parametrize("split", ["held_out", "all"])
+def test_where_nothing_is_trained_on_that_it_does_nothing_is_said(split: Any, tmp_path: Path) -> None:
+    entry = written(tmp_path / "rows.jsonl", *ROWS, deduplicate="near", weight=2.0)
+    said: list[str] = []
+    assert len(read_rows([entry], "messages", split=split, held_out=0.99, say=said.append)) == len(ROWS)
+    assert said[1:] == [f"{entry.source}: deduplicate and weight left out of account, for rows to train on alone"]
+
+
+@pytest.mark.parametrize("field", ["label", "text_field"])
+def test_what_is_for_documents_is_refused_for_rows(field: str, tmp_path: Path) -> None:
+    entry = written(tmp_path / "rows.jsonl", *ROWS, **{field: "other"})
+    for read in (lambda: read_rows([entry], "messages"), lambda: read_answers([entry])):
+        with pytest.raises(ConfigError, match=f"`{field}` is for documents") as caught:
+            read()
+        assert caught.value.where == entry.source
+
+
+@pytest.mark.parametrize(("field", "value"), [("weight", 2.0), ("deduplicate", "exact")])
+def test_what_does_nothing_where_answers_are_compared_is_refused(field: str, value: Any, tmp_path: Path) -> None:
+    entry = written(tmp_path / "rows.jsonl", pair("Q", "a"), pair("Q", "b"), **{field: value})
+    with pytest.raises(ConfigError, match=f"`{field}` does nothing where answers are compared"):
+        read_answers([entry])
 
 
 def test_documents_are_not_deduplicated(tmp_path: Path) -> None:

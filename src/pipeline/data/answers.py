@@ -18,7 +18,7 @@ from pipeline.data.formats import PAIRS, canonical_rows, named_format, recognise
 from pipeline.data.messages import Message
 from pipeline.data.preferences import TIE
 from pipeline.data.ranked import as_pairs
-from pipeline.data.sources import BUILT_IN, check_entry, read_source_rows
+from pipeline.data.sources import BUILT_IN, check_rows_entry, read_source_rows
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import DataEntry
 
@@ -51,7 +51,7 @@ def read_answers(entries: Sequence[DataEntry], say: Callable[[str], None] = lamb
     """
     found: dict[str, Answers] = {}
     for number, entry in enumerate(entries):
-        check_entry(entry)
+        check_rows_entry(entry, ["weight", "deduplicate"], "does nothing where answers are compared: each counts once")
         for prompt, texts, better in itertools.islice(_rows(entry, say), entry.limit):
             group = found.setdefault(json.dumps(prompt, sort_keys=True), Answers(prompt))
             for text in texts:

@@ -37,7 +37,7 @@ from pipeline.data.messages import (
 from pipeline.data.placed import Placed, without_repeats
 from pipeline.data.preferences import as_unpaired, preference, unpaired
 from pipeline.data.ranked import as_pairs, as_ranked, ranked
-from pipeline.data.sources import BUILT_IN, PYDOCS, Split, check_entry, copies, read_source_rows, share
+from pipeline.data.sources import BUILT_IN, PYDOCS, Split, check_rows_entry, copies, read_source_rows, share
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import DataEntry
 
@@ -91,6 +91,10 @@ def read_rows(
     assert layout in LAYOUTS, layout
     found = [[Placed(*each) for each in placed_rows(entry, layout, split, held_out, say)] for entry in entries]
     kept = without_repeats(entries, found, say) if split == "train" else found
+    for entry in entries:  # said, not refused: a stage may have the entry from the one it starts from
+        idle = [name for name, set_ in (("deduplicate", entry.deduplicate), ("weight", entry.weight != 1)) if set_]
+        if idle and split != "train":
+            say(f"{entry.source}: {' and '.join(idle)} left out of account, for rows to train on alone")
     rows: list[Row] = []
     counts: list[int] = []
     for entry, own, read in zip(entries, kept, found, strict=True):
@@ -115,7 +119,7 @@ def placed_rows(
     entry: DataEntry, layout: str, split: Split, held_out: float, say: Callable[[str], None]
 ) -> Iterator[tuple[Row, str]]:
     """The rows of one entry, once each, with where they stand (`file:line`): read, put into the layout, divided."""
-    check_entry(entry)
+    check_rows_entry(entry)
     bad = BadRows(entry.max_bad_rows)
     for count, (rows, where) in enumerate(canonical_rows(entry, layout, split, bad, say), start=1):
         for row in rows:

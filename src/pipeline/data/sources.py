@@ -90,6 +90,17 @@ def check_entry(entry: DataEntry) -> None:
             )
 
 
+def check_rows_entry(entry: DataEntry, without: Sequence[str] = (), why: str = "") -> None:
+    """ConfigError where an entry of rows says what only documents have a use for, or one of the fields `without`,
+    which do nothing here; `why` says so."""
+    check_entry(entry)
+    for_documents = "`{}` is for documents (`tokenize`), and these are rows"
+    for name in ("label", "text_field", *without):
+        if getattr(entry, name) != DataEntry.model_fields[name].default:
+            what = f"`{name}` {why}" if name in without else for_documents.format(name)
+            raise ConfigError(what, where=entry.source, mend=f"take `{name}` out")
+
+
 def _documents(entry: DataEntry, split: Split) -> Iterator[Document]:
     if entry.source == PYDOCS:
         from pipeline.data import pydocs
