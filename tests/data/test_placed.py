@@ -72,6 +72,28 @@ def test_answers_of_other_labels_are_no_repeats(tmp_path: Path) -> None:
     assert [row["label"] for row in read_rows([exact], "unpaired", held_out=0.0)] == [True, False]
 
 
+PASSAGE = " ".join(f"p{i}" for i in range(200))
+
+
+def test_two_questions_on_one_passage_are_no_repeats(tmp_path: Path) -> None:
+    rows = [
+        pair(f"{PASSAGE}\n\nWho paid?", "Yes"),
+        pair(f"{PASSAGE}\n\nWhen did it sail?", "Yes"),
+        pair(f"{PASSAGE}\n\nWho paid?", "No"),
+        pair(f"{PASSAGE} more\n\nWho paid?", "Yes"),
+    ]
+    entry = written(tmp_path / "rows.jsonl", *rows, deduplicate="near")
+    assert answers([entry]) == ["Yes", "Yes", "No"], "the last one repeats the first"
+
+
+def test_a_pair_with_its_sides_swapped_is_no_repeat(tmp_path: Path) -> None:
+    one = {"prompt": "Q", "chosen": " ".join(LONG), "rejected": PASSAGE}
+    rows = [one, {**one, "chosen": PASSAGE, "rejected": " ".join(LONG)}, {**one, "chosen": NEARLY}]
+    entry = written(tmp_path / "rows.jsonl", *rows, deduplicate="near")
+    kept = read_rows([entry], "preference", held_out=0.0)
+    assert [row["chosen"][0]["content"] for row in kept] == [" ".join(LONG), PASSAGE]
+
+
 @pytest.mark.parametrize("split", ["held_out", "all"])
 def test_where_nothing_is_trained_on_that_it_does_nothing_is_said(split: Any, tmp_path: Path) -> None:
     entry = written(tmp_path / "rows.jsonl", *ROWS, deduplicate="near", weight=2.0)

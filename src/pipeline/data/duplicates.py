@@ -98,8 +98,9 @@ def signatures(sets: Sequence[Hashes]) -> npt.NDArray[np.uint32]:
 class Index:
     """Texts that can be asked which of those added so far a text is like."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Sequence[str], parts: Sequence[Sequence[str]] = ()) -> None:
         words = Words()
+        self.parts = [[shingles(words.hashes(part)) for part in each] for each in parts]
         self.sets = [shingles(words.hashes(text)) for text in texts]
         self.signatures = signatures(self.sets)
         self.buckets: list[dict[bytes, list[int]]] = [{} for _ in range(BANDS)]
@@ -128,9 +129,16 @@ class Index:
         estimate = (self.signatures[ordered] == self.signatures[place]).mean(axis=1)
         for other in ordered[estimate >= ALIKE - 0.15].tolist():
             similarity = jaccard(self.sets[place], self.sets[other])
-            if similarity >= ALIKE:
+            if similarity >= ALIKE and self.parts_alike(place, other):
                 return Match(other, similarity)
         return None
+
+    def parts_alike(self, place: int, other: int) -> bool:
+        """Whether the two texts are alike in each of their parts; those without parts are."""
+        if not self.parts:
+            return True
+        own, others = self.parts[place], self.parts[other]
+        return len(own) == len(others) and all(jaccard(*each) >= ALIKE for each in zip(own, others, strict=True))
 
 
 def shingles(words: Hashes) -> Hashes:
@@ -138,11 +146,14 @@ def shingles(words: Hashes) -> Hashes:
     return grams(words, min(SHINGLE, len(words)))
 
 
-def near_duplicates(texts: Sequence[str]) -> dict[int, Match]:
-    """Each text that is like an earlier one, and which; what is itself such a text counts for no other."""
+def near_duplicates(texts: Sequence[str], parts: Sequence[Sequence[str]] = ()) -> dict[int, Match]:
+    """Each text that is like an earlier one, and which; what is itself such a text counts for no other.
+
+    `parts`, for every text those of it that have to be alike as well, one by one.
+    """
     if not texts:
         return {}
-    index = Index(texts)
+    index = Index(texts, parts)
     found: dict[int, Match] = {}
     for place in range(len(texts)):
         match = index.like(place)

@@ -48,6 +48,13 @@ class Placed:
         return "\n".join(message["content"] for message in self.prompt if message["role"] != "system")
 
     @property
+    def told_apart_by(self) -> tuple[str, ...]:
+        """What rows that are alike have to be alike in one by one: the end of the question, and every answer. Beside a
+        long passage that both are about, neither counts for much in the whole."""
+        question = self.prompt[-1]["content"].strip().split("\n\n")[-1] if self.prompt else ""
+        return (question, *("\n".join(each["content"] for each in answer) for answer in self.answers.values()))
+
+    @property
     def key(self) -> str:
         """The same for rows that are equal to the letter, whatever their kind or margin."""
         return json.dumps([self.prompt, *self.answers.values(), self.row.get("label")])
@@ -63,7 +70,8 @@ def repeated(rows: Sequence[Placed], how: Literal["exact", "near"]) -> dict[int,
     found: dict[int, int] = {}
     for label in (None, True, False):
         places = [place for place, row in enumerate(rows) if row.row.get("label") is label]
-        alike = near_duplicates(["\n".join(rows[place].contents) for place in places])
+        own = [rows[place] for place in places]
+        alike = near_duplicates(["\n".join(row.contents) for row in own], [row.told_apart_by for row in own])
         found |= {places[place]: places[match.place] for place, match in alike.items()}
     return dict(sorted(found.items()))
 
