@@ -30,6 +30,8 @@ from pipeline.recipe import DataEntry, PeftConfig
 from pipeline.schedule import Schedule, schedule
 from stages import dpo
 
+pytestmark = pytest.mark.slow
+
 OBJECTIVES = ("kto", "orpo", "simpo", "cpo")
 Config = Callable[..., dpo.DPOConfig]
 Ids = dict[str, list[int]]

@@ -26,6 +26,8 @@ from pipeline.runtime import derive_seed
 from pipeline.schedule import schedule
 from stages import reward
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(small_run: dict[str, Any], lists: Path, demonstrations: Path) -> Any:

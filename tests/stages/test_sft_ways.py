@@ -23,6 +23,8 @@ from pipeline.schedule import schedule
 from stages import sft
 from tests.stages.conftest import make_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(small_run: dict[str, Any], demonstrations: Path) -> Callable[..., sft.SFTConfig]:
