@@ -183,8 +183,6 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     if config.objective == "kto":
         rows, plan = preference_trainer.mismatched(rows, plan, length)
     trainer = _trainer(config, _objective(config, rows), model, rows, tokenizer, plan, out, runtime)
-    longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
-    adapter.fit_attention(trainer, longest)
     runtime.say(adapter.describe(trainer, plan, int(figures["rows"])))
     if config.has_reference:
         preference_trainer.add_reference(trainer, rows, plan, out / "reference.safetensors", runtime)
@@ -199,13 +197,13 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     # 4. save, then evaluate
     flops = adapter.training_flops(trainer, plan)
     model = adapter.trained_model(trainer)
-    flops += adapter.forward_flops(model, plan, preference_trainer.tokens_only_read(rows, plan, config.objective))
     if runtime.is_main:
         save_model(model, out / "model", init.model, [stop_id], tokenizer.pad_token_id)
     runtime.barrier()
     figures |= measure(model, runtime.check_stop) if config.held_out else {}
     runtime.metrics.log(plan.steps, int(plan.tokens[-1]), **figures)
-    return {**figures, "flops": flops}
+    read_only = preference_trainer.tokens_only_read(rows, plan, config.objective)
+    return {**figures, "flops": flops + adapter.forward_flops(model, plan, read_only)}
 
 
 def preview(config: DPOConfig, inputs: dict[str, Any], count: int) -> list[ShownRow]:
@@ -317,6 +315,9 @@ def _trainer(
         trainer.use(objective)
     if not config.trainer.get("use_weighting"):  # its weights need a figure of TRL's own head
         trim_head(trainer.model)
+    adapter.fit_attention(
+        trainer, max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
+    )
     return trainer
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from pipeline.artifacts import Artifact
     from pipeline.data.answers import Answers, Pair
     from pipeline.rl.comparing import Comparer, RemoteComparer
     from pipeline.runtime import Runtime
@@ -242,7 +241,7 @@ def _scores(
     from pipeline.data.chat import stop_token_id
     from pipeline.data.tokenizers import load_tokenizer
     from pipeline.model.build import reach
-    from pipeline.rl.scoring import answers_as_rollout, check_references, load_scorer
+    from pipeline.rl.scoring import answers_as_rollout, check_references, load_scorer, reward_models_of
 
     assert config.reward is not None
     check_references(config.reward, [{"prompt": groups[0].prompt, "reference": ""}])
@@ -264,7 +263,7 @@ def _scores(
         runtime=runtime,
     )
 
-    reaches = [reach(each.model) for each in _reward_models(inputs)]
+    reaches = [reach(each.model) for each in reward_models_of(inputs, INPUTS)]
     longest = min((found for found in reaches if found is not None), default=None)
 
     def scores(asked: Sequence[tuple[int, int]]) -> Tensor:
@@ -281,11 +280,6 @@ def _scores(
         return scorer.score(rollout, [{"prompt": prompt, "reference": ""} for prompt in prompts])[0]
 
     return scores
-
-
-def _reward_models(inputs: dict[str, Any]) -> list[Artifact]:
-    found = [inputs.get(role) or () for role, kind in INPUTS.items() if kind == "reward-model"]
-    return [each for held in found for each in (held if isinstance(held, list | tuple) else (held,))]
 
 
 def _is_tie(config: LabelConfig, chance: float) -> bool:

@@ -192,30 +192,15 @@ def run(config: PPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     """Train the policy; returns its reward in the first step and in the last ones, and the KL it took."""
     from transformers.utils import logging
 
-    from pipeline.data.chat import encode_prompt
     from pipeline.data.tokenizers import load_tokenizer
     from pipeline.rl.learners import write_policy
-    from pipeline.rl.prompts import PromptReader
-    from pipeline.rl.scoring import check_references
 
     logging.set_verbosity_error()  # no report that a critic's new head is new
 
     # 1. prompts, in the order of the whole run
     _check(config, runtime)
     tokenizer = load_tokenizer(inputs["init"].model)
-    context = _context(inputs)
-    reading = PromptReader(
-        encode=lambda row: encode_prompt(tokenizer, row["prompt"]),
-        longest=config.max_prompt_length,
-        room=None if context is None else context - config.response_length,
-        generator=runtime.generator,
-    )
-    prompts, steps = _prompts(config, reading, runtime)
-    held_out = _held_out(config, reading, runtime)
-    asked = [each.rows[row] for each in (prompts, held_out) if each is not None for row in each.ids]
-    check_references(config.reward, asked)
-    if config.gold is not None and held_out is not None:
-        check_references(config.gold, [held_out.rows[row] for row in held_out.ids])
+    prompts, held_out, steps = _read(config, inputs, tokenizer, runtime)
     every = steps if held_out is None else config.eval_steps or math.ceil(steps / 5)
 
     # 2. policy, reference, what scores and critic, from the checkpoint if there is one
@@ -312,6 +297,30 @@ def _check(config: PPOConfig, runtime: Runtime) -> None:
         )
 
 
+def _read(
+    config: PPOConfig, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerFast, runtime: Runtime
+) -> tuple[Prompts, Prompts | None, int]:
+    """(the prompts of the run, those of its evaluations, its steps); each has what the reward compares with."""
+    from pipeline.data.chat import encode_prompt
+    from pipeline.rl.prompts import PromptReader
+    from pipeline.rl.scoring import check_references, context_of
+
+    context = context_of(inputs, INPUTS)
+    reading = PromptReader(
+        encode=lambda row: encode_prompt(tokenizer, row["prompt"]),
+        longest=config.max_prompt_length,
+        room=None if context is None else context - config.response_length,
+        generator=runtime.generator,
+    )
+    prompts, steps = _prompts(config, reading, runtime)
+    held_out = _held_out(config, reading, runtime)
+    asked = [each.rows[row] for each in (prompts, held_out) if each is not None for row in each.ids]
+    check_references(config.reward, asked)
+    if config.gold is not None and held_out is not None:
+        check_references(config.gold, [held_out.rows[row] for row in held_out.ids])
+    return prompts, held_out, steps
+
+
 def _prompts(config: PPOConfig, reading: PromptReader, runtime: Runtime) -> tuple[Prompts, int]:
     """The prompts the run comes to, one after the other, and the number of its steps."""
     from pipeline.data.formats import read_rows
@@ -327,18 +336,6 @@ def _prompts(config: PPOConfig, reading: PromptReader, runtime: Runtime) -> tupl
     if prompts.left_out:
         runtime.say(f"{prompts.left_out:,} prompts of more than {config.max_prompt_length} tokens are left out")
     return prompts, steps
-
-
-def _context(inputs: dict[str, Any]) -> int | None:
-    """Tokens that a row may have: what the policy reaches, and what every reward model does with the stop token that it
-    reads behind a response without one. None where nothing bounds them."""
-    from pipeline.model.build import reach
-
-    scoring = [inputs.get(role) or () for role, kind in INPUTS.items() if kind == "reward-model"]
-    models = [each for found in scoring for each in (found if isinstance(found, list | tuple) else (found,))]
-    reaches = [reach(inputs["init"].model)]
-    reaches += [None if found is None else found - 1 for found in (reach(each.model) for each in models)]
-    return min((found for found in reaches if found is not None), default=None)
 
 
 def _held_out(config: PPOConfig, reading: PromptReader, runtime: Runtime) -> Prompts | None:
@@ -488,6 +485,7 @@ class _Parts:
     def asking(self) -> Asking:
         """How the policy is asked, by our own engine."""
         from pipeline.rl.asking import Asking
+        from pipeline.rl.scoring import context_of
         from pipeline.rl.turns import load_environment
 
         config = self.config
@@ -498,7 +496,9 @@ class _Parts:
             pad_id=self.pad_id,
             temperature=config.temperature,
             batch_size=config.local_rollout_forward_batch_size,
-            environment=load_environment(config.environment, self.tokenizer, config.max_turns, _context(self.inputs)),
+            environment=load_environment(
+                config.environment, self.tokenizer, config.max_turns, context_of(self.inputs, INPUTS)
+            ),
             stop_strings=config.stop_strings,
             decode=self.tokenizer.decode if config.stop_strings else None,
         )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.recipe import Data, Ref, StageConfig, field
 from pipeline.reward_config import Reward
 
@@ -164,14 +164,14 @@ class _Speaker:
         from pipeline.data.tokenizers import load_tokenizer
         from pipeline.rl.place import Place
         from pipeline.rl.prompts import PromptReader
-        from pipeline.rl.scoring import check_references
+        from pipeline.rl.scoring import check_references, context_of
 
         self.config, self.runtime = config, runtime
         self.place = Place.of(runtime, config.bf16)
         self.tokenizer = tokenizer = load_tokenizer(inputs["init"].model)
         self.stop_id = stop_token_id(tokenizer)
         self.pad_id = self.stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        context = _context(inputs)
+        context = context_of(inputs, INPUTS)
         reading = PromptReader(
             encode=lambda row: encode_prompt(tokenizer, row["prompt"]),
             longest=config.max_prompt_length,
@@ -311,19 +311,3 @@ def _prompts(config: SampleConfig, reading: Any, runtime: Runtime) -> Prompts:
     if prompts.left_out:
         runtime.say(f"{prompts.left_out:,} prompts of more than {config.max_prompt_length} tokens are left out")
     return prompts
-
-
-def _context(inputs: dict[str, Any]) -> int | None:
-    """Tokens that a row may have: what the model reaches, and what every reward model does with the stop token that it
-    reads behind an answer without one. None where nothing bounds them."""
-    from pipeline.model.build import reach
-
-    scoring = [inputs.get(role) or () for role, kind in INPUTS.items() if kind == "reward-model"]
-    models = [each for found in scoring for each in (found if isinstance(found, list | tuple) else (found,))]
-    reaches = [reach(inputs["init"].model), *(reach(each.model) for each in models)]
-    least = min((found for found in reaches if found is not None), default=None)
-    if least is None:
-        return None
-    if least <= 1:
-        raise ConfigError(f"a context of {least} tokens", where="sample.init")
-    return least - bool(models)

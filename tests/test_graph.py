@@ -5,12 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import SCHEMA_VERSION, Store, write_json
-from pipeline.cli.stages import load_stage
-from pipeline.errors import MissingInputError, PipelineError, RecipeError
-from pipeline.graph import Recipe, build
-from pipeline.reading import read_recipe
-from pipeline.unroll import unroll
+from pipeline.artifacts import SCHEMA_VERSION, write_json
+from pipeline.errors import MissingInputError
+from tests.written import line, recipe, refused
 
 ROAD = """\
 seed: 7
@@ -33,25 +30,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     return tmp_path
-
-
-def recipe(folder: Path, text: str, *overrides: str) -> Recipe:
-    path = folder / "r.yaml"
-    path.write_text(text)
-    return build(unroll(read_recipe(path, overrides)), load_stage, Store(folder / "artifacts"))
-
-
-def refused(folder: Path, text: str, *overrides: str, kind: type[PipelineError] = RecipeError) -> PipelineError:
-    with pytest.raises(kind) as caught:
-        recipe(folder, text, *overrides)
-    assert caught.value.exit_code == 2
-    return caught.value
-
-
-def line(error: PipelineError) -> int:
-    file, _, number = error.where.rpartition(":")
-    assert file.endswith("r.yaml")
-    return int(number)
 
 
 def artifact(folder: Path, run: str, stage: str, kind: str, tokenizer: object = "words") -> None:

@@ -1,9 +1,6 @@
 """The adapter to TRL: fields through, attention, several processes, Muon."""
 
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +17,7 @@ from pipeline.model.optim import muon
 from pipeline.runtime import Runtime
 from pipeline.schedule import schedule
 from pipeline.trainer_config import TrainerConfig
+from tests.ranks import run_script
 
 
 def config(**fields: Any) -> TrainerConfig:
@@ -68,7 +66,7 @@ def test_values_are_shared_out_and_come_back_in_order(quiet: Runtime) -> None:
 
 
 TWO = """
-import json, os, sys
+import json, sys
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tokenizers import Tokenizer, models
@@ -82,6 +80,7 @@ from pipeline.model.trained_positions import trim_head
 from pipeline.runtime import Runtime
 from pipeline.schedule import schedule
 from pipeline.trainer_config import TrainerConfig
+from tests.ranks import one_and_two
 
 def work(world, out):
     runtime = Runtime.start(out, seed=0, threads=1, world_size=world, quiet=True)
@@ -103,7 +102,7 @@ def work(world, out):
     sample = Dataset.from_list(rows[:1])
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=sample, processing_class=tokenizer)
     teacher = Teacher(drawn(1).eval().requires_grad_(False), 0.5, 2.0)
-    if sys.argv[3] == "taught":
+    if sys.argv[2] == "taught":
         teach(trainer.model, teacher, "x")
     else:
         trim_head(trainer.model)
@@ -115,25 +114,14 @@ def work(world, out):
         found = {"steps": plan.steps, "weights": flat.tolist(), "shared": shared.tolist()}
         (out / "found.json").write_text(json.dumps(found))
 
-root, port = Path(sys.argv[1]), sys.argv[2]
-children = []
-for world, rank in ((1, 0), (2, 0), (2, 1)):
+root = Path(sys.argv[1])
+
+def alone_or_not(world):
     out = root / str(world)
     out.mkdir(exist_ok=True)
-    pid = os.fork()
-    if pid == 0:
-        if world == 2:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
-        code = 1
-        try:
-            work(world, out)
-            code = 0
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    children.append(pid)
-sys.exit(sum(os.waitpid(pid, 0)[1] for pid in children) != 0)
+    work(world, out)
+
+sys.exit(not one_and_two(alone_or_not, int(sys.argv[-1])))
 """
 
 
@@ -142,12 +130,7 @@ sys.exit(sum(os.waitpid(pid, 0)[1] for pid in children) != 0)
 def test_two_processes_give_what_one_gives(head: str, tmp_path: Path) -> None:
     """The same rows a step, split over two gloo ranks: weights equal to 1e-6 after 11 steps, the epoch's tail too; the
     figures of a teacher are those of all rows."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-c", TWO, str(tmp_path), port, head]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+    run_script(TWO, tmp_path, head)
     one, two = (json.loads((tmp_path / world / "found.json").read_text()) for world in "12")
     assert one["steps"] == two["steps"] == 11
     assert two["shared"] == one["shared"] == [0.0, 10.0, 20.0, 30.0, 40.0]

@@ -7,11 +7,12 @@ import pytest
 
 from pipeline.artifacts import Store
 from pipeline.cli.stages import load_stage
-from pipeline.errors import ConfigError, MissingInputError, PipelineError, RecipeError
-from pipeline.graph import Recipe, build
+from pipeline.errors import ConfigError, MissingInputError, RecipeError
+from pipeline.graph import build
 from pipeline.lineage import Standing, survey
 from pipeline.reading import read_recipe
 from pipeline.unroll import meaning, unroll
+from tests.written import line, recipe, refused
 
 ROWS = """
 from pipeline.recipe import Ref, StageConfig, field
@@ -64,25 +65,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     return tmp_path
-
-
-def recipe(folder: Path, text: str, *overrides: str) -> Recipe:
-    path = folder / "r.yaml"
-    path.write_text(text)
-    return build(unroll(read_recipe(path, overrides)), load_stage, Store(folder / "artifacts"))
-
-
-def refused(folder: Path, text: str, *overrides: str, kind: type[PipelineError] = RecipeError) -> PipelineError:
-    with pytest.raises(kind) as caught:
-        recipe(folder, text, *overrides)
-    assert caught.value.exit_code == 2
-    return caught.value
-
-
-def line(error: PipelineError) -> int:
-    file, _, number = error.where.rpartition(":")
-    assert file.endswith("r.yaml"), error
-    return int(number)
 
 
 # ---- matrix ----

@@ -2,9 +2,6 @@
 
 import json
 import math
-import socket
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +26,7 @@ from pipeline.preference_trainer import mismatched, tokens_only_read
 from pipeline.recipe import DataEntry, PeftConfig
 from pipeline.schedule import Schedule, schedule
 from stages import dpo
+from tests.ranks import run_script
 
 pytestmark = pytest.mark.slow
 
@@ -548,12 +546,13 @@ def test_lengths_of_ties_teach_nothing(config: Config) -> None:
 
 
 RANKS = """
-import json, os, sys
+import json, sys
 from pathlib import Path
 from pipeline.artifacts import outside_model
 from pipeline.recipe import DataEntry
 from pipeline.runtime import Runtime
 from stages import dpo
+from tests.ranks import one_and_two
 import pipeline.trainer, pipeline.preference_trainer, pipeline.evals.implicit_reward
 
 def work(world, name, fields):
@@ -567,24 +566,9 @@ def work(world, name, fields):
     if runtime.is_main:
         (out / "figures.json").write_text(json.dumps(figures))
 
-root, model, rows, port, cases = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), json.loads(sys.argv[5])
-for number, (name, fields) in enumerate(cases.items()):
-    children = []
-    for world, rank in ((1, 0), (2, 0), (2, 1)):
-        pid = os.fork()
-        if pid == 0:
-            if world == 2:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-            code = 1
-            try:
-                work(world, name, fields)
-                code = 0
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(pid)
-    if sum(os.waitpid(pid, 0)[1] for pid in children):
+root, model, rows, cases = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+for name, fields in cases.items():
+    if not one_and_two(lambda world: work(world, name, fields), int(sys.argv[-1])):
         sys.exit(name)
 """
 CASES: dict[str, dict[str, Any]] = {
@@ -596,12 +580,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(model_folder: Path, preferences: Path, lines: Any, tmp_path: Path) -> None:
     """The same rows a step, split over two gloo ranks: weights to 1e-6, losses, and what is measured."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-c", RANKS, str(tmp_path), str(model_folder), str(preferences), port, json.dumps(CASES)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
+    run_script(RANKS, tmp_path, model_folder, preferences, json.dumps(CASES))
     for name in CASES:
         one, two = (tmp_path / f"{name}-{world}" for world in (1, 2))
         theirs, ours = (load_file(out / "model" / "model.safetensors") for out in (one, two))

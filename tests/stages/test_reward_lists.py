@@ -1,9 +1,6 @@
 """reward on lists, ties and margins, and ensembles of several seeds."""
 
 import json
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from pipeline.recipe import DataEntry, PeftConfig
 from pipeline.runtime import derive_seed
 from pipeline.schedule import schedule
 from stages import reward
+from tests.ranks import run_script
 
 pytestmark = pytest.mark.slow
 
@@ -236,17 +234,20 @@ def test_every_parameter_moves_on_lists(init: Any, runtime: Any, config: Any) ->
 
 
 TWO = """
-import os, sys
+import sys
 from pathlib import Path
 import pipeline.trainer
 from pipeline.artifacts import outside_model
 from pipeline.recipe import DataEntry
 from pipeline.runtime import Runtime
 from stages import reward
+from tests.ranks import one_and_two
 
-model, rows, demonstrations, root, port = sys.argv[1:6]
+model, rows, demonstrations, root = sys.argv[1:5]
 
-def work(world, out):
+def work(world):
+    out = Path(root, str(world))
+    out.mkdir(exist_ok=True)
     runtime = Runtime.start(out, seed=0, threads=1, world_size=world, quiet=True)
     config = reward.RewardConfig(
         data=(DataEntry(source=rows),), demonstrations=(DataEntry(source=demonstrations),), learning_rate=1e-3,
@@ -254,24 +255,7 @@ def work(world, out):
     )
     reward.run(config, {"init": outside_model(Path(model))}, out, runtime)
 
-children = []
-for world, rank in ((1, 0), (2, 0), (2, 1)):
-    out = Path(root, str(world))
-    out.mkdir(exist_ok=True)
-    pid = os.fork()
-    if pid == 0:
-        if world == 2:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
-        code = 1
-        try:
-            work(world, out)
-            code = 0
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    children.append(pid)
-sys.exit(sum(os.waitpid(pid, 0)[1] for pid in children) != 0)
+sys.exit(not one_and_two(work, int(sys.argv[-1])))
 """
 
 
@@ -281,13 +265,8 @@ def test_two_processes_are_one(
     model_folder: Path, lists: Path, preferences: Path, demonstrations: Path, lines: Any, tmp_path: Path, what: str
 ) -> None:
     """An ensemble of two, the rows of each step split over two gloo ranks: losses, figures and weights."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     rows = lists if what == "lists" else preferences
-    command = [sys.executable, "-c", TWO, *map(str, (model_folder, rows, demonstrations, tmp_path)), port]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    run_script(TWO, model_folder, rows, demonstrations, tmp_path)
     one, two = (lines(tmp_path / world) for world in "12")
     assert len(one) == len(two) == 9
     for ours, theirs in zip(two[:-1], one[:-1], strict=True):

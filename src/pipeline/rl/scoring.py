@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from pipeline.artifacts import Artifact
 from pipeline.data.chat import encode_messages, encode_prompt
 from pipeline.errors import ConfigError, DataError, MismatchError, TrainingError
-from pipeline.model.build import check_vocabulary
+from pipeline.model.build import check_vocabulary, reach
 from pipeline.model.reward import (
     RewardModel,
     build_reward_model,
@@ -265,6 +265,23 @@ def text_in(constitution: Path) -> str:
     if not text.strip():
         raise ConfigError("the constitution is empty", where=str(constitution), mend="write what a judge goes by")
     return text
+
+
+def reward_models_of(inputs: Mapping[str, Any], roles: Mapping[str, str]) -> list[Artifact]:
+    """All reward models among a stage's inputs; `roles` is its INPUTS: role -> kind."""
+    found = [inputs.get(role) or () for role, kind in roles.items() if kind == "reward-model"]
+    return [each for held in found for each in (held if isinstance(held, list | tuple) else (held,))]
+
+
+def context_of(inputs: Mapping[str, Any], roles: Mapping[str, str]) -> int | None:
+    """Tokens that prompt and answer may have: what the model `init` reaches, and what every reward model does with the
+    stop token that it reads behind an answer without one. None where nothing bounds them."""
+    reaches = [reach(inputs["init"].model)]
+    reaches += [
+        None if found is None else found - 1
+        for found in (reach(each.model) for each in reward_models_of(inputs, roles))
+    ]
+    return min((found for found in reaches if found is not None), default=None)
 
 
 def check_references(reward: str | tuple[RewardTerm, ...], rows: Sequence[Row]) -> None:

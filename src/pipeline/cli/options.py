@@ -1,0 +1,28 @@
+"""The flags and arguments that several commands have."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[str, typer.Argument(help="a recipe's path, or the name of one that ships with llmpipe")]
+RunOption = Annotated[str | None, typer.Option("--run", help="name of the run, in place of the recipe's")]
+ArtifactsOption = Annotated[
+    Path | None, typer.Option("--artifacts", help="root of the artifacts [env LLMPIPE_ARTIFACTS; default ./artifacts]")
+]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="stage.field=value, as often as needed")]
+ForceOption = Annotated[bool, typer.Option("--force", help="run again what stands")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="say what would be done and why, and do nothing")]
+JsonOption = Annotated[bool, typer.Option("--json", help="results as JSON on stdout")]
+KeepOption = Annotated[
+    list[str] | None, typer.Option("--keep", help="let this stale stage stand as it is, on its record")
+]
+ProcessesOption = Annotated[
+    int | None, typer.Option("--num-processes", help="processes a stage; one a GPU, else one, unless set")
+]
+StrategyOption = Annotated[str, typer.Option("--strategy", help="auto, single, ddp or fsdp (pretrain)")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")]
+DataOption = Annotated[
+    list[str] | None, typer.Option("--data", help="prompts; those the model was trained on unless given")
+]
+AsOption = Annotated[str | None, typer.Option("--as", help="name of what is made, in its run")]
