@@ -16,7 +16,9 @@ from pipeline.hardware import Device, known_device, measure_device, peak_flops
 from pipeline.lineage import survey
 from pipeline.model.memory import Load, memory_of
 from pipeline.model.presets import build_model, shape_of
-from pipeline.plan import Estimate, Planner, mean_length, si
+from pipeline.plan.lengths import mean_length, si
+from pipeline.plan.planner import Planner
+from pipeline.plan.site import Estimate
 
 CPU = Device("2 CPU cores", "cpu", 1, 24 * 2**30, 4e11, bf16=True)
 H100 = Device("an H100", "cuda", 1, 80 * 2**30, 8e14, bf16=True)
@@ -253,6 +255,42 @@ def test_adapters_and_a_teacher_are_in_the_plan(road: Path) -> None:
     assert beside.memory["weights"] == alone.memory["weights"] + 2 * teacher
 
 
+def test_the_last_blocks_and_four_bits_are_in_the_plan(road: Path) -> None:
+    """One block of two, the norm behind it (the head is the embedding, which stays); linear layers in 0.516 bytes."""
+    whole, last, small = (
+        planned(road, CPU, *given)["sft"]
+        for given in ((), ("sft.train_last_layers=1",), ("sft.peft={r: 4}", "sft.load_in_4bit=true"))
+    )
+    linear = 4 * 64 * 64 + 3 * 64 * 192
+    block, total = linear + 2 * 64, 2 * (linear + 2 * 64) + 64 + 1000 * 64
+    assert whole.parameters == last.parameters == total
+    assert last.memory["gradients"] == 4 * (block + 64)
+    assert last.memory["optimizer"] == 8 * (block + 64)
+    assert last.memory["activations"] == whole.memory["activations"] / 2
+    assert last.flops / whole.flops == pytest.approx((1 + 2 * (block + 64) / total) / 3)  # type: ignore[operator]
+    assert small.memory["weights"] == pytest.approx(4 * (total - 2 * linear) + 0.516 * 2 * linear)
+
+
+def test_label_by_hand(road: Path) -> None:
+    """40 pairs of 70 and 35 bytes to prompts of 35: both sides through a reward model; by a judge in both orders."""
+    more = "  label: {data: pairs.jsonl, reward: reward}\n"
+    path = road.parent / "labelled.yaml"
+    path.write_text(ROAD + more)
+    found = planned(path)
+    total = found["pretrain"].parameters
+    assert total is not None
+    assert found["label"].tokens == pytest.approx(40 * (35 + 70 + 35 + 35) / 3.5)
+    a_token = 2 * total + 4 * 2 * 64 * 25
+    assert found["label"].flops == pytest.approx(found["label"].tokens * a_token)
+    assert found["label"].memory == {"weights": 4 * total}
+    (road.parent / "rules.txt").write_text("r" * 70)
+    path.write_text(ROAD + "  label: {data: pairs.jsonl, judge: sft, constitution: rules.txt}\n")
+    assert planned(path)["label"].tokens == pytest.approx(40 * 2 * (35 + 70 + 35 + 70) / 3.5)
+    person = "  label: {data: pairs.jsonl, labels: rules.txt}\n"
+    path.write_text(ROAD + person)
+    assert planned(path)["label"].notes[0].startswith("not estimated: no model of ours labels the 40 pairs")
+
+
 def test_what_ran_here_sets_the_speed(trained: Path) -> None:
     """A stage that took long enough to count: its FLOPs over its seconds, whatever the product does."""
     manifest = trained.parent / "artifacts" / "tiny" / "pretrain" / "manifest.json"
@@ -349,7 +387,7 @@ def test_the_large_recipes_fit_eight_gpus(recipe: str, hours: float, count: floa
 
 
 def test_an_empty_store_has_nothing_to_say(tmp_path: Path) -> None:
-    from pipeline.plan import artifacts_of
+    from pipeline.plan.planner import artifacts_of
 
     assert list(artifacts_of(Store(tmp_path / "none"))) == []
 

@@ -16,7 +16,7 @@ from pipeline.progress import clock
 if TYPE_CHECKING:
     from pipeline.hardware import Device
     from pipeline.model.scaling import Run
-    from pipeline.plan import Estimate
+    from pipeline.plan.site import Estimate
 
 GIB = 2**30
 BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?)\s*(h|eur|)")
@@ -27,7 +27,8 @@ def show_plan(
 ) -> None:
     """A line a stage and its notes; with `budget` the best model for it, with `fit` the loss that own runs predict."""
     from pipeline.hardware import known_device, measure_device
-    from pipeline.plan import Planner, si
+    from pipeline.plan.lengths import si
+    from pipeline.plan.planner import Planner
 
     asked = _budget(budget) if budget is not None else None
     device = known_device(on) if on else measure_device()
@@ -56,7 +57,7 @@ def _print_table(found: Sequence[Estimate]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.plan import si
+    from pipeline.plan.lengths import si
 
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "state", "parameters", "tokens", "FLOPs", "memory", "disk", "loss", "time"):
@@ -97,7 +98,7 @@ def _budget(text: str) -> tuple[float, str]:
 def _best_split(asked: tuple[float, str], price: float, device: Device, rate: float) -> str:
     """The model and the tokens of the lowest loss for the budget, by the Chinchilla law."""
     from pipeline.model.scaling import CHINCHILLA
-    from pipeline.plan import si
+    from pipeline.plan.lengths import si
 
     amount, unit = asked
     hours = {"h": amount, "eur": amount / price / device.count}.get(unit)
@@ -115,7 +116,7 @@ def _predictions(session: Session, references: Sequence[str], found: Sequence[Es
     """The held-out bits per byte of the recipe's pretrain stages, by a fit to finished ones."""
     from pipeline.model.build import count_parameters
     from pipeline.model.scaling import fit, predict
-    from pipeline.plan import model_of
+    from pipeline.plan.models import model_of
 
     runs = _runs(session, references)
     law = fit(runs)
@@ -135,7 +136,7 @@ def _runs(session: Session, references: Sequence[str]) -> list[Run]:
     """What the references say: a pretrain artifact each, or a run with one."""
     from pipeline.model.build import count_parameters
     from pipeline.model.scaling import Run
-    from pipeline.plan import empty_model
+    from pipeline.plan.models import empty_model
 
     runs = []
     for reference in references:

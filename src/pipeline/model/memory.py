@@ -15,6 +15,10 @@ from transformers import PreTrainedModel
 from pipeline.model.build import count_parameters
 from pipeline.model.compiling import blocks_of
 
+FOUR_BIT = 0.516
+"""Bytes a weight of NF4: 4 bits, 8 of a scale for 64 weights, 32 of a second scale for 256 of those (Dettmers et al.
+2023)."""
+
 
 @dataclass(frozen=True)
 class Load:
@@ -34,6 +38,10 @@ class Load:
     """Parameters held beside the model (reference, reward model, teacher)."""
     shards: int = 1
     """Processes that share the model's weights, gradients and moments."""
+    layers: int | None = None
+    """The last blocks, where they alone are trained: those below keep nothing for a backward."""
+    four_bit: bool = False
+    """The matrices of the blocks are held in bitsandbytes' four bits."""
 
 
 def memory_of(model: PreTrainedModel, load: Load) -> dict[str, float]:
@@ -43,10 +51,13 @@ def memory_of(model: PreTrainedModel, load: Load) -> dict[str, float]:
     positions, width, layers = load.rows * load.length, config.hidden_size, config.num_hidden_layers
     a_layer = 34.0 * positions * width * (1 if load.bf16 else 2)
     kept = a_layer + 2.0 * positions * width * layers if load.checkpointing else a_layer * layers
+    if load.layers is not None:
+        kept *= load.layers / layers
+    small = _in_blocks(model) if load.four_bit else 0.0
     gathered = _gathered_at_once(model, total) if load.shards > 1 else 0.0
     copied = gathered if load.shards > 1 and load.checkpointing else total  # else kept until a block's backward
     return {
-        "weights": 4 * (total / load.shards + load.others),
+        "weights": 4 * ((total - small) / load.shards + load.others) + FOUR_BIT * small,
         "gradients": 4 * load.trained / load.shards,
         "optimizer": load.moments * load.trained / load.shards,
         **({"gathered": 8 * gathered} if gathered else {}),
@@ -54,6 +65,12 @@ def memory_of(model: PreTrainedModel, load: Load) -> dict[str, float]:
         "activations": kept,
         "logits": load.logits * config.vocab_size * (10.0 if load.bf16 else 12.0),
     }
+
+
+def _in_blocks(model: PreTrainedModel) -> float:
+    """Parameters of the linear layers of all blocks: what four bits hold."""
+    modules = [module for block in blocks_of(model) for module in block.modules()]
+    return float(sum(module.weight.numel() for module in modules if isinstance(module, torch.nn.Linear)))
 
 
 def _gathered_at_once(model: PreTrainedModel, total: float) -> float:

@@ -1,0 +1,136 @@
+"""What the stages take in which models answer and score: ppo, sample, label."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pipeline.data.answers import pairs_of, read_answers
+from pipeline.graph import Node
+from pipeline.model.build import count_parameters, flops_per_token
+from pipeline.model.memory import Load, adapter_parameters, memory_of
+from pipeline.plan.site import Estimate, Site
+
+
+def ppo(site: Site, node: Node, found: Estimate) -> Estimate:
+    """Generation, the forwards that score and compare, and the training of policy and, where there is one, critic, on
+    prompts and full-length responses."""
+    config: Any = node.config
+    model = site.model(node.inputs["init"][0])
+    if model is None:
+        return replace(found, notes=("not estimated: what it starts from is not known",))
+    rows, prompt = site.prompts(config)
+    episodes = config.total_episodes or round(config.num_train_epochs * rows * config.num_generations)
+    length = prompt + config.response_length
+    tokens = episodes * length
+    total, _ = count_parameters(model)
+    scoring = site.reward_models(node)
+    rewards = len(scoring)
+    judges = sum(site.size_of([ref]) for ref in node.inputs.get("reward.judge", ()))
+    critics = int(config.advantage_estimator == "gae")
+    # Forwards: decode, policy, reference, critic, what scores. Frozen weights have no gradients to work out.
+    forwards = 3 + critics + rewards + judges / total
+    updates = (1 + critics) * config.num_ppo_epochs * (2 / 3 if config.peft else 1.0)
+    trained = (1 + critics) * (adapter_parameters(model, config.peft.r) if config.peft else float(total))
+    copies = critics + 1 + rewards  # beside the policy: critic, reference, reward models
+    if config.peft:  # the reference is the policy without adapters, the reward model the critic without its own
+        apart = [ref for ref in scoring if not _is_adapter_on(site, ref, node.inputs["init"][0])]
+        copies = len(apart) if config.shared_trunk else max(critics, rewards)
+    elif config.offload and site.device.kind != "cpu":  # one of the frozen at a time
+        copies = critics + max(1, rewards)
+    on_device = site.on_device(config.per_device_train_batch_size)
+    load = Load(
+        on_device,
+        round(length),
+        trained,
+        moments=8.0,
+        bf16=site.bf16(config),
+        checkpointing=False,
+        logits=on_device * config.response_length,
+        others=total * copies + judges,
+        four_bit=config.load_in_4bit,
+    )
+    return replace(
+        found,
+        parameters=total,
+        tokens=tokens,
+        flops=tokens * flops_per_token(model, round(length)) * (forwards / 3 + updates),
+        memory=memory_of(model, load),
+        disk=4 * total + 3 * 12 * trained,
+        notes=(f"{episodes:,} responses of up to {config.response_length} tokens",),
+    )
+
+
+def _is_adapter_on(site: Site, reward: str, init: str) -> bool:
+    """Whether a reward model of this recipe is trained by adapters on that model."""
+    node = site.recipe.nodes.get(reward)
+    return node is not None and getattr(node.config, "peft", None) is not None and node.inputs["init"] == (init,)
+
+
+def sample(site: Site, node: Node, found: Estimate) -> Estimate:
+    """Forwards alone: each prompt once, full-length answers, and both again through every model that scores. The
+    cache is that of a model whose heads share no keys."""
+    config: Any = node.config
+    model = site.model(node.inputs["init"][0])
+    if model is None:
+        return replace(found, notes=("not estimated: what answers is not known",))
+    rows, prompt = site.prompts(config, split=config.split)
+    prompts, samples = min(config.prompts or rows, rows), config.num_generations
+    tokens = prompts * (prompt + samples * config.response_length)
+    total, _ = count_parameters(model)
+    rewards = len(site.reward_models(node))
+    judges = sum(site.size_of([ref]) for ref in node.inputs.get("reward.judge", ()))
+    length = round(prompt + config.response_length)
+    scored = prompts * samples * length * (rewards + judges / total)
+    on_device = max(config.batch_size, samples)
+    shape = model.config.get_text_config()
+    return replace(
+        found,
+        parameters=total,
+        tokens=tokens,
+        flops=(tokens + scored) * flops_per_token(model, length) / 3,
+        memory={
+            "weights": 4 * (total * (1 + rewards) + judges),
+            "cache": 8.0 * on_device * length * shape.num_hidden_layers * shape.hidden_size,
+            "logits": 8.0 * on_device * shape.vocab_size,
+        },
+        disk=prompts * samples * config.response_length * 2 * site.bytes_a_token(),
+        notes=(f"{prompts:,} prompts, {samples} answers of up to {config.response_length} tokens to each",),
+    )
+
+
+def label(site: Site, node: Node, found: Estimate) -> Estimate:
+    """Forwards alone: every compared answer through what scores it; a judge reads a pair in both orders, with its
+    constitution, and a person takes no model."""
+    config: Any = node.config
+    groups = read_answers(config.data, lambda text: None)
+    pairs = [pairs_of(group, number, config.pairs, config.seed) for number, group in enumerate(groups)]
+    count = sum(map(len, pairs))
+    compared = f"{count:,} pairs of answers to {sum(map(bool, pairs)):,} prompts"
+    judge = node.inputs.get("judge", ())
+    refs = [*judge, *site.reward_models(node), *node.inputs.get("reward.judge", ())]
+    models = [model for ref in refs if (model := site.model(ref)) is not None]
+    if not models:
+        return replace(found, notes=(f"not estimated: no model of ours labels the {compared}",))
+    prompts = [sum(len(message["content"].encode()) for message in group.prompt) for group in groups]
+    texts = [[len(text.encode()) for text in group.texts] for group in groups]
+    if judge:  # one text a pair and order: the prompt, both answers and the rules
+        rules = len(config.constitution.read_bytes())
+        size = 2 * sum(
+            prompt + rules + sum(sizes[side] for side in pair)
+            for prompt, sizes, of in zip(prompts, texts, pairs)
+            for pair in of
+        )
+    else:
+        sides = [{side for pair in of for side in pair} for of in pairs]
+        size = sum(prompt + sizes[side] for prompt, sizes, of in zip(prompts, texts, sides) for side in of)
+    read = size / site.bytes_a_token()
+    a_text = max(1, round(read / max(1, 2 * count)))
+    return replace(
+        found,
+        tokens=read,
+        flops=sum(read * flops_per_token(model, a_text) / 3 for model in models),
+        memory={"weights": sum(4.0 * count_parameters(model)[0] for model in models)},
+        disk=float(size),
+        notes=(compared,),
+    )

@@ -1,0 +1,101 @@
+"""What is planned for, and what an estimate holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pipeline.artifacts import Store
+from pipeline.data.formats import read_rows
+from pipeline.graph import Node, Recipe
+from pipeline.hardware import Device
+from pipeline.model.build import count_parameters
+from pipeline.plan.lengths import BYTES_A_TOKEN, mean_length
+from pipeline.plan.models import model_of
+
+SAMPLED_ROWS = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one stage will take. None where it cannot be told."""
+
+    stage: str
+    state: str
+    parameters: int | None = None
+    tokens: float | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    memory: Mapping[str, float] = field(default_factory=dict)
+    """Part -> bytes a process."""
+    disk: float | None = None
+    loss: float | None = None
+    """Nats a token by the Chinchilla law, where the model is within its range."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> float:
+        """Bytes a process needs."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Site:
+    """A recipe over a store, on so many processes of a device."""
+
+    recipe: Recipe
+    store: Store
+    device: Device
+    processes: int
+    shards: int = 1
+    """Processes that share pretrain's model."""
+
+    def model(self, ref: str) -> PreTrainedModel | None:
+        """The model that `ref` is or will be, without weights; None where it cannot be told."""
+        return model_of(self.recipe, self.store, ref)
+
+    def size_of(self, refs: Sequence[str] | None) -> float:
+        """Parameters of the first of some references: a model that is held beside the trained one; 0 without one."""
+        model = self.model(refs[0]) if refs else None
+        return float(count_parameters(model)[0]) if model is not None else 0.0
+
+    def on_device(self, rows: int) -> int:
+        """Rows of a process."""
+        return max(1, rows // self.processes)
+
+    def bf16(self, config: Any) -> bool:
+        """Whether a stage's products are in bf16."""
+        return self.device.bf16 if config.bf16 is None else bool(config.bf16)
+
+    def row_length(self, rows: Sequence[Mapping[str, Any]]) -> float:
+        """Tokens of a row: the mean over the first ones."""
+        return mean_length(rows[:SAMPLED_ROWS], self.bytes_a_token())
+
+    def prompts(self, config: Any, **more: Any) -> tuple[int, float]:
+        """(rows of the stage's data, tokens of a prompt)."""
+        rows = read_rows(config.data, "prompt", held_out=config.held_out, **more)
+        return len(rows), self.row_length(rows)
+
+    def members(self, ref: str) -> int:
+        """Reward models that a reference stands for: several for a stage of the recipe that trains an ensemble."""
+        node = self.recipe.nodes.get(ref)
+        config: Any = node.config if node is not None and node.stage.type == "reward" else None
+        return config.ensemble if config is not None else 1
+
+    def reward_models(self, node: Node) -> list[str]:
+        """References of the models that score for a stage, a member of an ensemble each; without those of `gold`."""
+        roles = [role for role, kind in node.stage.inputs.items() if kind == "reward-model" and role[:4] != "gold"]
+        named = [ref for role in roles for ref in node.inputs.get(role, ())]
+        return [ref for ref in named for _ in range(self.members(ref))]
+
+    def bytes_a_token(self) -> float:
+        """Of text, by the tokens that stand in the run, else a usual figure."""
+        for node in self.recipe.nodes.values():
+            artifact = self.store.find(self.recipe.run, node.name) if node.stage.kind == "tokens" else None
+            if artifact is not None:
+                metrics = artifact.manifest["metrics"]
+                return float(metrics["train_bytes"] / metrics["train_tokens"])
+        return BYTES_A_TOKEN

@@ -1,0 +1,152 @@
+"""What tokenize, pretrain and the stages over rows (sft, reward, dpo) take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pipeline.data.formats import read_rows
+from pipeline.data.sources import local_files
+from pipeline.graph import Node
+from pipeline.model.build import count_parameters, flops_per_token
+from pipeline.model.freezing import train_last
+from pipeline.model.losses import CHUNK, CPU_CHUNK
+from pipeline.model.memory import Load, adapter_parameters, memory_of
+from pipeline.model.scaling import CHINCHILLA
+from pipeline.plan.lengths import BYTES_A_TOKEN, si
+from pipeline.plan.site import Estimate, Site
+
+BUILT_IN_BYTES = {"pydocs": 30e6, "arithmetic": 1.1e6}
+
+
+def tokenize(site: Site, node: Node, found: Estimate) -> Estimate:
+    """Time and disk by the bytes of the data."""
+    size = 0.0
+    for entry in node.config.data:  # type: ignore[attr-defined]
+        if entry.source in BUILT_IN_BYTES:
+            size += BUILT_IN_BYTES[entry.source]
+        elif entry.source.startswith("hub:"):
+            return replace(found, notes=("not estimated: the size of a hub dataset is known once it is here",))
+        else:
+            size += sum(path.stat().st_size for path in local_files(entry))
+    return replace(found, tokens=size / BYTES_A_TOKEN, seconds=size / 3e6, disk=2.2 * size / BYTES_A_TOKEN)
+
+
+def pretrain(site: Site, node: Node, found: Estimate) -> Estimate:
+    """The steps of the recipe; beside them what the Chinchilla law says of this split, and the epochs."""
+    config: Any = node.config
+    model = site.model(node.name)
+    assert model is not None
+    total, counted = count_parameters(model)
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    tokens = float(config.max_steps * batch * config.context_length)
+    rows = site.on_device(config.per_device_train_batch_size)
+    chunk = CPU_CHUNK if site.device.kind == "cpu" else CHUNK
+    trained, share = _trained(model, config)
+    teacher, bf16 = site.size_of(node.inputs.get("teacher")), site.bf16(config)
+    load = Load(
+        rows,
+        config.context_length,
+        trained,
+        _moments(config),
+        bf16,
+        config.gradient_checkpointing,
+        logits=min(chunk, rows * config.context_length),
+        others=teacher / 2 if bf16 else teacher,  # held in two bytes each then
+        shards=site.shards,
+    )
+    best = CHINCHILLA.best_split(6 * counted * tokens)
+    notes = [
+        f"{tokens / counted:.1f} tokens a parameter; the best of these FLOPs has {best[1] / best[0]:.0f} "
+        f"({si(best[0])} parameters, {si(best[1])} tokens)"
+    ]
+    have = _tokens_there(site, node)
+    if have is not None:
+        notes.append(f"{tokens / have:.2f} epochs of {si(have)} tokens")
+    in_range = counted >= 40e6  # smaller ones lie outside of what the law was fitted to
+    return replace(
+        found,
+        parameters=total,
+        tokens=tokens,
+        flops=tokens * (flops_per_token(model, config.context_length) * share + 2 * teacher),
+        memory=memory_of(model, load),
+        disk=4 * total + 3 * (4 + load.moments) * trained,
+        loss=CHINCHILLA.loss(counted, tokens) if in_range else None,
+        notes=tuple(notes),
+    )
+
+
+def rows(site: Site, node: Node, found: Estimate) -> Estimate:
+    """sft, reward and dpo: rows of about the mean length of the data's first ones."""
+    config: Any = node.config
+    model = site.model(node.inputs["init"][0])
+    if model is None:
+        return replace(found, notes=("not estimated: what it starts from is not known",))
+    is_reward = node.stage.type == "reward"
+    objective = config.objective if node.stage.type == "dpo" else ""
+    layout = {"sft": "messages", "reward": "ranked"}.get(node.stage.type, "preference")
+    data = read_rows(config.data, "unpaired" if objective == "kto" else layout, held_out=config.held_out)
+    members = config.ensemble if is_reward else 1
+    length = min(config.max_length, site.row_length(data))
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(data) / batch)
+    sides: float = 2 if layout == "preference" and objective != "kto" else 1
+    if is_reward:
+        sides = sum(len(row["answers"]) for row in data) / len(data)
+    tokens = members * steps * batch * sides * length
+    total, _ = count_parameters(model)
+    layers = getattr(config, "train_last_layers", None)
+    trained, share = _trained(model, config, layers)
+    once = min(1.0, len(data) / (steps * batch))  # the reference reads a row once, however many the epochs
+    beside = {"dpo": once / 3, "kto": 1.0}.get(objective, 0.0)  # its forward; kto: of each pair, and mismatched ones
+    on_device = site.on_device(config.per_device_train_batch_size) * math.ceil(sides)
+    longest = min(config.max_length, round(2 * length))
+    teacher, bf16 = site.size_of(node.inputs.get("teacher")), site.bf16(config)
+    load = Load(
+        on_device,
+        longest,
+        trained,
+        _moments(config),
+        bf16,
+        config.gradient_checkpointing,
+        logits=0.0 if is_reward else on_device * longest,
+        others=teacher / 2 if bf16 else teacher,  # held in two bytes each then
+        layers=layers,
+        four_bit=getattr(config, "load_in_4bit", False),
+    )
+    return replace(
+        found,
+        parameters=total,
+        tokens=tokens,
+        flops=tokens * (flops_per_token(model, round(length)) * (share + beside) + 2 * teacher),
+        memory=memory_of(model, load),
+        disk=members * 4 * total + 3 * (4 + load.moments) * trained,
+        notes=(f"{len(data):,} rows of about {length * sides:.0f} tokens, {steps * batch / len(data):.2f} epochs",),
+    )
+
+
+def _trained(model: PreTrainedModel, config: Any, layers: int | None = None) -> tuple[float, float]:
+    """(parameters with a gradient, FLOPs a token as a share of training all): under adapters the gradients of frozen
+    weights are not worked out, and below the last `layers` blocks nothing goes back."""
+    total = float(count_parameters(model)[0])
+    if config.peft:
+        return adapter_parameters(model, config.peft.r), 2 / 3
+    if layers:
+        train_last(model, layers, "train_last_layers")
+        trained = float(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
+        return trained, (1 + 2 * trained / total) / 3
+    return total, 1.0
+
+
+def _moments(config: Any) -> float:
+    """Bytes of optimizer state a trained parameter."""
+    return 4.0 if config.optimizer == "muon" else 8.0
+
+
+def _tokens_there(site: Site, node: Node) -> float | None:
+    ref = node.inputs["tokens"][0]
+    artifact = site.store.find(site.recipe.run, ref) if ref in site.recipe.nodes else site.store.resolve(ref)
+    return float(artifact.manifest["metrics"]["train_tokens"]) if artifact else None
