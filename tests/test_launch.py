@@ -149,6 +149,7 @@ def test_nothing_follows_a_stage_that_heard_too_late(warm: Any, acts: Path, numb
     assert "second  runs\n" in again.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_while_torch_is_imported(cli: Any, acts: Path, number: int, code: int):
     """A cold process, stopped as soon as it says that the stage runs, which is before its heavy imports."""

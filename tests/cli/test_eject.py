@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline import recipe as installed
 
 ROOT = Path(installed.__file__).parents[2]
@@ -14,6 +16,7 @@ def sha(folder: Path) -> str:
     return str(manifest["files"]["model/model.safetensors"]["sha256"])
 
 
+@pytest.mark.slow
 def test_an_ejected_stage_gives_the_same_weights(warm: Any, tokenized: Path, made: Path):
     done = warm("eject", "pretrain")
     assert done.code == 0

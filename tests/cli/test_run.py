@@ -85,6 +85,7 @@ def test_a_stage_of_another_name_is_found_by_its_type(warm: Any, trained: Path):
     assert warm("pretrain", "tiny.yaml", "--dry-run").stdout.startswith("pretrain ")
 
 
+@pytest.mark.slow
 def test_force_runs_again_what_stands(warm: Any, trained: Path):
     before = sha(warm.folder)
     created = (warm.folder / "artifacts" / "tiny" / "pretrain" / "config.yaml").stat().st_ino
@@ -117,6 +118,7 @@ def test_the_artifacts_root_by_flag_and_environment(warm: Any, tiny: Path):
     assert found == {"here/tiny/tokenize/manifest.json", "there/other/tokenize/manifest.json"}
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_make_each_stage_once(warm: Any, tiny: Path, made: Path):
     both = [warm.start("run", "tiny.yaml") for _ in range(2)]
     ended = [running.wait() for running in both]

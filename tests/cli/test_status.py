@@ -124,6 +124,7 @@ def test_one_artifact(warm: Any, trained: Path):
     assert outside.code == 2
 
 
+@pytest.mark.slow
 def test_changed_bytes_are_found(warm: Any, trained: Path):
     for command in (("status", "tiny.yaml"), ("status", "tiny/pretrain")):
         assert warm(*command, "--verify").code == 0

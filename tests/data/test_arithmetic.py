@@ -102,6 +102,7 @@ def test_both_sides_are_all_of_it(rows: dict[str, list[tuple[str, str]]]):
     assert list(map(pair, arithmetic.instruction_rows("train"))) == rows["train"]
 
 
+@pytest.mark.slow
 def test_as_a_source(rows: dict[str, list[tuple[str, str]]]):
     messages = read_rows([DataEntry(source="arithmetic", limit=3)], "messages")
     assert list(map(pair, messages)) == rows["train"][:3]

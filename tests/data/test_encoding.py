@@ -282,6 +282,7 @@ def test_a_tokenizer_that_is_no_bpe_goes_the_slow_way(tmp_path: Path) -> None:
     assert encoder.encode(["the king"])[0].tolist() == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_megabyte_of_white_space_goes_the_slow_way(folder: Path) -> None:
     encoder = encoding.BulkEncoder(folder, use_tiktoken=True)
     assert encoder.fast is not None

@@ -171,6 +171,7 @@ def test_same_sentence_same_side():
     assert all(len(side) == 1 for side in sides.values())
 
 
+@pytest.mark.slow
 def test_two_processes_agree(small):
     script = (
         "import hashlib, json, sys; from pipeline.data import harvest, pydocs\n"
@@ -211,6 +212,7 @@ def test_missing_package_is_named(monkeypatch):
     assert "pip install not-there" in caught.value.mend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["cut", "flipped", "empty"])
 def test_corrupt_cache_is_built_again(small, harm):
     entries = pydocs.harvest()

@@ -36,6 +36,7 @@ def test_its_interval_draws_a_list_with_all_of_its_pairs() -> None:
     assert found.n == 4
 
 
+@pytest.mark.slow
 def test_a_model_that_means_what_it_says_has_a_small_error_and_one_that_boasts_a_large_one() -> None:
     rng = np.random.default_rng(0)
     truth = rng.uniform(0.5, 1.0, 20000)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # ---- what it learns ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward", ["short", "vowels"])
 def test_the_reward_rises(parts: Parts, tmp_path: Path, reward: str):
     values: dict[str, Any] = {"total_episodes": 20 * 32, "batch_size": 32, "kl_coef": 0.0, "learning_rate": 1e-2}

@@ -47,6 +47,7 @@ def test_without_updates_the_policy_is_its_start(parts: Parts, tmp_path: Path):
     assert found[0]["eval_reward"] == pytest.approx(found[1]["eval_reward"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluations_change_no_bit_of_the_training(parts: Parts, tmp_path: Path):
     held_out = {"held_out": 0.3}
     without = run(parts, tmp_path / "without", **held_out)
@@ -70,7 +71,8 @@ def test_the_run_ends_early_and_the_best_is_written(parts: Parts, tmp_path: Path
     assert same(done.policy(), start(parts))
 
 
-@pytest.mark.parametrize("peft", [None, pytest.param(PeftConfig(r=4, lora_alpha=8), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", [None, PeftConfig(r=4, lora_alpha=8)])
 def test_the_best_policy_is_the_one_of_its_step(parts: Parts, tmp_path: Path, peft: PeftConfig | None):
     """What is written is what a run that ends at the best step writes; stopped and resumed too."""
     values = {**DOWN, "reward": "vowels", "learning_rate": 1e-2, "lr_scheduler_type": "constant", "peft": peft}
@@ -121,6 +123,7 @@ def test_gold_is_measured_and_its_fall_is_said(parts: Parts, tmp_path: Path, mon
     assert found[-1]["best_step"] in (0.0, best)
 
 
+@pytest.mark.slow
 def test_gold_may_be_a_function_by_name_or_a_reward_model(parts: Parts, tmp_path: Path):
     """The data's answers are single words: rouge_l of the answers, by hand from none of them; the reward model is the
     reward itself."""

@@ -133,6 +133,7 @@ def test_stopped_and_resumed_gives_the_same_bits(parts: Parts, tmp_path: Path):
     assert resumed.lines() == whole.lines()
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_written(parts: Parts, tmp_path: Path):
     """m <- 0.9 m + 0.1 w after each of two steps, from the weights of runs without it."""
     values: dict[str, Any] = {"reward": "vowels", "lr_scheduler_type": "constant"}

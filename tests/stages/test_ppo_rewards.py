@@ -454,6 +454,7 @@ def test_a_stop_string_ends_an_answer_and_is_no_part_of_it(
     assert lines[0]["ended"] == pytest.approx(sum(said.rollout.is_ended_B.tolist()) / len(by_string))
 
 
+@pytest.mark.slow
 def test_an_ensemble_by_its_one_name_is_its_members_by_theirs(parts: Parts, tmp_path: Path):
     """One artifact with two members against two artifacts; a bare name is mean - std; one model is no ensemble."""
     both = tmp_path / "both"

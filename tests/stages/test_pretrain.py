@@ -153,6 +153,7 @@ def test_a_class_of_the_users_own_goes_on_to_sft_and_loads_by_itself(own: Path, 
     assert "needs code that its folder brings along, which is not run" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -290,9 +291,14 @@ def die_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
     "fields",
     [
         {},
-        {"optimizer": "muon", "lr_scheduler_type": "wsd", "embedding_learning_rate": 0.02},
-        {"gradient_accumulation_steps": 3},
-        {"bf16": True, "model": ModelConfig(depth=1, hidden_size=32, tie_word_embeddings=False)},
+        *(
+            pytest.param(fields, marks=pytest.mark.slow)
+            for fields in (
+                {"optimizer": "muon", "lr_scheduler_type": "wsd", "embedding_learning_rate": 0.02},
+                {"gradient_accumulation_steps": 3},
+                {"bf16": True, "model": ModelConfig(depth=1, hidden_size=32, tie_word_embeddings=False)},
+            )
+        ),
         # the corpus ends, and begins anew, between the two
         pytest.param({"per_device_train_batch_size": 100}, marks=pytest.mark.slow),
     ],
@@ -386,7 +392,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(warm: Any, tokenized:
 @pytest.mark.parametrize(
     "group", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["the command alone", "its whole group"]
 )
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_step_saves_and_is_gone_on_from(
     warm: Any, tokenized: Path, made: Path, number: int, code: int, group: bool
 ):
@@ -420,6 +428,7 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_step(train: Any, tokens: Art
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_at_the_command_line(warm: Any, tokenized: Path):
     done = warm("run", "tiny.yaml", "--set", "pretrain.learning_rate=1e30", "--set", "pretrain.warmup_steps=0")
     assert done.code == 1

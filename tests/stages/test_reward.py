@@ -122,6 +122,7 @@ def test_demonstrations_score_mean_0_and_deviation_1(
     assert (model.suffix_ids, model.mean) == ((stop_token_id(tokenizer),), figures["mean"])
 
 
+@pytest.mark.slow
 def test_it_learns_by_kind_and_every_parameter_moves(init: Any, runtime: Any, config: Any) -> None:
     out, here = runtime("learns")
     figures = reward.run(config(max_steps=60, learning_rate=5e-3, save_steps=100), {"init": init}, out, here)

@@ -52,6 +52,7 @@ def one_at_a_time(parts: Parts, prompts: list[list[dict[str, str]]], **sampling:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}])
 def test_best_of_n_is_that_of_a_naive_loop(parts: Parts, tmp_path: Path, sampling: dict[str, float]):
     rows, figures = sample(parts, tmp_path / "run", reward="model", keep="best", prompts=8, **sampling)

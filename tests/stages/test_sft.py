@@ -159,6 +159,7 @@ def test_the_step_is_trls_and_the_equations(init: Any, runtime: Any, config: Any
     assert ours == pytest.approx(naive, abs=2e-6)
 
 
+@pytest.mark.slow
 def test_packed_documents_do_not_see_each_other(init: Any, runtime: Any, config: Any, lines: Any) -> None:
     """One step over all rows, packed and not: the same loss, which a token seen across a border would move."""
     everything = config(max_steps=1, held_out=0.0, per_device_train_batch_size=80)
@@ -178,6 +179,7 @@ def test_packed_documents_do_not_see_each_other(init: Any, runtime: Any, config:
     assert losses["packed"] == pytest.approx(losses["apart"], abs=2e-6)
 
 
+@pytest.mark.slow
 def test_every_parameter_moves_and_accumulation_is_a_batch(init: Any, runtime: Any, config: Any) -> None:
     before = weights(init.model)
     found = {}
@@ -201,6 +203,7 @@ def test_lora_is_merged_into_a_plain_folder(init: Any, runtime: Any, config: Any
     assert moved == {name for name in before if name.endswith("proj.weight")}, "linear layers only, all of them"
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_chat_model_and_better_on_held_out_rows(init: Any, runtime: Any, config: Any) -> None:
     out, here = runtime("whole")
     figures = sft.run(config(max_steps=60, learning_rate=1e-2, save_steps=100), {"init": init}, out, here)
@@ -221,6 +224,7 @@ def test_the_folder_is_a_chat_model_and_better_on_held_out_rows(init: Any, runti
     assert answer[-1] == stop, "it learnt to stop"
 
 
+@pytest.mark.slow
 def test_pad_equal_to_eos_changes_nothing(init: Any, tmp_path: Path, runtime: Any, config: Any, lines: Any) -> None:
     same = tmp_path / "same"
     shutil.copytree(init.model, same)
