@@ -3,10 +3,13 @@
 The rows are data for the next stage, by this stage's name (`data: [sample]`): demonstrations for sft, preferences for
 dpo and reward. With a reward and `keep: best` it is best-of-n and rejection-sampling fine-tuning (Touvron et al. 2023,
 Llama 2, section 3.2.3), with a threshold instead ReST's Grow and Improve (Gulcehre et al. 2023), with `keep: pairs` the
-data of iterative dpo, and with `keep: reference` that of SPIN (Chen et al. 2024). docs/sample.md explains every field.
+data of iterative dpo, and with `keep: reference` that of SPIN (Chen et al. 2024). With `revisions` every answer is
+criticised by a principle of a constitution and written anew, as often as that (Bai et al. 2022, "Constitutional AI",
+section 3). docs/sample.md explains every field.
 
 Departures: an answer without a stop token is left out, since whatever trained on it would learn to stop there; a pair
-whose sides are worth the same is no pair; scores are the reward's own, neither clipped nor lowered for missing ends.
+whose sides are worth the same is no pair; scores are the reward's own, neither clipped nor lowered for missing ends; a
+critique may find no fault, and requests for critique and revision show one example of nothing (the paper's show some).
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import model_validator
 
 from pipeline.errors import DataError
-from pipeline.recipe import Data, Ref, StageConfig, field
-from pipeline.reward_config import Reward
+from pipeline.recipe import Data, File, Ref, StageConfig, field
+from pipeline.reward_config import Reward, check_url
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from pipeline.data.shown import ShownRow
     from pipeline.rl.keeping import Group
     from pipeline.rl.prompts import Prompts
+    from pipeline.rl.revising import Reviser
     from pipeline.rl.scoring import Scorer
     from pipeline.runtime import Runtime
 
@@ -48,13 +52,26 @@ class SampleConfig(StageConfig):
     top_k: int = field(0, "draw from so many of the likeliest tokens; 0 for all", unit="tokens", ge=0)
     top_p: float = field(1.0, "draw from the likeliest tokens that hold this share", gt=0, le=1)
 
-    keep: Literal["all", "best", "pairs", "reference"] = field(
-        "all", "every answer, each prompt's best, its best over another, or the data's own answer over every answer"
+    keep: Literal["all", "best", "pairs", "reference", "revised"] = field(
+        "all",
+        "every answer, each prompt's best, its best over another, the data's own answer over every answer, or every "
+        "revised answer over what it was at first",
     )
     against: Literal["worst", "random"] = field("worst", "pairs: what the best answer is set against")
     threshold: float | None = field(None, "the lowest score that is kept; of a pair, of its better side")
     min_margin: float = field(0.0, "pairs: scores that differ by no more are a tie, which is left out", ge=0)
     unfinished: Literal["leave_out", "keep"] = field("leave_out", "what is done with answers that did not end")
+
+    revisions: int = field(0, "rounds of critique and revision of every answer", unit="rounds", ge=0)
+    constitution: File | None = field(None, "revisions: a text file of principles; a round goes by one, by the seed")
+    judge: Ref | None = field(None, "revisions: the model that criticises and revises; `init` itself unless set")
+    judge_url: str | None = field(None, "likewise, behind an OpenAI-compatible address: http://127.0.0.1:8000/v1")
+    judge_model: str | None = field(None, "judge_url: the model's name there")
+    critique_length: int = field(128, "tokens of a critique at most", unit="tokens", gt=0)
+    critique_prompt: File | None = field(None, "a file with {question}, {answer} and {principle} that asks for one")
+    revision_prompt: File | None = field(
+        None, "a file with {question}, {answer} and {critique} that asks for a revision"
+    )
 
     batch_size: int = field(64, "answers written side by side; a kill loses no more", unit="answers", gt=0)
     bf16: bool | None = field(None, "run the models in bf16; where the hardware gains by it unless set")
@@ -78,6 +95,31 @@ class SampleConfig(StageConfig):
             raise ValueError("a stop string is text, and one is empty")
         return self
 
+    @model_validator(mode="after")
+    def _revises(self) -> SampleConfig:
+        if not self.revisions:
+            own = ("constitution", "judge", "judge_url", "judge_model", "critique_length")
+            for name in (*own, "critique_prompt", "revision_prompt"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is of critique and revision, and revisions is 0")
+            if self.keep == "revised":
+                raise ValueError("keep: revised, and revisions is 0")
+            return self
+        if self.constitution is None:
+            raise ValueError("a critique goes by a principle: revisions needs constitution")
+        if self.keep not in ("all", "revised") or self.reward is not None:
+            what = "a reward" if self.reward is not None else f"keep: {self.keep}"
+            raise ValueError(
+                f"with revisions keep is all or revised, and not {what}: a label stage scores what is kept"
+            )
+        if self.judge is not None and self.judge_url is not None:
+            raise ValueError("judge and judge_url: one of them")
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise ValueError("judge_url and judge_model go together")
+        if self.judge_url is not None:
+            check_url(self.judge_url)
+        return self
+
 
 INPUTS = {
     "init": "causal-lm",
@@ -85,6 +127,7 @@ INPUTS = {
     "reward.model": "reward-model",
     "reward.models": "reward-model",
     "reward.judge": "causal-lm",
+    "judge": "causal-lm",
 }
 KIND = "rows"
 DEFAULTS = {"data": "demonstrations"}
@@ -98,7 +141,7 @@ def run(config: SampleConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
     import torch
 
     from pipeline.rl.best_of_n import kl_bound
-    from pipeline.rl.keeping import Keeping, figures
+    from pipeline.rl.keeping import Keeping, figures, revising_figures
     from pipeline.rl.parts import said_of
 
     # 1. prompts, and the answers to each, in parts that survive a kill
@@ -132,7 +175,7 @@ def run(config: SampleConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
     # 3. figures
     answers = len(groups) * config.num_generations
     found = {"rows": float(len(rows)), "prompts": float(len(groups)), "answers": float(answers)} | figures(groups)
-    found |= speaker.terms
+    found |= speaker.terms | revising_figures(groups)
     found |= {"left_out": float(why.total()), "answers_per_second": runtime.world_size * answers / max(1e-9, seconds)}
     if config.keep == "pairs":
         found["margin"] = sum(row["margin"] for row in rows) / len(rows)
@@ -209,6 +252,37 @@ class _Speaker:
             top_k=config.top_k,
             top_p=config.top_p,
         )
+        self.reviser = self._reviser(inputs)
+
+    def _reviser(self, inputs: dict[str, Any]) -> Reviser | None:
+        """What criticises and revises: a model behind an address, the judge, or the model that answers."""
+        from pipeline.rl.judge_api import RemoteModel
+        from pipeline.rl.revising import Reviser, principles_in, prompt_in
+        from pipeline.rl.scoring import text_in
+        from pipeline.rl.writing import RemoteWriter, Step, Writer, load_writer, writer_of
+
+        config, judge = self.config, inputs.get("judge")
+        if not config.revisions:
+            return None
+        longest: dict[Step, int] = {"critique": config.critique_length, "revision": config.response_length}
+        writer: Writer | RemoteWriter
+        if config.judge_url is not None:
+            url, name, how = config.judge_url, config.judge_model or "", (config.temperature, config.top_p)
+            writer = RemoteWriter({step: RemoteModel(url, name, length, *how) for step, length in longest.items()})
+        elif judge is not None:
+            writer = load_writer(judge, self.asking, longest)
+        else:
+            writer = writer_of(self.model, self.tokenizer, self.asking, longest)
+        assert config.constitution is not None
+        return Reviser(
+            writer=writer,
+            principles=principles_in(text_in(config.constitution), str(config.constitution)),
+            rounds=config.revisions,
+            place=self.place,
+            keeps_unfinished=config.unfinished == "keep",
+            critique_prompt=prompt_in(config.critique_prompt, "critique"),
+            revision_prompt=prompt_in(config.revision_prompt, "revision"),
+        )
 
     def _scorer(self, inputs: dict[str, Any]) -> Scorer | None:
         from pipeline.rl.scoring import load_scorer
@@ -237,7 +311,11 @@ class _Speaker:
         rows = [prompts.rows[row] for row in prompts.order]
 
         def group(item: Item) -> Group:
-            answers = [Answer(each["text"], each["ended"], each.get("score")) for each in item["answers"]]
+            names = ("score", "revised", "rounds")
+            answers = [
+                Answer(each["text"], each["ended"], **{name: each[name] for name in names if name in each})
+                for each in item["answers"]
+            ]
             return Group(item["prompt"], item["reference"], answers)
 
         def shown(items: Sequence[Item]) -> dict[str, float]:
@@ -257,6 +335,8 @@ class _Speaker:
         scoring = len(self.scorer.models) * (read * config.num_generations + written) if self.scorer else 0
         self.tokens = read + written
         self.flops = 2.0 * count_parameters(self.model)[1] * (self.tokens + scoring)
+        if self.reviser:
+            self.flops += 2.0 * self.reviser.writer.parameters * sum(each["tokens"] for each in answers)
         return [group(item) for item in items], seconds
 
     def answer(self, places: Sequence[int]) -> list[dict[str, Any]]:
@@ -285,6 +365,8 @@ class _Speaker:
             scores_B, terms = self.scorer.score(rollout, rows)
             columns |= {"score": scores_B.tolist()} | {name: term_B.tolist() for name, term_B in terms.items()}
         answers = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        if self.reviser is not None:
+            self._revise(places, answers)
         return [
             {
                 "prompt": prompts.rows[prompts.order[place]]["prompt"],
@@ -293,6 +375,21 @@ class _Speaker:
             }
             for number, place in enumerate(places)
         ]
+
+    def _revise(self, places: Sequence[int], answers: list[dict[str, Any]]) -> None:
+        """What could be kept of the answers, criticised and revised in place; each by random numbers of its own."""
+        assert self.reviser is not None
+        samples, keeps = self.config.num_generations, self.config.unfinished == "keep"
+        asked, revised = [], []
+        for number, answer in enumerate(answers):
+            place = places[number // samples]
+            answer |= {"revised": answer["text"], "rounds": [], "tokens": 0}
+            if answer["text"].strip() and (answer["ended"] or keeps):
+                prompt = self.prompts.rows[self.prompts.order[place]]["prompt"]
+                asked.append(((place, number % samples), prompt, answer["text"]))
+                revised.append(answer)
+        for answer, found in zip(revised, self.reviser.revise(asked), strict=True):
+            answer |= {"revised": found.text, "rounds": found.rounds, "tokens": found.tokens}
 
 
 def _prompts(config: SampleConfig, reading: Any, runtime: Runtime) -> Prompts:

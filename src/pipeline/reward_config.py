@@ -103,7 +103,7 @@ def _check_target(term: RewardTerm) -> None:
     if term.judge is not None and term.judge.startswith(("http://", "https://")):
         raise ValueError(f"an address is a judge_url: {{judge_url: {term.judge}}}")
     if term.judge_url is not None:
-        _check_url(term.judge_url)
+        check_url(term.judge_url)
     if term.pattern is not None:
         try:
             regex.compile(term.pattern)
@@ -111,7 +111,7 @@ def _check_target(term: RewardTerm) -> None:
             raise ValueError(f"pattern {term.pattern!r} is no regular expression: {error}") from error
 
 
-def _check_url(url: str) -> None:
+def check_url(url: str) -> None:
     """ValueError for what is no plain http address. What is in it goes into manifests, so no key may be."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -1,7 +1,7 @@
 """A judge behind an OpenAI-compatible address: `transformers serve`, vLLM, llama.cpp or a provider's.
 
-Each answer is one request of `POST <url>/chat/completions` at temperature 0, up to eight at a time. The key is read
-from OPENAI_API_KEY; it is never written down, and not sent on to wherever an answer redirects to.
+Each answer is one request of `POST <url>/chat/completions` (a judge's at temperature 0), up to eight at a time. The key
+is read from OPENAI_API_KEY; it is never written down, and not sent on to wherever an answer redirects to.
 """
 
 from __future__ import annotations
@@ -40,30 +40,23 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 @dataclass(frozen=True)
-class RemoteJudge:
-    """A judge behind `url` (which ends in `/v1` or the like)."""
+class RemoteModel:
+    """A model behind `url` (which ends in `/v1` or the like), and how it is asked."""
 
     url: str
     model: str
-    constitution: str
+    max_tokens: int = MAX_TOKENS
+    temperature: float = 0.0
+    top_p: float = 1.0
     waits: tuple[float, ...] = WAITS
     timeout: float = 60.0
     """Seconds without an answer that a try lasts."""
 
-    def score(self, prompts: Sequence[Sequence[dict[str, str]]], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(scores from 0 to 1, True where the reply held no grade), each [B]; such an answer scores 0, the lowest.
+    def reply(self, text: str) -> tuple[str, bool]:
+        """(the reply to one message, "" where there is none in it; whether it came to its end).
 
-        Raises TrainingError where an address does not answer, or refuses, after all tries.
+        Raises TrainingError where the address does not answer, or refuses, after all tries.
         """
-        texts = [judge_text(self.constitution, *both) for both in zip(prompts, answers, strict=True)]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            replies = list(pool.map(self.ask, texts))
-        grades = [read_grade(reply) for reply in replies]
-        scores_B = torch.tensor([0.0 if grade is None else score_of(grade) for grade in grades])
-        return scores_B, torch.tensor([grade is None for grade in grades])
-
-    def ask(self, text: str) -> str:
-        """The reply to one message, "" where there is none in it."""
         for wait in (*self.waits, math.inf):
             try:
                 return self._post(text)
@@ -82,13 +75,15 @@ class RemoteJudge:
             time.sleep(wait)
         raise AssertionError
 
-    def _post(self, text: str) -> str:
+    def _post(self, text: str) -> tuple[str, bool]:
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": text}],
-            "temperature": 0,
-            "max_tokens": MAX_TOKENS,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
         }
+        if self.top_p < 1:
+            body["top_p"] = self.top_p
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -100,11 +95,39 @@ class RemoteJudge:
             return _content(json.loads(response.read()))
 
 
-def _content(reply: Any) -> str:
-    """The text of a chat completion; ValueError where that is none."""
+@dataclass(frozen=True)
+class RemoteJudge:
+    """A judge behind an address; the fields are RemoteModel's."""
+
+    url: str
+    model: str
+    constitution: str
+    waits: tuple[float, ...] = WAITS
+    timeout: float = 60.0
+
+    def score(self, prompts: Sequence[Sequence[dict[str, str]]], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(scores from 0 to 1, True where the reply held no grade), each [B]; such an answer scores 0, the lowest.
+
+        Raises TrainingError where an address does not answer, or refuses, after all tries.
+        """
+        texts = [judge_text(self.constitution, *both) for both in zip(prompts, answers, strict=True)]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            replies = list(pool.map(self.ask, texts))
+        grades = [read_grade(reply) for reply in replies]
+        scores_B = torch.tensor([0.0 if grade is None else score_of(grade) for grade in grades])
+        return scores_B, torch.tensor([grade is None for grade in grades])
+
+    def ask(self, text: str) -> str:
+        """The reply to one message, "" where there is none in it."""
+        return RemoteModel(self.url, self.model, waits=self.waits, timeout=self.timeout).reply(text)[0]
+
+
+def _content(reply: Any) -> tuple[str, bool]:
+    """The text of a chat completion and whether it came to its end; ValueError where that is none."""
     try:
-        return str(reply["choices"][0]["message"]["content"] or "")
-    except (KeyError, IndexError, TypeError) as error:
+        choice = reply["choices"][0]
+        return str(choice["message"]["content"] or ""), choice.get("finish_reason") != "length"
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"no chat completion: {json.dumps(reply)[:80]}") from error
 
 

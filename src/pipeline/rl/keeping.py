@@ -1,7 +1,8 @@
 """Which of the answers to a prompt are kept, and as what rows: all, the best, pairs, or the data's own over them.
 
 An answer that is empty is never kept. One that was cut off before its end is left out too unless `keeps_unfinished`: a
-stage that trains on it would teach its stop token there. Everything is counted by why it was left out. Needs no torch.
+stage that trains on it would teach its stop token there. Of answers that were to be revised (revising.py) one that no
+round came to an end with is left out. Everything is counted by why it was left out. Needs no torch.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from typing import Any, Literal
 
 Message = dict[str, str]
 Row = dict[str, Any]
-Keep = Literal["all", "best", "pairs", "reference"]
+Keep = Literal["all", "best", "pairs", "reference", "revised"]
 
 UNFINISHED = "unfinished"
 EMPTY = "empty"
 LOW = "below the threshold"
 TIED = "tied"
 EQUAL = "equal to the other side"
+NOT_REVISED = "without a critique and revision of use"
+
+REVISED, UNCHANGED, NO_FAULT = "revised", "unchanged", "no fault"
+"""What comes of a round of critique and revision that came to its end."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,14 @@ class Answer:
     text: str
     is_ended: bool
     score: float | None = None
+    revised: str | None = None
+    """It after the rounds of critique and revision, where there were any."""
+    rounds: Sequence[Row] = ()
+
+    @property
+    def went_through(self) -> bool:
+        """Whether a round came to its end: the answer was written anew, or found without fault."""
+        return any(each["outcome"] in (REVISED, UNCHANGED, NO_FAULT) for each in self.rounds)
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,8 @@ class Keeping:
                 rows += self._pair(number, group, answers, why)
             elif self.keep == "reference":
                 rows += _under_reference(group, answers, why)
+            elif self.keep == "revised":
+                rows += _over_original(group, answers, why)
             else:
                 rows += self._demonstrations(group, answers, why)
         return rows, why
@@ -80,6 +95,8 @@ class Keeping:
                 why[EMPTY] += 1
             elif not (answer.is_ended or self.keeps_unfinished):
                 why[UNFINISHED] += 1
+            elif answer.revised is not None and not answer.went_through:
+                why[NOT_REVISED] += 1
             else:
                 usable.append(answer)
         return usable
@@ -92,7 +109,9 @@ class Keeping:
         high = [answer for answer in chosen if not self._is_low(answer)]
         why[LOW] += len(chosen) - len(high)
         return [
-            {"messages": [*group.prompt, {"role": "assistant", "content": answer.text}]} | _scored("score", answer)
+            {"messages": [*group.prompt, {"role": "assistant", "content": _final(answer)}]}
+            | _scored("score", answer)
+            | ({"original": answer.text, "revisions": list(answer.rounds)} if answer.rounds else {})
             for answer in high
         ]
 
@@ -132,6 +151,22 @@ def _under_reference(group: Group, answers: list[Answer], why: Counter[str]) -> 
     return rows
 
 
+def _over_original(group: Group, answers: list[Answer], why: Counter[str]) -> list[Row]:
+    """Each revised answer over what it was at first."""
+    rows = []
+    for answer in answers:
+        if _final(answer).strip() == answer.text.strip():
+            why[EQUAL] += 1
+        else:
+            sides = {"chosen": _final(answer), "rejected": answer.text}
+            rows.append({"prompt": group.prompt, **sides, "revisions": list(answer.rounds)})
+    return rows
+
+
+def _final(answer: Answer) -> str:
+    return answer.text if answer.revised is None else answer.revised
+
+
 def _score(answer: Answer) -> float:
     assert answer.score is not None, "what is chosen by scores has scores"
     return answer.score
@@ -156,6 +191,17 @@ def figures(groups: Sequence[Group]) -> dict[str, float]:
     found["score"] = math.fsum(map(math.fsum, scores)) / len(answers)
     found["score_std"] = math.fsum(map(_deviation, scores)) / len(groups)
     found["score_best"] = math.fsum(map(max, scores)) / len(groups)
+    return found
+
+
+def revising_figures(groups: Sequence[Group]) -> dict[str, float]:
+    """Of the rounds of critique and revision: the share of each outcome (`revised`, `no_fault`, `critique_empty`, …),
+    and of the answers that went into the first round the share that is another text after the last one."""
+    answers = [answer for group in groups for answer in group.answers if answer.rounds]
+    outcomes = Counter(each["outcome"] for answer in answers for each in answer.rounds)
+    found = {f"rounds_{name.replace(' ', '_')}": count / outcomes.total() for name, count in sorted(outcomes.items())}
+    if answers:
+        found["changed"] = sum(_final(answer).strip() != answer.text.strip() for answer in answers) / len(answers)
     return found
 
 
