@@ -38,6 +38,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     about.recipes,
     about.eject,
     models.chat,
+    models.blame,
     models.export,
 )
 for command in COMMANDS:

@@ -18,6 +18,7 @@ from pipeline.artifacts import Artifact
 from pipeline.errors import ConfigError, PipelineError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from pipeline.model.generation import Sampling
@@ -192,6 +193,13 @@ def pieces(tokenizer: PreTrainedTokenizerFast, ids: Iterator[int]) -> Iterator[s
         yield rest
 
 
+def best_device() -> torch.device:
+    """CUDA, else MPS, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def load(
     artifact: Artifact | Path, system: str | None, temperature: float, max_new_tokens: int, seed: int
 ) -> Conversation:
@@ -213,8 +221,7 @@ def load(
     from pipeline.runtime import bf16_pays
 
     logging.disable_progress_bar()
-    kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(kind)
+    device = best_device()
     dtype = torch.bfloat16 if bf16_pays(device) else torch.float32
     if isinstance(artifact, Artifact):
         folder, model = artifact.model, load_causal_lm(artifact.model, dtype=dtype)

@@ -1,4 +1,4 @@
-"""chat, export: one model at a time."""
+"""chat, blame, export: one model at a time."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +7,7 @@ import typer
 
 from pipeline.cli.options import (
     ArtifactsOption,
+    JsonOption,
 )
 
 
@@ -32,6 +33,33 @@ def chat(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         seed=seed,
+    )
+
+
+def blame(
+    reference: Annotated[str, typer.Argument(help="run/stage, ./folder or hub:org/name")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="what is asked; else stdin")] = None,
+    answer: Annotated[str | None, typer.Option("--answer", help="blame this, not its own greedy one")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="system message")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="longest answer, in tokens")] = 128,
+    rows: Annotated[int, typer.Option("--rows", help="training rows shown of each stage")] = 3,
+    artifacts: ArtifactsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Which stage taught it this? Every token of an answer under every ancestor of the model."""
+    from pipeline.artifacts import Store
+    from pipeline.cli.blame import blame_answer
+    from pipeline.cli.session import artifacts_root
+
+    blame_answer(
+        Store(artifacts_root(artifacts)),
+        reference,
+        prompt=prompt,
+        system=system,
+        answer=answer,
+        max_new_tokens=max_new_tokens,
+        rows=rows,
+        as_json=json,
     )
 
 
