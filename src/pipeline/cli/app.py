@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import typer
 
-from pipeline.cli.commands import about, graph, models, rows
+from pipeline.cli.commands import about, graph, models, rows, start
 
 STAGES = {
     "tokenize": "train a tokenizer and write the corpus as token shards",
@@ -29,6 +29,7 @@ app.command()(graph.run)
 for stage, does in STAGES.items():
     app.command(stage, help=f"{does[0].upper()}{does[1:]}: one stage of the recipe.")(graph.stage_command(stage))
 COMMANDS: tuple[Callable[..., None], ...] = (
+    start.init,
     rows.sample,
     rows.label,
     graph.status,

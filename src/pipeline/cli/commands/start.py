@@ -1,0 +1,44 @@
+"""init, doctor: before the first run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import ArtifactsOption, JsonOption
+
+
+def init(
+    data: Annotated[Path | None, typer.Option("--data", help="text: a folder or a file")] = None,
+    chats: Annotated[Path | None, typer.Option("--chats", help="rows to teach answering")] = None,
+    preferences: Annotated[Path | None, typer.Option("--preferences", help="rows with a better and a worse answer")] = (
+        None
+    ),
+    base: Annotated[
+        str | None, typer.Option("--base", help="a model to start from: run/stage, ./folder or hub:org/name")
+    ] = None,
+    hours: Annotated[float, typer.Option("--hours", help="hours of work that the recipe is for")] = 1.0,
+    out: Annotated[Path, typer.Option("--out", help="the recipe to write")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="overwrite the recipe that is there")] = False,
+    artifacts: ArtifactsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Look at the data and the hardware, and write a recipe that fits both."""
+    from pipeline.cli.init import init as write
+    from pipeline.cli.init_recipe import Asked
+    from pipeline.cli.session import artifacts_root
+
+    asked = Asked(
+        data=_whole(data),
+        chats=_whole(chats),
+        preferences=_whole(preferences),
+        base=str(_whole(Path(base))) if base and base.startswith(("./", "../", "/")) else base,
+        hours=hours,
+        out=out.expanduser().absolute(),
+        artifacts=artifacts_root(artifacts),
+    )
+    write(asked, force=force, as_json=json)
+
+
+def _whole(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser().absolute()

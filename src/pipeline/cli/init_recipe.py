@@ -1,0 +1,116 @@
+"""The recipe that `llmpipe init` writes: stages for what there is, every value with a word on why."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artifacts import Artifact
+
+if TYPE_CHECKING:
+    from pipeline.data.looking import Rows, Text
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user named: absolute paths, a reference, hours of work, where the recipe goes."""
+
+    data: Path | None
+    chats: Path | None
+    preferences: Path | None
+    base: str | None
+    hours: float
+    out: Path
+    artifacts: Path
+
+    @property
+    def run(self) -> str:
+        """The run's name: the file's, as far as it makes one."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.out.stem).strip("-._")[:64] or "mine"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies there."""
+
+    sources: list[str]
+    text: Text | None
+    chats: Rows | None
+    preferences: Rows | None
+    base: Artifact | None
+    bytes_a_token: float
+    vocab: int
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens that nineteen of twenty rows don't exceed, the template's included; 0 without rows."""
+        from pipeline.cli.sizes import quantile
+
+        kinds = [rows for rows in (self.chats, self.preferences) if rows is not None]
+        whole = [a + b for rows in kinds for a, b in zip(rows.prompts, rows.answers, strict=True)]
+        return round(quantile(whole, 0.95) / self.bytes_a_token + 24) if whole else 0
+
+
+@dataclass
+class Stages:
+    """Stage -> field -> value, and a word on a field where there is one to say."""
+
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    why: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def set(self, stage: str, name: str, value: Any, why: str = "") -> None:
+        """A field of a stage, and why it has this value."""
+        self.values.setdefault(stage, {})[name] = value
+        if why:
+            self.why[stage, name] = why
+
+
+def render(stages: Stages, run: str, head: list[str], out: Path) -> str:
+    """The file's text; paths below its folder are written from there."""
+    lines = [*(f"# {line}".rstrip() for line in head), f"run: {run}", "seed: 0", "stages:"]
+    for stage, fields in stages.values.items():
+        own = stages.why.get((stage, ""))
+        lines += [f"  {stage}:", *([f"    # {own}"] if own else [])]
+        for name, value in fields.items():
+            why = stages.why.get((stage, name))
+            lines.append(f"    {name}: {_written(value, out.parent)}" + (f"  # {why}" if why else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _written(value: Any, folder: Path) -> str:
+    """A value in YAML's flow style."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_written(each, folder)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_written(each, folder) for each in value) + "]"
+    if isinstance(value, str):
+        return _text(shown_path(value, folder))
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+
+
+def _text(value: str) -> str:
+    is_plain = value.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum()
+    return value if is_plain and value[0].isalpha() | (value[0] in "./") else json.dumps(value, ensure_ascii=False)
+
+
+def shown_path(value: str, folder: Path) -> str:
+    """An absolute path below `folder` as `./…`; anything else as it is."""
+    path = Path(value)
+    if value.startswith("/") and path.is_relative_to(folder):
+        return f".{os.sep}{path.relative_to(folder)}"
+    return value
+
+
+def left_over(sources: Path, others: list[Path]) -> Iterator[str]:
+    """What of a folder is text: the folder, or what is in it but for `others`, which hold rows."""
+    if not any(other.is_relative_to(sources) for other in others):
+        yield str(sources)
+        return
+    for path in sorted(sources.iterdir()):
+        if path not in others and not path.name.startswith("."):
+            yield from left_over(path, others) if path.is_dir() else [str(path)]

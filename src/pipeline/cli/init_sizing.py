@@ -1,0 +1,209 @@
+"""The sizes in a recipe of `llmpipe init`: model, batches, lengths, steps.
+
+What a stage costs is what `llmpipe plan` says of it with some steps; its share of the hours over that are its steps.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artifacts import Store
+from pipeline.cli import sizes
+from pipeline.cli.init_recipe import Asked, Found, Stages
+from pipeline.cli.session import open_stages
+from pipeline.errors import MachineError
+from pipeline.launch import Launch
+
+if TYPE_CHECKING:
+    from pipeline.hardware import Device
+    from pipeline.plan import Estimate
+
+TRIED_STEPS = 100
+LARGE = 300e6
+"""Parameters of a base from which on adapters are trained."""
+FILLED = 0.9
+"""Share of the memory that a plan may fill."""
+LONGEST_ROW = 2048
+LORA = {"r": 16}
+
+
+def size(stages: Stages, asked: Asked, found: Found) -> None:
+    """Give every stage its sizes. MachineError where nothing makes one fit the memory."""
+    from pipeline.hardware import measure_device
+
+    device = measure_device()
+    seconds = sizes.seconds_of(list(stages.values), asked.hours)
+    if found.text is not None:
+        stages_of_text(stages, asked, found, device, seconds["pretrain"])
+    parameters, context = _model(stages, asked, device, found)
+    for name in [name for name in ("sft", "reward", "dpo", "ppo") if name in stages.values]:
+        _row_stage(stages, name, found, parameters, context)
+        tried = _fitted(stages, name, asked, device)
+        assert tried.seconds is not None, tried.notes
+        _steps(stages, name, found, seconds[name] / tried.seconds)
+
+
+def stages_of_text(stages: Stages, asked: Asked, found: Found, device: Device, seconds: float) -> None:
+    """tokenize's vocabulary and pretrain's model, batch and steps."""
+    assert found.text is not None
+    tokens = 0.95 * found.text.bytes / found.bytes_a_token
+    flops = seconds * _rate(stages, asked, device) * Launch().processes()
+    if found.base is not None:
+        _continued(stages, asked, found, device, tokens, seconds)
+        return
+    from pipeline.model.scaling import CHINCHILLA
+
+    stages.set("tokenize", "vocab_size", found.vocab, f"for {found.text.bytes / 1e6:,.3g} MB")
+    most = min(LONGEST_ROW, found.longest_row)
+    plan = sizes.pretraining(flops, tokens, most, CHINCHILLA.best_split, functools.partial(_cost, found.vocab))
+    seen = plan.steps * plan.batch * plan.context
+    stages.set("pretrain", "model", {"depth": plan.depth}, "blocks; 64 channels wide for each")
+    stages.set("pretrain", "context_length", plan.context)
+    stages.set("pretrain", "per_device_train_batch_size", plan.batch, "small batches, many steps")
+    end = f"the text {seen / tokens:.2g} times"
+    if plan.is_short_of_text:
+        end += ": more text would serve better than more time"
+    stages.set("pretrain", "max_steps", plan.steps, end)
+    stages.set("pretrain", "optimizer", "muon", "its learning rate follows from the width and the batch")
+    _fitted(stages, "pretrain", asked, device)
+
+
+def _rate(stages: Stages, asked: Asked, device: Device) -> float:
+    """FLOP/s that pretrain reaches in a process here."""
+    from pipeline.plan import Planner
+
+    session = open_stages(
+        {"tokenize": stages.values["tokenize"]}, run=asked.run, store=Store(asked.artifacts), named=asked.run
+    )
+    return Planner(session.recipe, session.store, device, 1).rate("pretrain")[0]
+
+
+@functools.cache
+def _cost(vocab: int, depth: int, context: int) -> tuple[float, float]:
+    """(parameters that count, FLOPs a token to train) of the model that would be built."""
+    import torch
+
+    from pipeline.model.build import count_parameters, flops_per_token
+    from pipeline.model.presets import build_model, shape_of
+
+    with torch.device("meta"):
+        model = build_model("llama", shape_of({"depth": depth}, context, vocab), {})
+    return float(count_parameters(model)[1]), float(flops_per_token(model, context))
+
+
+def _continued(stages: Stages, asked: Asked, found: Found, device: Device, tokens: float, seconds: float) -> None:
+    """pretrain on a base: one pass over the text at most."""
+    from pipeline.model.build import count_parameters, reach_of
+    from pipeline.plan import empty_model
+
+    assert found.base is not None
+    base = empty_model(found.base.model)
+    context = min(reach_of(base.config) or 1024, 1024)
+    stages.set("pretrain", "context_length", context)
+    stages.set("pretrain", "per_device_train_batch_size", 8)
+    stages.set("pretrain", "max_steps", TRIED_STEPS)
+    if count_parameters(base)[0] >= LARGE:
+        stages.set("pretrain", "peft", LORA, "adapters: the base is large")
+    tried = _fitted(stages, "pretrain", asked, device)
+    assert tried.seconds is not None, tried.notes
+    paid = TRIED_STEPS * seconds / tried.seconds
+    steps = max(2, round(min(paid, tokens / 8 / context)))
+    stages.set("pretrain", "max_steps", steps, f"{steps * 8 * context / tokens:.2g} of the text")
+
+
+def _model(stages: Stages, asked: Asked, device: Device, found: Found) -> tuple[float, int]:
+    """(parameters, tokens it reaches) of the model that the rows are taught to."""
+    from pipeline.model.build import count_parameters, reach_of
+    from pipeline.plan import empty_model
+
+    if found.base is not None:
+        model = empty_model(found.base.model)
+        return float(count_parameters(model)[0]), reach_of(model.config) or LONGEST_ROW
+    fields = stages.values["pretrain"]
+    return _cost(found.vocab, fields["model"]["depth"], 256)[0], int(fields["context_length"])
+
+
+def _row_stage(stages: Stages, name: str, found: Found, parameters: float, context: int) -> None:
+    """Batch, lengths and rate of sft, reward, dpo or ppo, and as many steps as are tried."""
+    is_adapter = found.base is not None and parameters >= LARGE
+    if is_adapter:
+        stages.set(name, "peft", LORA, "adapters: the base is large")
+    rate = sizes.learning_rate(parameters, is_adapter)
+    share = {"sft": 1.0, "reward": 0.5, "dpo": 0.1, "ppo": 0.05 if found.base else 0.1}[name]
+    stages.set(name, "learning_rate", float(f"{rate * share:.0e}"))
+    if name == "ppo":
+        _ppo(stages, found, context)
+        return
+    rows = found.chats if name == "sft" else found.preferences
+    assert rows is not None
+    stages.set(name, "per_device_train_batch_size", sizes.rows_a_step(rows.count, 32 if parameters < 2e7 else 16))
+    stages.set(name, "max_length", min(context, LONGEST_ROW))
+    stages.set(name, "max_steps", TRIED_STEPS)
+
+
+def _ppo(stages: Stages, found: Found, context: int) -> None:
+    assert found.chats is not None
+    batch = max(8, min(64, sizes.power_of_two(found.chats.count / 4)))
+    answer = sizes.quantile(found.chats.answers, 0.9) / found.bytes_a_token
+    length = min(max(16, sizes.power_of_two(answer, up=True)), context // 2, 256)
+    stages.set("ppo", "batch_size", batch)
+    stages.set("ppo", "per_device_train_batch_size", batch)
+    stages.set("ppo", "response_length", length, "tokens; nine of ten answers in the chats are shorter")
+    stages.set("ppo", "max_prompt_length", context - length)
+    stages.set("ppo", "total_episodes", TRIED_STEPS * batch)
+
+
+def _steps(stages: Stages, name: str, found: Found, paid: float) -> None:
+    """The steps that `paid` times the tried ones come to, as epochs where they can go round."""
+    fields = stages.values[name]
+    if name == "ppo":
+        assert found.chats is not None
+        batch = fields["batch_size"]
+        episodes = min(paid * TRIED_STEPS * batch, 4 * found.chats.count)
+        stages.set("ppo", "total_episodes", batch * max(2, round(episodes / batch)), "answers to learn from")
+        return
+    rows = found.chats if name == "sft" else found.preferences
+    assert rows is not None
+    batch = fields["per_device_train_batch_size"] * fields.get("gradient_accumulation_steps", 1)
+    epochs = paid * TRIED_STEPS * batch / rows.count
+    most = 3 if name == "sft" else 1
+    if epochs >= most:
+        del fields["max_steps"]
+        stages.set(name, "num_train_epochs", float(most))
+    else:
+        stages.set(name, "max_steps", max(2, int(paid * TRIED_STEPS)), f"{epochs:.2g} epochs: what the hours pay for")
+
+
+def _fitted(stages: Stages, name: str, asked: Asked, device: Device) -> Estimate:
+    """The stage's estimate, after what makes it fit the memory: smaller micro-steps, recomputation, adapters."""
+    while True:
+        found = _estimate(stages, name, asked, device)
+        if found.peak <= FILLED * device.memory:
+            return found
+        fields = stages.values[name]
+        rows = fields["per_device_train_batch_size"]
+        why = f"for {device.memory / 2**30:.0f} GiB"
+        if rows > Launch().processes():
+            stages.set(name, "per_device_train_batch_size", rows // 2, why)
+            if name != "ppo":  # there it is a forward's share of the batch
+                steps = fields.get("gradient_accumulation_steps", 1)
+                stages.set(name, "gradient_accumulation_steps", 2 * steps, "the same batch in smaller parts")
+        elif name != "ppo" and "gradient_checkpointing" not in fields:
+            stages.set(name, "gradient_checkpointing", True, why)
+        elif asked.base is not None and "peft" not in fields:
+            stages.set(name, "peft", LORA, f"adapters {why}")
+        else:
+            what = f"{name} takes {found.peak / 2**30:.1f} GiB, and there are {device.memory / 2**30:.1f}"
+            raise MachineError(what, mend="a smaller --base, fewer --hours, or a machine with more memory")
+
+
+def _estimate(stages: Stages, name: str, asked: Asked, device: Device) -> Estimate:
+    from pipeline.lineage import survey
+    from pipeline.plan import Planner
+
+    values: dict[str, dict[str, Any]] = {key: fields for key, fields in stages.values.items() if key != "eval"}
+    session = open_stages(values, run=asked.run, store=Store(asked.artifacts), named=asked.run)
+    standing = survey(session.recipe, session.store)[name]
+    planner = Planner(session.recipe, session.store, device, Launch().processes())
+    return planner.estimate(standing)

@@ -1,0 +1,128 @@
+"""`llmpipe init`: what is looked at, what is written, and that it runs as it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.data.looking import look_at_rows, look_at_text
+from pipeline.errors import ConfigError, DataError
+from tests.conftest import invented_text
+from tests.stages.conftest import make_model
+
+ROWS = 60
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def said(number: int) -> str:
+    return f"{number} {invented_text(1000 + number, 4)}"
+
+
+def corpus(folder: Path) -> None:
+    """120 texts, and as many chats and preferences as `ROWS` below the same folder."""
+    (folder / "texts").mkdir()
+    for number in range(120):
+        (folder / "texts" / f"{number}.txt").write_text(invented_text(number, 150))
+    chats = [{"prompt": said(n), "completion": invented_text(2000 + n, 6)} for n in range(ROWS)]
+    pairs = [
+        {"prompt": said(n), "chosen": invented_text(2000 + n, 6), "rejected": invented_text(3000 + n, 3)}
+        for n in range(ROWS)
+    ]
+    written(folder / "texts" / "chats.jsonl", chats)
+    written(folder / "preferences.jsonl", pairs)
+
+
+def test_text_is_counted_by_its_bytes_and_letters(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("abc привет")  # 4 + 12 bytes; 3 latin letters, 6 cyrillic
+    (tmp_path / "b.md").write_text("xyz")
+    written(tmp_path / "c.jsonl", [{"content": "abcdef"}, {"content": ""}])
+    found = look_at_text([str(tmp_path)])
+    assert (found.bytes, found.documents, found.is_guessed) == (16 + 3 + 6, 4 - 1, False)
+    assert found.kinds == {".txt": 1, ".md": 1, ".jsonl": 1}
+    assert found.scripts == {"Latin": 12 / 18, "Cyrillic": 6 / 18}
+    assert found.text_field == "content"
+
+
+def test_rows_are_counted_by_their_sides(tmp_path: Path):
+    path = written(tmp_path / "p.jsonl", [{"prompt": "four", "chosen": "éé", "rejected": "a"}])
+    found = look_at_rows(str(path), "preference")
+    assert (found.format, found.prompts, found.answers) == ("preference", [4], [4])
+
+
+def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path: Path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    with pytest.raises(DataError) as caught:
+        look_at_rows(str(path), "messages")
+    assert caught.value.where == f"{path}:2"
+    with pytest.raises(ConfigError, match="prompt_completion rows, no documents") as wrong:
+        look_at_text([str(path)])
+    assert wrong.value.where == f"{path}:1"
+    assert wrong.value.mend.startswith("--chats")
+    (tmp_path / "bad.txt").write_bytes(b"good\n\xff")
+    with pytest.raises(DataError, match="line 2"):
+        look_at_text([str(tmp_path / "bad.txt")])
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_as_it_is_written(warm: Any):
+    """All seven stages, from text, chats that lie in the same folder, and preferences."""
+    corpus(warm.folder)
+    options = ("--data", "texts", "--chats", "texts/chats.jsonl", "--preferences", "preferences.jsonl")
+    done = warm("init", *options, "--hours", "0.01")
+    assert done.code == 0, done.stderr
+    assert "next: llmpipe run" in done.stdout
+    text = (warm.folder / "recipe.yaml").read_text()
+    values = YAML(typ="safe").load(text)
+    assert [*values["stages"]] == ["tokenize", "pretrain", "sft", "reward", "dpo", "ppo", "eval"]
+    assert "./texts/chats.jsonl" not in values["stages"]["tokenize"]["data"]
+    assert values["stages"]["sft"]["data"] == ["./texts/chats.jsonl"]
+    assert f"{ROWS} prompt_completion rows" in text
+    ran = warm("run", "recipe.yaml", "--json")
+    assert ran.code == 0, ran.stderr
+    assert [stage["stage"] for stage in json.loads(ran.stdout)["stages"]] == [*values["stages"]]
+
+    again = warm("init", *options)
+    assert again.code == 2
+    assert "there is a recipe already" in again.stderr
+    assert (warm.folder / "recipe.yaml").read_text() == text
+
+
+@pytest.mark.slow
+def test_a_base_is_tuned_and_taught_text_only_where_there_is_some(warm: Any):
+    corpus(warm.folder)
+    make_model(warm.folder)
+    tuned = warm("init", "--base", "./model", "--chats", "texts/chats.jsonl", "--hours", "0.002", "--json")
+    assert tuned.code == 0, tuned.stderr
+    stages = json.loads(tuned.stdout)["stages"]
+    assert [*stages] == ["sft", "eval"]
+    assert stages["sft"]["init"] == str(warm.folder / "model")
+    ran = warm("run", "recipe.yaml", "--json")
+    assert ran.code == 0, ran.stderr
+
+    rows = ("--preferences", "preferences.jsonl", "--chats", "texts/chats.jsonl")
+    more = ("--base", "./model", "--data", "texts", *rows)
+    done = warm("init", *more, "--hours", "0.002", "--out", "more.yaml")
+    assert done.code == 0, done.stderr
+    stages = YAML(typ="safe").load((warm.folder / "more.yaml").read_text())["stages"]
+    assert stages["tokenize"]["tokenizer"] == stages["pretrain"]["init"] == "./model"
+    ran = warm("run", "more.yaml", "--until", "sft", "--json")
+    assert ran.code == 0, ran.stderr
+
+
+def test_what_is_refused(warm: Any):
+    for options, words in (
+        ((), "neither --data nor --base"),
+        (("--base", "./model"), "nothing to teach the base"),
+        (("--data", "nowhere"), "nothing there"),
+        (("--data", ".", "--hours", "0"), "more than none"),
+    ):
+        done = warm("init", *options)
+        assert done.code == 2, done.stderr
+        assert words in done.stderr

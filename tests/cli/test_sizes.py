@@ -1,0 +1,69 @@
+"""The rules of `llmpipe init` against numbers worked by hand."""
+
+import pytest
+
+from pipeline.cli import sizes
+
+
+def cubic(depth: int, context: int) -> tuple[float, float]:
+    """A model whose parameters are 1e5 × depth³, and six FLOPs a token for each."""
+    return 1e5 * depth**3, 6e5 * depth**3
+
+
+def even(flops: float) -> tuple[float, float]:
+    """Twenty tokens a parameter: 6 N · 20 N = flops."""
+    parameters = (flops / 120) ** 0.5
+    return parameters, 20 * parameters
+
+
+def test_a_budget_is_split_by_the_law():
+    """1e15 FLOPs: 2.89 M parameters, 57.7 M tokens; the nearest depth is 3 (2.7 M; 4 would be 6.4 M)."""
+    found = sizes.pretraining(1e15, 1e9, 0, even, cubic)
+    assert found.depth == 3
+    assert found.context == 256
+    # 1e15 / (6 · 2.7e6) = 61.7 M tokens; over 1500 steps 41,152 a step, over 256 tokens 160.8 rows: 128
+    assert found.batch == 128
+    assert found.steps == round(1e15 / 1.62e7 / 128 / 256) == 1884
+    assert not found.is_short_of_text
+
+
+def test_little_text_makes_the_model_small_and_the_run_short():
+    """1 M tokens, four times over: 4 M of the wanted 57.7 M, so 0.2 M parameters, unless the least pays."""
+    found = sizes.pretraining(1e15, 1e6, 0, even, cubic)
+    assert found.is_short_of_text
+    assert found.depth == sizes.LEAST_DEPTH  # 4 M tokens are 1,953 steps of 2,048: the demo's depth pays
+    assert found.steps * found.batch * found.context == pytest.approx(4e6, rel=0.001)
+    few = sizes.pretraining(1e15, 1e5, 0, even, cubic)  # 195 steps of 2,048: it does not
+    assert few.depth == 1
+
+
+def test_the_context_holds_the_rows_that_come_later():
+    assert sizes.pretraining(1e15, 1e9, 700, even, cubic).context == 1024
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(9e5, 1024), (1e6, 4096), (5e7, 8192), (5e8, 16_384), (1e12, 32_768)])
+def test_a_vocabulary_grows_with_the_text(size: float, tokens: int):
+    assert sizes.vocabulary(size) == tokens
+
+
+def test_time_is_shared_among_the_stages_there_are():
+    assert sizes.seconds_of(["tokenize", "pretrain", "sft", "eval"], 1.0) == pytest.approx(
+        {"pretrain": 3600 * 0.85 * 10 / 14, "sft": 3600 * 0.85 * 4 / 14}
+    )
+
+
+def test_rates_steps_and_shares():
+    assert sizes.learning_rate(1e6, False) == 1e-3
+    assert sizes.learning_rate(3e9, False) == 2e-5
+    assert sizes.learning_rate(1.35e8, False) == 9e-5  # 2e-5 √22.2
+    assert sizes.learning_rate(7e9, True) == 2e-4
+    assert [sizes.rows_a_step(rows, 32) for rows in (3, 40, 100, 10_000)] == [2, 4, 8, 32]
+    assert sizes.power_of_two(100) == 64
+    assert sizes.power_of_two(100, up=True) == 128
+    assert sizes.power_of_two(0.3) == 1
+    thousand = [n / 1000 for n in range(1000)]  # 50 of them below 0.05
+    assert sizes.held_out_share([thousand]) == 0.05
+    assert sizes.held_out_share([thousand, thousand[::5]]) == 0.1  # 20 of 200
+    assert sizes.held_out_share([[0.5]]) == 0.2
+    assert sizes.quantile([5, 1, 4, 2, 3], 0.5) == 3
+    assert sizes.quantile([1, 2], 0.95) == 2
