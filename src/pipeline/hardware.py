@@ -62,7 +62,7 @@ def peak_flops(kind: str, bf16: bool) -> float:
         known = [name for name in KNOWN if name.partition("-")[0] in words]
         if known and bf16:
             return KNOWN[known[0]][1]
-    return _product_rate(torch.device(kind), 8192 if kind == "cuda" else 1024, bf16, 0.3)
+    return product_rate(torch.device(kind), 8192 if kind == "cuda" else 1024, bf16, 0.3)
 
 
 def measure_device(seconds: float = 2.0) -> Device:
@@ -74,12 +74,12 @@ def measure_device(seconds: float = 2.0) -> Device:
         device, memory, size = torch.device("cpu"), _memory(), 2048
         name = f"{torch.get_num_threads()} CPU cores"
     bf16 = bf16_pays(device)
-    best = _product_rate(device, size, bf16, seconds)
+    best = product_rate(device, size, bf16, seconds)
     count = max(1, torch.cuda.device_count())
     return Device(name, device.type, count, memory, best, bf16)
 
 
-def _product_rate(device: torch.device, size: int, bf16: bool, seconds: float) -> float:
+def product_rate(device: torch.device, size: int, bf16: bool, seconds: float) -> float:
     """FLOP/s of a product of two square matrices, the best of what `seconds` have time for."""
     numbers = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if bf16 else torch.float32

@@ -36,6 +36,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     graph.plan,
     rows.preview,
     graph.gc,
+    start.doctor,
     about.recipes,
     about.eject,
     models.chat,

@@ -42,3 +42,11 @@ def init(
 
 def _whole(path: Path | None) -> Path | None:
     return None if path is None else path.expanduser().absolute()
+
+
+def doctor(artifacts: ArtifactsOption = None, json: JsonOption = False) -> None:
+    """What is here, what will be slow, what is missing, and the command that mends it."""
+    from pipeline.cli.doctor import doctor as examine
+    from pipeline.cli.session import artifacts_root
+
+    examine(artifacts_root(artifacts), as_json=json)
