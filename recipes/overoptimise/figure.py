@@ -1,4 +1,4 @@
-"""Draw the frontier: gold over sqrt(KL), and what the proxies say over the same. Needs matplotlib (the extra `plot`).
+"""Draw the frontier: gold over sqrt(KL), and what the proxies say over the same.
 
     python figure.py artifacts/overoptimise/frontier/frontier.jsonl frontier.svg
 

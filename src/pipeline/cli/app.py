@@ -34,6 +34,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     rows.label,
     graph.status,
     graph.plan,
+    graph.report,
     rows.preview,
     graph.gc,
     start.doctor,

@@ -26,7 +26,6 @@ EXTRAS = {
     "vllm": ("vllm", "rollouts and serving by vLLM"),
     "eval": ("lm_eval", "lm-eval's tasks"),
     "track": ("tensorboard", "track: of a recipe"),
-    "plot": ("matplotlib", "figures of overoptimise"),
 }
 """Extra -> the module that shows it is there, and what it is for."""
 ENOUGH_MEMORY, ENOUGH_DISK = 4 * GIB, 5 * GIB

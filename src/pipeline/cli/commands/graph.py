@@ -1,6 +1,7 @@
-"""run, the stages one by one, and what is known of a recipe's graph: status, plan, gc."""
+"""run, the stages one by one, and what is known of a recipe's graph or a run: status, plan, report, gc."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -133,3 +134,20 @@ def gc(
     from pipeline.cli.status import collect_garbage
 
     collect_garbage(artifacts, dry_run=dry_run, older_than=older_than, as_json=json)
+
+
+def report(
+    run: Annotated[str, typer.Argument(help="a run of the artifacts, or its folder as ./path")],
+    other: Annotated[str | None, typer.Argument(help="a second run, to be compared with the first")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="file to write [default: report.html in the run's folder]")
+    ] = None,
+    price: Annotated[float, typer.Option("--price", help="euros an hour and device", min=0)] = 2.5,
+    artifacts: ArtifactsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """One HTML page of a run: graph, results, curves, answers, and how to make it again. Of two runs: what differs."""
+    from pipeline.cli.report import write_report
+    from pipeline.cli.session import artifacts_root
+
+    write_report(artifacts_root(artifacts), run, other, out=out, price=price, as_json=json)

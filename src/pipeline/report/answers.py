@@ -1,0 +1,84 @@
+"""What the models answer to the same prompts, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.report.records import Row
+from pipeline.report.results import Items
+
+LONGEST = 700
+"""Characters of a text that are shown."""
+TASKS = ("greedy", "exact_match", "sampled")
+FIGURES = ("gold", "reward", "accuracy", "length")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One model's, with what it is worth: (name, value)."""
+
+    model: str
+    text: str
+    is_ended: bool
+    figures: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A prompt (turns: role and text), its reference answer, and the models' answers."""
+
+    turns: tuple[tuple[str, str], ...]
+    reference: str
+    answers: tuple[Answer, ...]
+
+
+def exchanges(items: Items, count: int) -> tuple[str, list[Exchange]]:
+    """(the task they are of, so many prompts spread evenly over its items); greedy answers where there are any."""
+    for task in TASKS:
+        by_model = {model: {row["item"]: row for row in rows if "answer" in row and "prompt" in row}
+                    for (model, kind), rows in items.items() if kind == task}  # fmt: skip
+        by_model = {model: rows for model, rows in by_model.items() if rows}
+        if by_model:
+            keys = list(dict.fromkeys(key for rows in by_model.values() for key in rows))
+            shown = [keys[i * len(keys) // count] for i in range(count)] if len(keys) > count else keys
+            return task, [_exchange(key, by_model) for key in shown]
+    return "", []
+
+
+def _exchange(key: Any, by_model: Mapping[str, Mapping[Any, Row]]) -> Exchange:
+    rows = {model: found[key] for model, found in by_model.items() if key in found}
+    first = next(iter(rows.values()))
+    answers = tuple(
+        Answer(model, cut(str(row["answer"])), bool(row.get("ended", True)), _figures(row))
+        for model, row in rows.items()
+    )
+    return Exchange(turns_of(first["prompt"]), cut(str(first.get("reference") or "")), answers)
+
+
+def _figures(row: Row) -> tuple[tuple[str, float], ...]:
+    return tuple((name, float(row[name])) for name in FIGURES if isinstance(row.get(name), int | float))
+
+
+def turns_of(prompt: Any) -> tuple[tuple[str, str], ...]:
+    """(role, text) of each turn; a prompt that is a text is one turn."""
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        return tuple((str(turn.get("role", "")), cut(str(turn.get("content", "")))) for turn in prompt)
+    return (("", cut(str(prompt))),)
+
+
+def cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more characters)"
+
+
+def written_while_training(rows: Sequence[Row]) -> list[tuple[int, str, str]]:
+    """(step, name, text) of the texts among the metrics: of the first and the last line that hold any."""
+    with_text = [row for row in rows if any(isinstance(value, str) for value in row.values())]
+    shown = with_text[:1] + with_text[-1:] if len(with_text) > 1 else with_text
+    return [
+        (int(row.get("step", 0)), key, cut(value))
+        for row in shown
+        for key, value in row.items()
+        if isinstance(value, str)
+    ]

@@ -1,0 +1,196 @@
+"""All of it as one file of HTML that needs nothing from outside and stays under three megabytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.report import formats, layout
+from pipeline.report.answers import Exchange, exchanges, written_while_training
+from pipeline.report.curves import Panel, panels
+from pipeline.report.differences import within
+from pipeline.report.drawing import Figured, draw_all, draw_reliability
+from pipeline.report.recipe_of import as_yaml, command, missing_parts, recipe_of
+from pipeline.report.records import RunRecord, StageRecord
+from pipeline.report.reliability import reliabilities
+from pipeline.report.results import Table, comparisons, items_of, table_of
+
+LARGEST = 3_000_000
+"""Bytes of a page, which it stays below."""
+DETAIL = ((240, 10), (100, 6), (40, 3), (16, 1))
+"""(points a curve, prompts whose answers are shown): the first with which the page is small enough."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stages drawn together, their panels and what they wrote while training."""
+
+    name: str
+    stages: tuple[StageRecord, ...]
+    figures: tuple[Figured, ...]
+    more: tuple[Figured, ...]
+    texts: tuple[tuple[str, int, str, str], ...]
+    """(stage, step, name, text)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation: its table, answers to the same prompts, reliability figures, and lines of comparisons."""
+
+    table: Table
+    task: str
+    exchanges: tuple[Exchange, ...]
+    reliability: tuple[Any, ...]
+    compared: int
+
+
+def page_of(run: RunRecord, price: float) -> str:
+    """The report of a run. `price`: euros an hour and device."""
+    for points, prompts in DETAIL:
+        page = _page(run, price, points, prompts)
+        if len(page.encode()) < LARGEST:
+            return page
+    return page
+
+
+def _page(run: RunRecord, price: float, points: int, prompts: int) -> str:
+    counter = Counter()
+    evaluations = [evaluation_of(stage, prompts, counter) for stage in run.evaluations()]
+    groups = [_group(members, points, counter) for members in grouped(run.stages)]
+    recipe = as_yaml(recipe_of(run))
+    return render(
+        "report.html",
+        title=run.name,
+        run=run,
+        price=price,
+        totals=totals(run, price),
+        costs={stage.name: cost(stage, price) for stage in run.stages},
+        shares=layout.shares({stage.name: stage.seconds for stage in run.stages}),
+        wide=layout.lay_out(run.stages, is_upright=False),
+        tall=layout.lay_out(run.stages, is_upright=True),
+        evaluations=evaluations,
+        groups=[group for group in groups if group.figures or group.more or group.texts],
+        figures=data_of(
+            [*figures_in(evaluations), *(each for group in groups for each in (*group.figures, *group.more))]
+        ),
+        differing=within(run.stages),
+        environments=environments(run.stages),
+        command=command(recipe, run.name) if any(stage.is_done for stage in run.stages) else "",
+        missing=missing_parts(run.stages),
+    )
+
+
+class Counter:
+    """Numbers for the figures of one page."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def draw(self, shown: Sequence[Panel]) -> tuple[Figured, ...]:
+        found = tuple(draw_all(shown, self.next))
+        self.next += len(found)
+        return found
+
+    def take(self) -> int:
+        self.next += 1
+        return self.next - 1
+
+
+def grouped(stages: Sequence[StageRecord]) -> list[list[StageRecord]]:
+    """Those whose names differ behind the `@` alone, together."""
+    found: dict[tuple[str, str], list[StageRecord]] = {}
+    for each in stages:
+        found.setdefault((each.base, each.type), []).append(each)
+    return list(found.values())
+
+
+def _group(members: Sequence[StageRecord], points: int, counter: Counter) -> Group:
+    shown, more = panels(members, points)
+    texts = [(stage.name, *text) for stage in members for text in written_while_training(stage.metrics)]
+    name = members[0].name if len(members) == 1 else f"{members[0].base}@…"
+    return Group(name, tuple(members), counter.draw(shown), counter.draw(more), tuple(texts))
+
+
+def evaluation_of(stage: StageRecord, prompts: int, counter: Counter) -> Evaluation:
+    """What a finished evaluation holds."""
+    items = items_of(stage)
+    task, shown = exchanges(items, prompts)
+    drawn = tuple(draw_reliability(each, counter.take()) for each in reliabilities(items))
+    return Evaluation(table_of(stage, items), task, tuple(shown), drawn, len(comparisons(stage)))
+
+
+def data_of(figures: Sequence[Figured]) -> list[dict[str, Any]]:
+    """What the page's script reads, a figure each, in the order in which they stand on the page."""
+    return [each.data | {"colours": each.colours} for each in figures]
+
+
+def figures_in(evaluations: Sequence[Evaluation]) -> list[Figured]:
+    return [figure for each in evaluations for figure in each.reliability]
+
+
+def cost(stage: StageRecord, price: float) -> float:
+    """Euros."""
+    return stage.seconds / 3600 * price * stage.processes
+
+
+def totals(run: RunRecord, price: float) -> dict[str, Any]:
+    """Sums over all stages, and what is left."""
+    done = [each for each in run.stages if each.is_done]
+    return {
+        "seconds": sum(each.seconds for each in run.stages),
+        "tokens": sum(each.tokens for each in run.stages),
+        "flops": sum(each.flops or 0.0 for each in run.stages),
+        "cost": sum(cost(each, price) for each in run.stages),
+        "done": len(done),
+        "unfinished": len(run.stages) - len(done),
+        "last": max((each.manifest["created"] for each in done), default=""),
+    }
+
+
+def environments(stages: Sequence[StageRecord]) -> list[tuple[dict[str, str], list[str]]]:
+    """(what computed them, the stages), once for each that differs."""
+    found: dict[str, tuple[dict[str, str], list[str]]] = {}
+    for stage in stages:
+        if not stage.is_done:
+            continue
+        manifest = stage.manifest
+        processes = manifest["processes"]
+        values = {
+            "device": manifest["device"] + (f" × {processes}" if processes > 1 else ""),
+            "threads": str(manifest["threads"]),
+            "git commit": manifest["git_commit"] or "none",
+            **manifest["versions"],
+        }
+        found.setdefault(json.dumps(values), (values, []))[1].append(stage.name)
+    return list(found.values())
+
+
+def render(template: str, **context: Any) -> str:  # the names that a template uses are its own
+    """A template of this package, everything escaped that is not markup of its own."""
+    environment = Environment(
+        loader=PackageLoader("pipeline.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "si": formats.si,
+        "duration": formats.duration,
+        "money": formats.money,
+        "number": formats.number,
+        "markup": Markup,
+    }
+    folder = Path(__file__).parent / "templates"
+    parts: Mapping[str, Any] = {
+        "style": Markup((folder / "style.css").read_text(encoding="utf-8")),
+        "script": Markup((folder / "page.js").read_text(encoding="utf-8")),
+        "box": layout.BOX,
+    }
+    return environment.get_template(template).render(**parts, **context)

@@ -1,0 +1,140 @@
+"""The table of an evaluation: a line a figure, a column a model, the best marked where it is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.evals.table import HEADLINES
+from pipeline.report import noise
+from pipeline.report.records import Row, StageRecord, read_rows
+
+Items = Mapping[tuple[str, str], Sequence[Row]]
+"""(model, task) -> the items of samples.jsonl."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model's figure; `value` None where it is not defined. `left`, `width`: its interval on the line's scale."""
+
+    model: str
+    value: float | None
+    shown: str
+    half: str
+    n: int
+    is_best: bool
+    left: float
+    width: float
+    at: float
+    """Percent of the line's scale, as `left` and `width`."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure of every model."""
+
+    task: str
+    metric: str
+    label: str
+    is_headline: bool
+    cells: tuple[Cell | None, ...]
+    verdict: str
+    """What the comparison of the two best says; empty where there is none."""
+    better: str
+    """`more`, `less`, or empty."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One evaluation."""
+
+    stage: str
+    models: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+
+def items_of(stage: StageRecord) -> dict[tuple[str, str], list[Row]]:
+    """The evaluation's items by model and task."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in read_rows(stage.path / "samples.jsonl"):
+        found.setdefault((str(row["model"]), str(row["task"])), []).append(row)
+    return found
+
+
+def table_of(stage: StageRecord, items: Items) -> Table:
+    """The table of a finished evaluation."""
+    results = read_rows(stage.path / "results.jsonl")
+    models = tuple(dict.fromkeys(str(row["model"]) for row in results))
+    by_key: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in results:
+        by_key.setdefault((row["task"], row["metric"]), {})[row["model"]] = row
+    order = [key for key in HEADLINES if key in by_key] + [key for key in by_key if key not in HEADLINES]
+    return Table(stage.name, models, tuple(_line(key, by_key[key], models, items) for key in order))
+
+
+def _line(key: tuple[str, str], rows: Mapping[str, Row], models: Sequence[str], items: Items) -> Line:
+    task, metric = key
+    label, digits, factor = HEADLINES.get(key) or _style(task, metric)
+    best, verdict = _best(task, metric, rows, items, digits, factor)
+    ends = [row[end] for row in rows.values() for end in ("low", "high", "value") if row[end] is not None]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
+    scale = 100 / (high - low) if high > low else 0.0
+    cells = tuple(
+        _cell(rows[model], model == best, digits, factor, low, scale) if model in rows else None for model in models
+    )
+    better = {1: "more", 0: "", -1: "less"}[noise.direction(metric)]
+    return Line(task, metric, label.strip(), key in HEADLINES, cells, verdict, better)
+
+
+def _style(task: str, metric: str) -> tuple[str, int, int]:
+    """(label, digits, factor) of what is no headline; of a kind (`accuracy/other`) as the figure it is of."""
+    name, _, kind = metric.partition("/")
+    if kind and (task, name) in HEADLINES:
+        label, digits, factor = HEADLINES[task, name]
+        return f"{label.strip()}: {kind}", digits, factor
+    return metric.replace("_", " "), 3, 1
+
+
+def _cell(row: Row, is_best: bool, digits: int, factor: int, low: float, scale: float) -> Cell:
+    value = row["value"]
+    if value is None:
+        return Cell(row["model"], None, "–", "", row["n"], False, 0, 0, 0)
+    ends = [value if row[end] is None else row[end] for end in ("low", "high")]
+    half = f"{factor * (ends[1] - ends[0]) / 2:.{digits}f}" if row["low"] is not None else ""
+    left, right, at = (round((end - low) * scale, 1) for end in (*ends, value))
+    return Cell(row["model"], value, f"{factor * value:.{digits}f}", half, row["n"], is_best, left, right - left, at)
+
+
+def _best(
+    task: str, metric: str, rows: Mapping[str, Row], items: Items, digits: int, factor: int
+) -> tuple[str | None, str]:
+    """(the model whose figure is better than the next by more than noise, or None; in words)."""
+    sign = noise.direction(metric)
+    known = [row for row in rows.values() if row["value"] is not None]
+    if not sign or len(known) < 2:
+        return None, ""
+    first, second = sorted(known, key=lambda row: -sign * row["value"])[:2]
+    values = [noise.values_of(items.get((row["model"], task), []), task, metric) for row in (first, second)]
+    found = None
+    if all(noise.gives(v, row["value"]) for v, row in zip(values, (first, second), strict=True)):
+        found = noise.paired(*values)
+    how = "paired" if found else "intervals apart"
+    if found is None:
+        if any(row[end] is None for row in (first, second) for end in ("low", "high")):
+            return None, ""
+        found = noise.unpaired(first, second)
+    ends = f"{factor * found.value:+.{digits}f} [{factor * found.low:+.{digits}f}, {factor * found.high:+.{digits}f}]"
+    words = f"{first['model']} − {second['model']}: {ends}, {how}"
+    return (str(first["model"]), words) if noise.is_clear(found) else (None, f"tie: {words}")
+
+
+def comparisons(stage: StageRecord) -> list[dict[str, Any]]:
+    """The lines of table.csv that compare variants: means over seeds, differences, matched ones."""
+    import csv
+
+    path = stage.path / "table.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row.get("kind") != "model"]

@@ -1,0 +1,160 @@
+"""The page of a run: its numbers are the manifests', it loads nothing, and what a model wrote stays text."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifacts import Store
+from pipeline.report.page import LARGEST, page_of
+from pipeline.report.records import read_run
+from tests.report.written_run import answer, result, training, write_evaluation, write_stage
+
+LOADING = ("src", "href", "action", "data", "poster", "srcset", "formaction", "xlink:href")
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def values(self, name: str, **wanted: str) -> list[str | None]:
+        """The attribute `name` of all tags that have it, and the wanted ones (`data_x` for `data-x`)."""
+        asked = {key.replace("_", "-"): value for key, value in wanted.items()}
+        return [a[name] for _, a in self.tags if name in a and asked.items() <= a.items()]
+
+    def figures(self) -> list[str | None]:
+        return self.values("data-figure")
+
+
+def page(root: Path, run: str = "demo", price: float = 2.0) -> Page:
+    return Page(page_of(read_run(Store(root), run), price))
+
+
+def test_the_numbers_are_the_manifests(root: Path):
+    found = page(root)
+    manifests = {path.parent.name: json.loads(path.read_text()) for path in root.glob("demo/*/manifest.json")}
+    seconds = dict(zip(found.values("data-stage"), found.values("data-seconds"), strict=True))
+    assert {name: float(value or 0) for name, value in seconds.items()} == {
+        name: manifest["seconds"] for name, manifest in manifests.items()
+    }
+    assert found.values("data-tokens") == ["5000", *["1000"] * 5]
+    assert found.values("data-flops") == ["", *["2000000000000.0"] * 5]
+    # ppo: an hour on two devices at 2 euros; pretrain: 90.5 s
+    costs = dict(zip(found.values("data-stage"), map(float, filter(None, found.values("data-cost"))), strict=True))
+    assert costs["ppo"] == 4.0
+    assert costs["pretrain"] == pytest.approx(90.5 / 3600 * 2)
+    assert found.values("data-value", data_total="seconds") == [str(10 + 90.5 * 4 + 3600.0)]
+    assert found.values("data-value", data_total="flops") == ["10000000000000.0"]
+    assert found.values("data-value", data_final="ppo", data_metric="parameters") == ["1234567.0"]
+    results = {row["model"]: row["value"] for row in map(json.loads, (root / "demo/eval/results.jsonl").open())}
+    assert {model: float(found.values("data-value", data_model=model)[0] or 0) for model in results} == results
+
+
+def test_every_stage_is_drawn_once_in_each_graph(root: Path):
+    text = page_of(read_run(Store(root), "demo"), 2.0)
+    for name in ("tokenize", "pretrain", "sft", "ppo", "dpo", "eval"):
+        assert text.count(f"<title>{name}</title>") == 2
+
+
+def test_curves_hold_what_was_measured(root: Path):
+    found = page(root)
+    data = json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', page_text(root))[0])
+    assert [int(number or 0) for number in found.figures()] == list(range(len(data)))
+    losses = [curve for each in data for curve in each["curves"] if curve["label"] == "training"]
+    assert losses[0] == {"label": "training", "x": [10, 20, 30, 40, 50], "y": [4, 3, 2, 1, 0]}
+    over = [each for each in data if each["xlabel"] == "√KL"]
+    assert over[0]["curves"] == [{"label": "reward", "x": [0.5, 1, 1.5, 2, 2.5], "y": [1, 2, 3, 4, 5]}]
+    stacked = next(each for each in data if each["kind"] == "stack")
+    assert {curve["label"]: curve["y"] for curve in stacked["curves"]} == {"generate": [1.5] * 5, "train": [2.5] * 5}
+
+
+def page_text(root: Path) -> str:
+    return page_of(read_run(Store(root), "demo"), 2.0)
+
+
+def test_it_loads_nothing_and_the_same_artifacts_make_the_same_bytes(root: Path):
+    text = page_text(root)
+    assert text == page_text(root)
+    assert not re.search(r"https?://(?!www\.w3\.org)", text)
+    for tag, attributes in Page(text).tags:
+        assert tag not in ("link", "img", "iframe", "object", "embed") or attributes.get("href") == "data:,"
+        for name in LOADING:
+            assert (attributes.get(name) or "#").startswith(("#", "data:,")), (tag, attributes)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}"
+
+
+def test_what_a_model_wrote_stays_text(tmp_path: Path):
+    root = tmp_path / "artifacts"
+    metrics = training(**{"loss": lambda i: i, HOSTILE: lambda i: i, "sample": lambda i: HOSTILE})
+    write_stage(
+        root, "sft", metrics=metrics, config={"prompt": HOSTILE}, more={"device": HOSTILE, "git_commit": HOSTILE}
+    )
+    write_stage(root, "other", type_="sft", config={"prompt": "harmless"}, more={"versions": {HOSTILE: HOSTILE}})
+    hostile = [{"role": HOSTILE, "content": HOSTILE}]
+    items = [answer(model, 0, HOSTILE, 0.5, hostile) | {"reference": HOSTILE} for model in ("sft", HOSTILE)]
+    write_evaluation(
+        root, [result("sft", HOSTILE, HOSTILE, 0.5, 0.1), result(HOSTILE, "greedy", "gold", 0.5, 0.1)], items
+    )
+    text = page_of(read_run(Store(root), "demo"), 2.0)
+    found = Page(text)
+    assert [tag for tag, _ in found.tags].count("script") == 2  # the page's own: its data and its program
+    assert "img" not in [tag for tag, _ in found.tags]
+    assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
+    assert "{{ 7*7 }}" in found.text
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in text
+
+
+def test_a_run_without_an_evaluation(tmp_path: Path):
+    root = tmp_path / "artifacts"
+    write_stage(root, "sft", metrics=training(loss=lambda i: i))
+    found = page(root)
+    assert "no finished evaluation" in found.text
+    assert "results" not in found.values("class")
+    assert len(found.figures()) == 1
+
+
+def test_an_unfinished_run(root: Path):
+    rows = training(3, loss=lambda i: 1 / i)
+    folder = write_stage(root, "late", metrics=rows, config={"init": "sft", "max_steps": 50}, unfinished=True)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "ti')  # is being written
+    found = page(root)
+    assert "unfinished, step 30 of 50" in found.text
+    assert found.values("data-seconds")[-1] == "6.0"
+    assert read_run(Store(root), "demo").stage("late").parents == ("sft",)
+    only = root.parent / "only"
+    write_stage(only, "pretrain", metrics=rows, unfinished=True)
+    alone = page(only)
+    assert len(alone.figures()) == 1
+    assert "llmpipe run /dev/stdin" not in alone.text  # nothing is known yet of how to make it again
+
+
+def test_a_long_run_of_many_variants_stays_small(tmp_path: Path):
+    root = tmp_path / "artifacts"
+    names = [f"dpo@beta={beta}@seed={seed}" for beta in (0.1, 0.2, 0.3) for seed in range(8)]
+    metrics = training(2000, **{name: lambda i: i % 17 for name in ("loss", "grad_norm", "rewards/margins", "entropy")})
+    for name in names:
+        write_stage(root, name, type_="dpo", config={"seed": int(name[-1])}, metrics=metrics)
+    long = "word " * 4000
+    items = [answer(name, i, long, 0.5) for name in names for i in range(10)]
+    write_evaluation(root, [result(name, "greedy", "gold", 0.5, 0.1) for name in names], items)
+    text = page_of(read_run(Store(root), "demo"), 2.0)
+    assert len(text.encode()) < LARGEST
+    assert len(Page(text).figures()) == 4  # drawn together
