@@ -59,7 +59,7 @@ def look(asked: Asked) -> Found:
     """Read the data and the base's config. Raises as `init` does."""
     from pipeline.data.looking import SAMPLE_BYTES, look_at_rows, look_at_text, try_tokenizer
     from pipeline.data.tokenizers import SMALLEST_VOCAB, encode_text, load_tokenizer
-    from pipeline.plan import BYTES_A_TOKEN
+    from pipeline.plan.lengths import BYTES_A_TOKEN
 
     chats = look_at_rows(str(asked.chats), "messages") if asked.chats else None
     preferences = look_at_rows(str(asked.preferences), "preference") if asked.preferences else None
@@ -87,7 +87,7 @@ def look(asked: Asked) -> Found:
 
 def describe(asked: Asked, found: Found) -> list[str]:
     """What was looked at, a line each."""
-    from pipeline.plan import si
+    from pipeline.plan.lengths import si
 
     lines = []
     if found.text is not None:

@@ -17,7 +17,7 @@ from pipeline.launch import Launch
 
 if TYPE_CHECKING:
     from pipeline.hardware import Device
-    from pipeline.plan import Estimate
+    from pipeline.plan.site import Estimate
 
 TRIED_STEPS = 100
 LARGE = 300e6
@@ -71,7 +71,7 @@ def stages_of_text(stages: Stages, asked: Asked, found: Found, device: Device, s
 
 def _rate(stages: Stages, asked: Asked, device: Device) -> float:
     """FLOP/s that pretrain reaches in a process here."""
-    from pipeline.plan import Planner
+    from pipeline.plan.planner import Planner
 
     session = open_stages(
         {"tokenize": stages.values["tokenize"]}, run=asked.run, store=Store(asked.artifacts), named=asked.run
@@ -95,7 +95,7 @@ def _cost(vocab: int, depth: int, context: int) -> tuple[float, float]:
 def _continued(stages: Stages, asked: Asked, found: Found, device: Device, tokens: float, seconds: float) -> None:
     """pretrain on a base: one pass over the text at most."""
     from pipeline.model.build import count_parameters, reach_of
-    from pipeline.plan import empty_model
+    from pipeline.plan.models import empty_model
 
     assert found.base is not None
     base = empty_model(found.base.model)
@@ -115,7 +115,7 @@ def _continued(stages: Stages, asked: Asked, found: Found, device: Device, token
 def _model(stages: Stages, asked: Asked, device: Device, found: Found) -> tuple[float, int]:
     """(parameters, tokens it reaches) of the model that the rows are taught to."""
     from pipeline.model.build import count_parameters, reach_of
-    from pipeline.plan import empty_model
+    from pipeline.plan.models import empty_model
 
     if found.base is not None:
         model = empty_model(found.base.model)
@@ -200,7 +200,7 @@ def _fitted(stages: Stages, name: str, asked: Asked, device: Device) -> Estimate
 
 def _estimate(stages: Stages, name: str, asked: Asked, device: Device) -> Estimate:
     from pipeline.lineage import survey
-    from pipeline.plan import Planner
+    from pipeline.plan.planner import Planner
 
     values: dict[str, dict[str, Any]] = {key: fields for key, fields in stages.values.items() if key != "eval"}
     session = open_stages(values, run=asked.run, store=Store(asked.artifacts), named=asked.run)
