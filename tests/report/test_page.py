@@ -76,7 +76,7 @@ def test_curves_hold_what_was_measured(root: Path):
     losses = [curve for each in data for curve in each["curves"] if curve["label"] == "training"]
     assert losses[0] == {"label": "training", "x": [10, 20, 30, 40, 50], "y": [4, 3, 2, 1, 0]}
     over = [each for each in data if each["xlabel"] == "√KL"]
-    assert over[0]["curves"] == [{"label": "reward", "x": [0.5, 1, 1.5, 2, 2.5], "y": [1, 2, 3, 4, 5]}]
+    assert over[0]["curves"] == [{"label": "proxy", "x": [0.5, 1, 1.5, 2, 2.5], "y": [1, 2, 3, 4, 5]}]
     stacked = next(each for each in data if each["kind"] == "stack")
     assert {curve["label"]: curve["y"] for curve in stacked["curves"]} == {"generate": [1.5] * 5, "train": [2.5] * 5}
 

@@ -50,6 +50,7 @@ def exchanges(items: Items, count: int) -> tuple[str, list[Exchange]]:
 def _exchange(key: Any, by_model: Mapping[str, Mapping[Any, Row]]) -> Exchange:
     rows = {model: found[key] for model, found in by_model.items() if key in found}
     first = next(iter(rows.values()))
+    rows = {model: row for model, row in rows.items() if row["prompt"] == first["prompt"]}  # two runs may differ
     answers = tuple(
         Answer(model, cut(str(row["answer"])), bool(row.get("ended", True)), _figures(row))
         for model, row in rows.items()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeGuard
 
 from pipeline.report.records import Row, StageRecord
 
@@ -18,11 +18,13 @@ Kind = Literal["lines", "points", "stack"]
 
 @dataclass(frozen=True)
 class Curve:
-    """What is drawn in one colour."""
+    """One line. Of several stages in a panel each has a colour, and each of its metrics another stroke."""
 
     label: str
     x: tuple[float, ...]
     y: tuple[float, ...]
+    colour: int = 0
+    stroke: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ class Shape:
 PHASES = "seconds_"
 STEP = "step"
 SHAPES = (
-    Shape("Loss", "loss", {"loss": "training", "eval_loss": "held out"}, note="nats; of dpo and reward −log σ"),
+    Shape("Loss", "loss, nats", {"loss": "training", "eval_loss": "held out"}),
     Shape("Held-out text", "bits per byte", {"bits_per_byte": "held out"}),
     Shape("Policy and value loss", "loss", {"policy_loss": "policy", "value_loss": "value"}),
-    Shape("Learning rate", "", {"learning_rate": "learning rate"}),
+    Shape("Learning rate", "learning rate", {"learning_rate": "learning rate"}),
     Shape(
         "Gradient norm",
         "before clipping",
@@ -68,39 +70,32 @@ SHAPES = (
         "Reward",
         "reward",
         {
-            "score": "reward in training",
-            "eval_reward": "held out, greedy",
-            "gold": "gold in training",
+            "score": "proxy, in training",
+            "eval_reward": "proxy, held out",
+            "gold": "gold, in training",
             "eval_gold": "gold, held out",
         },
     ),
     Shape(
-        "Proxy and gold over √KL",
+        "Reward over √KL, in training",
         "reward",
-        {"score": "reward", "gold": "gold"},
+        {"score": "proxy", "gold": "gold"},
         kind="points",
         x="sqrt_kl",
-        note="sampled in training; every point is a step",
+        note="sampled answers, a point a step",
     ),
     Shape(
-        "Proxy and gold over √KL, held out",
+        "Reward over √KL, held out",
         "reward",
-        {"eval_reward": "reward", "eval_gold": "gold"},
+        {"eval_reward": "proxy", "eval_gold": "gold"},
         kind="points",
         x="eval_sqrt_kl",
-        note="greedy answers; gold that falls while the reward rises is overoptimisation",
+        note="greedy answers; gold that falls while the proxy rises is overoptimisation",
     ),
-    Shape(
-        "KL from the start", "nats an answer", {"kl": "sampled", "eval_kl": "held out", "approx_kl": "within an update"}
-    ),
-    Shape(
-        "Margins",
-        "reward",
-        {"rewards/margins": "chosen − rejected", "margin": "chosen − rejected"},
-        note="of dpo the implicit reward, β·log-ratio",
-    ),
+    Shape("KL from the start", "nats an answer", {"kl": "sampled", "eval_kl": "held out"}),
+    Shape("Margin", "chosen − rejected", {"rewards/margins": "implicit reward", "margin": "score"}),
     Shape("Chosen and rejected", "implicit reward", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
-    Shape("Rewards", "score", {"max_reward": "largest", "mean_reward": "mean", "min_reward": "smallest"}),
+    Shape("Scores", "score", {"max_reward": "largest", "mean_reward": "mean", "min_reward": "smallest"}),
     Shape(
         "Accuracy",
         "%",
@@ -108,20 +103,20 @@ SHAPES = (
             "rewards/accuracies": "pairs",
             "accuracy": "pairs",
             "mean_token_accuracy": "tokens",
-            "eval_win_rate": "wins, held out",
+            "eval_win_rate": "wins over the start, held out",
         },
         factor=100,
     ),
-    Shape("Length", "tokens", {"length": "answer", "eval_length": "held out", "row_length": "row"}),
     Shape(
-        "Ended",
-        "%",
-        {"ended": "sampled", "eval_ended": "held out"},
-        factor=100,
-        note="answers that came to their stop token",
+        "Length", "tokens", {"length": "answer", "eval_length": "answer, held out", "row_length": "prompt and answer"}
     ),
-    Shape("Entropy", "nats a token", {"entropy": "sampled", "eval_entropy": "held out"}),
-    Shape("Clipping", "share", {"clip_fraction": "policy", "value_clip_fraction": "value"}),
+    Shape("Ended", "%", {"ended": "sampled", "eval_ended": "held out"}, factor=100, note="answers with a stop token"),
+    Shape("Entropy", "nats a token", {"entropy": "entropy", "eval_entropy": "held out"}),
+    Shape(
+        "Within an update",
+        "",
+        {"clip_fraction": "policy clipped", "value_clip_fraction": "value clipped", "approx_kl": "KL"},
+    ),
     Shape("Critic", "explained variance", {"explained_variance": "explained variance"}),
     Shape("Memory", "GB", {"peak_memory_bytes": "peak"}, factor=1e-9),
 )
@@ -168,22 +163,32 @@ def panels_of(series: Mapping[str, Sequence[Row]], points: int) -> tuple[list[Pa
 
 
 def _panel(shape: Shape, series: Mapping[str, Sequence[Row]], points: int) -> Panel | None:
-    curves = []
-    for name, rows in series.items():
-        for metric, label in shape.metrics.items():
-            found = [(row.get(shape.x), row.get(metric)) for row in rows]
-            pairs = [(float(x), float(y) * shape.factor) for x, y in found if is_number(x) and is_number(y)]  # type: ignore[arg-type]
+    curves: list[Curve] = []
+    for at, (name, rows) in enumerate(series.items()):
+        for nth, (metric, label) in enumerate(shape.metrics.items()):
+            pairs = _pairs(rows, shape.x, metric, shape.factor)
             if len(pairs) < 2:
                 continue
             whole = " · ".join(part for part in (name, label) if part)
-            curves.append(_curve(whole, pairs, points))
+            curve = _curve(whole, pairs, points)
+            colour, stroke = (at, nth) if len(series) > 1 else (len(curves), 0)
+            curves.append(replace(curve, colour=colour, stroke=stroke))
     if not curves:
         return None
     labels = {curve.label.rpartition(" · ")[2] for curve in curves}
     if len(series) > 1 and len(labels) == 1:  # the stages alone tell the curves apart
-        curves = [Curve(curve.label.rpartition(" · ")[0], curve.x, curve.y) for curve in curves]
+        curves = [replace(curve, label=curve.label.rpartition(" · ")[0], stroke=0) for curve in curves]
     x_label = {"step": "step", "sqrt_kl": "√KL", "eval_sqrt_kl": "√KL"}[shape.x]
     return Panel(shape.title, x_label, shape.y_label, shape.kind, tuple(curves), shape.note)
+
+
+def _pairs(rows: Sequence[Row], x_name: str, metric: str, factor: float) -> list[tuple[float, float]]:
+    """(x, value) of the lines that hold both as numbers."""
+    found = [(row.get(x_name), row.get(metric)) for row in rows]
+    pairs = [(float(x), float(y) * factor) for x, y in found if is_number(x) and is_number(y)]
+    if x_name == STEP:  # a stage's closing line says of the whole what its last line has said of a step
+        pairs = list({x: (x, y) for x, y in reversed(pairs)}.values())[::-1]
+    return pairs
 
 
 def _phases(series: Mapping[str, Sequence[Row]], points: int) -> list[Panel]:
@@ -196,13 +201,15 @@ def _phases(series: Mapping[str, Sequence[Row]], points: int) -> list[Panel]:
             continue
         kept = whole[:: math.ceil(len(whole) / points)]
         x = tuple(float(row[STEP]) for row in kept)
-        curves = [Curve(key.removeprefix(PHASES), x, tuple(float(row[key]) for row in kept)) for key in names]
+        curves = [
+            Curve(key.removeprefix(PHASES), x, tuple(float(row[key]) for row in kept), i) for i, key in enumerate(names)
+        ]
         title = "Time of a step" + (f", {name}" if name else "")
         found.append(Panel(title, "step", "seconds", "stack", tuple(curves)))
     return found
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from pipeline.recipe import DataEntry
 from pipeline.report.records import StageRecord
+from pipeline.roles import ROWS
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,29 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[Difference]:
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted field, value as it is written) of every value that is no mapping or list of mappings."""
+    """(dotted field, value as it is written) of what is no mapping or list of mappings; data entries in one line."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from leaves(inner, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list) and value and all(isinstance(inner, Mapping) for inner in value):
+        if all("source" in inner for inner in value):
+            yield name, "; ".join(map(entry_text, value))
+            return
         for number, inner in enumerate(value):
             yield from leaves(inner, f"{name}.{number}")
     else:
         yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def entry_text(entry: Mapping[str, Any]) -> str:
+    """`pydocs (limit 1400)`: a data entry without its defaults; the rows of a stage by the stage's name."""
+    source = Path(entry["source"])
+    name = source.parent.name if source.is_absolute() and source.name == ROWS else str(entry["source"])
+    more = ", ".join(
+        f"{key} {value}" for key, value in entry.items() if key != "source" and not _is_default(key, value)
+    )
+    return f"{name} ({more})" if more else name
+
+
+def _is_default(key: str, value: Any) -> bool:
+    return key in DataEntry.model_fields and value == DataEntry.model_fields[key].default

@@ -59,25 +59,28 @@ def _draw(panel: Panel, number: int) -> Figured:
             linewidth=0,
         )
         axes.margins(0)
-    for i, curve in enumerate(panel.curves if panel.kind != "stack" else ()):
-        _plot(axes, curve, i, panel.kind == "points")
-    return Figured(
-        panel,
-        _svg(figure, number),
-        _data(panel, figure, axes),
-        tuple(i % COLOURS + 1 for i in range(len(panel.curves))),
-    )
+    for curve in panel.curves if panel.kind != "stack" else ():
+        _plot(axes, curve, panel.kind == "points")
+    data = _data(panel, figure, axes)
+    return Figured(panel, _svg(figure, number), data, tuple(curve.colour % COLOURS + 1 for curve in panel.curves))
 
 
-def _plot(axes: Axes, curve: Curve, number: int, is_points: bool) -> None:
-    colour = _stand_in(number)
+STROKES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.2, 1.6)), (0, (5, 2, 1.2, 2)))
+"""As matplotlib writes them; the legend's are in the page's style, by the same numbers."""
+MARKERS = "osD^"
+
+
+def _plot(axes: Axes, curve: Curve, is_points: bool) -> None:
+    colour, stroke = _stand_in(curve.colour), curve.stroke % len(STROKES)
     if is_points:
-        axes.plot(curve.x, curve.y, color=colour, marker="o", markersize=3, linewidth=0, alpha=0.8, markeredgewidth=0)
-        return
-    few = len(curve.x) <= 16
-    axes.plot(
-        curve.x, curve.y, color=colour, linewidth=1.5, marker="o" if few else "", markersize=3.2, markeredgewidth=0
-    )
+        dots = axes.plot(
+            curve.x, curve.y, color=colour, marker=MARKERS[stroke], markersize=4.5, linewidth=0, alpha=0.75
+        )
+    else:
+        marker = "o" if len(curve.x) <= 16 else ""
+        dots = axes.plot(curve.x, curve.y, color=colour, linestyle=STROKES[stroke], linewidth=1.5, marker=marker)
+        dots[0].set_markersize(3.2)
+    dots[0].set_markeredgewidth(0)
 
 
 def _axes(panel: Panel) -> tuple[Figure, Axes]:
@@ -126,7 +129,10 @@ def draw_reliability(found: Reliability, number: int) -> Figured:
 
 def _data(panel: Panel, figure: Figure, axes: Axes) -> dict[str, Any]:
     """The axes' rectangle in the figure's points, from its top left, their ranges, and every curve's points."""
-    figure.draw_without_rendering()  # the layout is made when it is drawn
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")  # once is enough, and half of the time
     box = axes.get_position()
     width, height = SIZE
     return {

@@ -16,6 +16,11 @@ def si(value: float | None, unit: str = "") -> str:
     return f"{value:.3g} {unit}".strip()
 
 
+def flops(value: float | None) -> str:
+    """`16.2 T`: as `si`, with G for a thousand million."""
+    return si(value, "F").removesuffix("F").strip()
+
+
 def duration(seconds: float) -> str:
     """`42 s`, `4 min 51 s`, `3 h 20 min`, `2 d 4 h`."""
     whole = round(seconds)
@@ -30,8 +35,16 @@ def duration(seconds: float) -> str:
 
 
 def money(euros: float) -> str:
-    """`€1.15`, with more digits where two say nothing."""
-    return f"€{euros:,.2f}" if euros >= 0.095 or not euros else f"€{euros:.2g}"
+    """`€1.15`; of cents so many digits that two of them say something."""
+    if euros >= 0.995 or not euros:
+        return f"€{euros:,.2f}"
+    digits = max(2, 1 - math.floor(math.log10(euros)))
+    return f"€{euros:.{digits}f}"
+
+
+def short(value: float) -> str:
+    """Three significant digits."""
+    return number(float(f"{value:.3g}"))
 
 
 def number(value: float) -> str:

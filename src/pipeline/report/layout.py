@@ -112,17 +112,34 @@ def _with_passages(boxes: Sequence[Box]) -> list[list[Box]]:
     return layers
 
 
+SWEEPS = 4
+
+
 def _arrange(layers: Sequence[list[Box]]) -> None:
-    """Order each layer by where its parents stand, and centre it."""
-    place: dict[str, float] = {}
+    """Order each layer by where its parents stand, then by its children, and so on (barycentres: Sugiyama 1981)."""
+    children: dict[str, list[str]] = {}
     for layer in layers:
-        middle = {
-            box.key: sum(place[parent] for parent in box.parents) / len(box.parents) if box.parents else 0.0
-            for box in layer
-        }
-        layer.sort(key=lambda box: (middle[box.key], not box.stages))
-        for number, box in enumerate(layer):
-            box.place = place[box.key] = number - (len(layer) - 1) / 2
+        for box in layer:
+            for parent in box.parents:
+                children.setdefault(parent, []).append(box.key)
+    place = {box.key: 0.0 for layer in layers for box in layer}
+    for sweep in range(2 * SWEEPS + 1):
+        is_down = sweep % 2 == 0
+        for layer in layers if is_down else layers[::-1]:
+            _order(
+                layer, {box.key: box.parents if is_down else tuple(children.get(box.key, ())) for box in layer}, place
+            )
+
+
+def _order(layer: list[Box], beside: Mapping[str, Sequence[str]], place: dict[str, float]) -> None:
+    """Sort the layer by the mean place of what each box hangs on, and centre it."""
+    middle = {
+        key: sum(place[other] for other in others) / len(others) if others else place[key]
+        for key, others in beside.items()
+    }
+    layer.sort(key=lambda box: middle[box.key])
+    for number, box in enumerate(layer):
+        box.place = place[box.key] = number - (len(layer) - 1) / 2
 
 
 def _drawn(layers: Sequence[Sequence[Box]], is_upright: bool) -> Drawn:

@@ -19,7 +19,7 @@ from pipeline.report.drawing import Figured, draw_all, draw_reliability
 from pipeline.report.recipe_of import as_yaml, command, missing_parts, recipe_of
 from pipeline.report.records import RunRecord, StageRecord
 from pipeline.report.reliability import reliabilities
-from pipeline.report.results import Table, comparisons, items_of, table_of
+from pipeline.report.results import Table, comparisons, items_of, tables_of
 
 LARGEST = 3_000_000
 """Bytes of a page, which it stays below."""
@@ -41,9 +41,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation: its table, answers to the same prompts, reliability figures, and lines of comparisons."""
+    """One evaluation: its tables, answers to the same prompts, reliability figures, and lines of comparisons."""
 
-    table: Table
+    stage: str
+    tables: tuple[Table, ...]
     task: str
     exchanges: tuple[Exchange, ...]
     reliability: tuple[Any, ...]
@@ -122,7 +123,7 @@ def evaluation_of(stage: StageRecord, prompts: int, counter: Counter) -> Evaluat
     items = items_of(stage)
     task, shown = exchanges(items, prompts)
     drawn = tuple(draw_reliability(each, counter.take()) for each in reliabilities(items))
-    return Evaluation(table_of(stage, items), task, tuple(shown), drawn, len(comparisons(stage)))
+    return Evaluation(stage.name, tuple(tables_of(stage, items)), task, tuple(shown), drawn, len(comparisons(stage)))
 
 
 def data_of(figures: Sequence[Figured]) -> list[dict[str, Any]]:
@@ -182,9 +183,11 @@ def render(template: str, **context: Any) -> str:  # the names that a template u
     )
     environment.filters |= {
         "si": formats.si,
+        "flops": formats.flops,
         "duration": formats.duration,
         "money": formats.money,
         "number": formats.number,
+        "short": formats.short,
         "markup": Markup,
     }
     folder = Path(__file__).parent / "templates"

@@ -38,6 +38,8 @@ class Line:
     metric: str
     label: str
     is_headline: bool
+    is_under: bool
+    """Whether it belongs to the line above."""
     cells: tuple[Cell | None, ...]
     verdict: str
     """What the comparison of the two best says; empty where there is none."""
@@ -47,9 +49,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """One evaluation."""
+    """Models that the same tasks were put to."""
 
-    stage: str
     models: tuple[str, ...]
     lines: tuple[Line, ...]
 
@@ -62,33 +63,52 @@ def items_of(stage: StageRecord) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-def table_of(stage: StageRecord, items: Items) -> Table:
-    """The table of a finished evaluation."""
+def tables_of(stage: StageRecord, items: Items) -> list[Table]:
+    """A table for the policies, another for the reward model: for models that have no task in common."""
     results = read_rows(stage.path / "results.jsonl")
-    models = tuple(dict.fromkeys(str(row["model"]) for row in results))
     by_key: dict[tuple[str, str], dict[str, Row]] = {}
     for row in results:
         by_key.setdefault((row["task"], row["metric"]), {})[row["model"]] = row
     order = [key for key in HEADLINES if key in by_key] + [key for key in by_key if key not in HEADLINES]
-    return Table(stage.name, models, tuple(_line(key, by_key[key], models, items) for key in order))
+    tables = []
+    for models in _sharing(results):
+        keys = [key for key in order if {*models} & {*by_key[key]}]
+        tables.append(Table(models, tuple(_line(key, by_key[key], models, items) for key in keys)))
+    return tables
+
+
+def _sharing(results: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The models in groups, those with a task in common together."""
+    groups: list[tuple[list[str], set[str]]] = []
+    for model in dict.fromkeys(str(row["model"]) for row in results):
+        tasks = {str(row["task"]) for row in results if row["model"] == model}
+        near = [group for group in groups if group[1] & tasks]
+        joined = ([each for group in near for each in group[0]] + [model], tasks.union(*(group[1] for group in near)))
+        groups = [group for group in groups if group not in near] + [joined]
+    return [tuple(models) for models, _ in groups]
 
 
 def _line(key: tuple[str, str], rows: Mapping[str, Row], models: Sequence[str], items: Items) -> Line:
     task, metric = key
-    label, digits, factor = HEADLINES.get(key) or _style(task, metric)
+    label, digits, factor = style_of(task, metric)
     best, verdict = _best(task, metric, rows, items, digits, factor)
     ends = [row[end] for row in rows.values() for end in ("low", "high", "value") if row[end] is not None]
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
-    scale = 100 / (high - low) if high > low else 0.0
+    low, high = (low, high) if high > low else (low - 1, high + 1)
+    scale = 100 / (high - low)
     cells = tuple(
         _cell(rows[model], model == best, digits, factor, low, scale) if model in rows else None for model in models
     )
     better = {1: "more", 0: "", -1: "less"}[noise.direction(metric)]
-    return Line(task, metric, label.strip(), key in HEADLINES, cells, verdict, better)
+    is_under = HEADLINES.get(key, ("", 0, 0))[0].startswith(" ")
+    return Line(task, metric, label, key in HEADLINES, is_under, cells, verdict, better)
 
 
-def _style(task: str, metric: str) -> tuple[str, int, int]:
-    """(label, digits, factor) of what is no headline; of a kind (`accuracy/other`) as the figure it is of."""
+def style_of(task: str, metric: str) -> tuple[str, int, int]:
+    """(label, digits, factor) of a figure; of a kind (`accuracy/other`) as the figure it is of."""
+    if (task, metric) in HEADLINES:
+        label, digits, factor = HEADLINES[task, metric]
+        return label.strip(), digits, factor
     name, _, kind = metric.partition("/")
     if kind and (task, name) in HEADLINES:
         label, digits, factor = HEADLINES[task, name]
@@ -119,7 +139,7 @@ def _best(
     found = None
     if all(noise.gives(v, row["value"]) for v, row in zip(values, (first, second), strict=True)):
         found = noise.paired(*values)
-    how = "paired" if found else "intervals apart"
+    how = "paired" if found else "unpaired"
     if found is None:
         if any(row[end] is None for row in (first, second) for end in ("low", "high")):
             return None, ""
