@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.artifacts import Artifact
 from pipeline.cli import chat as module
+from pipeline.cli.conversation import load, pieces
 from pipeline.data.chat import encode_prompt, stop_token_id
 from pipeline.data.tokenizers import encode_text, train_bpe
 from pipeline.errors import ConfigError
@@ -73,9 +74,10 @@ def script(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast) 
     return made
 
 
-def ask(artifact: Artifact, prompt: str | None = None, **settings: object) -> None:
-    defaults = {"reference": "tiny/sft", "system": None, "temperature": 0.0, "max_new_tokens": 12, "seed": 0}
-    module.chat(artifact, prompt=prompt, **(defaults | settings))  # type: ignore[arg-type]
+def ask(artifact: Artifact, prompt: str | None = None, *more: Artifact, **settings: object) -> None:
+    defaults = {"system": None, "temperature": 0.0, "max_new_tokens": 12, "seed": 0, "as_json": False}
+    models = [(each.reference, each) for each in (artifact, *more)]
+    module.chat(models, prompt=prompt, **(defaults | settings))  # type: ignore[arg-type]
 
 
 def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
@@ -154,7 +156,7 @@ def test_a_text_longer_than_the_context(
     ask(chatting)
     captured = capsys.readouterr()
     assert "the model reads 128" in captured.err
-    assert captured.out == "\nhello\n"
+    assert captured.out == "hello\n"
 
 
 def test_ctrl_c_ends_the_answer_not_the_conversation(
@@ -189,7 +191,7 @@ def test_a_base_model_says_so_and_continues_the_text(
 
 def test_a_real_model_stops_at_its_stop_token(chatting: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     """Greedy equals `generate`; sampled, the same seed says the same and another seed something else."""
-    conversation = module.load(chatting, None, 0.0, 12, 0)
+    conversation = load(chatting, "tiny/sft", None, 0.0, 12, 0)
     ids = encode_prompt(conversation.tokenizer, [{"role": "user", "content": "hello"}])
     stop = stop_token_id(conversation.tokenizer)
     assert conversation.stop_ids == [stop]
@@ -208,17 +210,17 @@ def test_a_real_model_stops_at_its_stop_token(chatting: Artifact, capsys: pytest
 @pytest.mark.parametrize("text", ["naïve été", "😀 and 日本語", "plain"])
 def test_characters_wait_for_their_last_byte(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     ids = encode_text(tokenizer, text)
-    pieces = list(module.pieces(tokenizer, iter(ids)))
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece for piece in pieces)
+    found = list(pieces(tokenizer, iter(ids)))
+    assert "".join(found) == text
+    assert not any("\ufffd" in piece for piece in found)
 
 
 def test_characters_that_never_become_whole(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = encode_text(tokenizer, "😀")
     assert len(ids) == 4
-    assert "".join(module.pieces(tokenizer, iter(ids[:2]))) == "\ufffd"
+    assert "".join(pieces(tokenizer, iter(ids[:2]))) == "\ufffd"
     broken = [*ids[:2], *encode_text(tokenizer, " world")]
-    assert "".join(module.pieces(tokenizer, iter(broken))) == "\ufffd world"
+    assert "".join(pieces(tokenizer, iter(broken))) == "\ufffd world"
 
 
 @pytest.mark.parametrize(
@@ -228,6 +230,97 @@ def test_characters_that_never_become_whole(tokenizer: PreTrainedTokenizerFast) 
 def test_bad_settings(chatting: Artifact, settings: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         ask(chatting, **({"prompt": "hello"} | settings))  # type: ignore[arg-type]
+
+
+def test_typed_control_tokens_stay_letters(chatting: Artifact, script: Script) -> None:
+    """The stop token stands where the template writes it, once, and not where somebody types its name."""
+    ask(chatting, "say <|im_end|> it")
+    stop = stop_token_id(script.tokenizer)
+    assert script.prompts[0].count(stop) == 1
+    assert script.tokenizer.decode(script.prompts[0]).count("<|im_end|>") == 2
+
+
+def test_the_commands(
+    chatting: Artifact, script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a command sets holds from the next answer on; a space before it, or a second slash, makes it text."""
+    drawn: list[float] = []
+    stream = script.stream
+
+    def noted(model: object, prompt: list[int], **settings: Any) -> Iterator[int]:
+        drawn.append(settings["sampling"].temperature)
+        return stream(model, prompt, **settings)
+
+    monkeypatch.setattr(generation, "stream", noted)
+    typed = ["/help", "a", "/system be kind", "/temperature 0.5", "/temperature x", "/rest", "/temperature -1"]
+    type_in(monkeypatch, *typed, "/reset", "b", "/system", "/reset", " /help", "/reset", "/hello/world", "/quit", "c")
+    ask(chatting)
+    captured = capsys.readouterr()
+    assert captured.out == "hello\nété\nworld\nmore\n"
+    user, system = {"role": "user"}, {"role": "system", "content": "be kind"}
+    asked = [[user | {"content": "a"}], [system, user | {"content": "b"}]]
+    asked += [[user | {"content": " /help"}], [user | {"content": "/hello/world"}]]
+    assert script.prompts == [encode_prompt(script.tokenizer, messages) for messages in asked]
+    assert drawn == [0.0, 0.5, 0.5, 0.5]
+    assert captured.err.count("temperature 0.5; a number of at least 0 sets it") == 2
+    assert "no command /rest; did you mean `/reset`?" in captured.err
+    assert all(name in captured.err for name in module.COMMANDS)
+
+
+def test_two_models_one_after_the_other_where_it_is_no_terminal(
+    chatting: Artifact, base: Artifact, script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Artifact("tiny/base", base.path, base.kind, base.fingerprint, base.manifest)
+    ask(chatting, "say hello", other)
+    captured = capsys.readouterr()
+    assert captured.out == "tiny/sft:\nhello\n\ntiny/base:\nété\n"
+    assert "tiny/base is a base model" in captured.err
+    assert script.prompts == [
+        encode_prompt(script.tokenizer, [{"role": "user", "content": "say hello"}]),
+        [script.tokenizer.bos_token_id, *encode_text(script.tokenizer, "say hello")],
+    ]
+
+
+def test_two_models_remember_their_own_words(
+    chatting: Artifact, script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_in(monkeypatch, "a", "b")
+    ask(chatting, None, chatting)
+    question = [{"role": "user", "content": "a"}]
+    for place, said in enumerate(("hello", "été")):
+        messages = [*question, {"role": "assistant", "content": said}, {"role": "user", "content": "b"}]
+        assert script.prompts[2 + place] == encode_prompt(script.tokenizer, messages)
+    assert capsys.readouterr().out.count("tiny/sft:\n") == 4
+
+
+def test_json_has_the_answers_and_their_figures(
+    chatting: Artifact, script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.answers = ["hello", "the world " * 9]
+    ask(chatting, "say it", chatting, as_json=True, system="be kind")
+    found = json.loads(capsys.readouterr().out)
+    assert {key: found[key] for key in ("prompt", "system", "temperature", "seed")} == {
+        "prompt": "say it",
+        "system": "be kind",
+        "temperature": 0.0,
+        "seed": 0,
+    }
+    first, second = found["answers"]
+    assert (first["model"], first["answer"], first["ended"]) == ("tiny/sft", "hello", True)
+    assert first["tokens"] == len(encode_text(script.tokenizer, "hello"))
+    assert (second["tokens"], second["ended"]) == (12, False)
+    assert 0 <= first["first_token_seconds"] <= first["seconds"]
+
+
+def test_json_is_of_one_answer(chatting: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    type_in(monkeypatch, "a")
+    with pytest.raises(ConfigError, match="not for a conversation"):
+        ask(chatting, as_json=True)
+
+
+def test_three_models_are_too_many(chatting: Artifact) -> None:
+    with pytest.raises(ConfigError, match="two side by side"):
+        ask(chatting, "hello", chatting, chatting)
 
 
 def test_a_reward_model_cannot_talk(chatting: Artifact) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.artifacts import read_artifact, template_hash
-from pipeline.cli.chat import load
+from pipeline.cli.conversation import load
 from pipeline.data.tokenizers import CHATML, load_tokenizer
 
 TEMPLATE = CHATML.replace("message['role'] + '\\n'", "message['role'] + ': '").replace("assistant\\n'", "assistant: '")
@@ -47,7 +47,7 @@ def test_from_data_to_serving(made: Path, tmp_path: Path, warm: Any) -> None:
     shown = json.loads(warm("preview", recipe, "ppo", "-n", "1", "--json").stdout)
     tokenizer = load_tokenizer(made_here["ppo"].model)
     assert tokenizer.decode(shown[0]["ids"]) == "<|im_start|>user: ka 0<|im_end|>\n<|im_start|>assistant: "
-    conversation = load(made_here["ppo"], None, 0.0, 4, 0)
+    conversation = load(made_here["ppo"], "tiny/ppo", None, 0.0, 4, 0)
     assert conversation.encode("ka 0") == shown[0]["ids"]
     sft = json.loads(warm("preview", recipe, "sft", "-n", "1", "--json").stdout)
     assert sft[0]["ids"][: len(shown[0]["ids"])] == shown[0]["ids"]

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import Store
-from pipeline.cli.chat import best_device
+from pipeline.cli.conversation import best_device
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:

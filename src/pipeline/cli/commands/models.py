@@ -12,27 +12,31 @@ from pipeline.cli.options import (
 
 
 def chat(
-    reference: Annotated[str, typer.Argument(help="run/stage, ./folder or hub:org/name")],
+    references: Annotated[
+        list[str], typer.Argument(help="run/stage, ./folder or hub:org/name; two of them answer side by side")
+    ],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="answer this and end")] = None,
     system: Annotated[str | None, typer.Option("--system", help="system message")] = None,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="longest answer, in tokens")] = 256,
     seed: Annotated[int, typer.Option("--seed", help="seed of the sampling")] = 0,
     artifacts: ArtifactsOption = None,
+    json: JsonOption = False,
 ) -> None:
-    """Talk to a model: answers stream on stdout."""
+    """Talk to a model, or to two side by side: answers stream on stdout."""
     from pipeline.artifacts import Store
     from pipeline.cli.chat import chat as talk
     from pipeline.cli.session import artifacts_root
 
+    store = Store(artifacts_root(artifacts))
     talk(
-        Store(artifacts_root(artifacts)).resolve_or_unfinished(reference),
-        reference=reference,
+        [(reference, store.resolve_or_unfinished(reference)) for reference in references],
         prompt=prompt,
         system=system,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         seed=seed,
+        as_json=json,
     )
 
 
