@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifacts import Store, outside_model
-from pipeline.cli.export import export
+from pipeline.cli.export import export, push
 from pipeline.errors import ConfigError, MismatchError, MissingInputError
 from pipeline.model.adapters import lora
 from pipeline.model.build import load_causal_lm
@@ -103,3 +103,99 @@ def test_an_adapter_of_another_shape_is_refused(adapter: tuple[Path, torch.Tenso
     with pytest.raises(MismatchError, match="the adapter does not go into"):
         export(Store(tmp_path), str(adapter[0]), to="merged", out=tmp_path / "x", base=str(tmp_path / "wide"))
     assert not (tmp_path / "x").exists()
+
+
+def evaluated(folder: Path, fingerprint: str, value: float) -> None:
+    """An evaluation of a run that measured one model."""
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"kind": "evaluation"}))
+    row = {"model": "m", "fingerprint": fingerprint, "task": "bits_per_byte", "metric": "bits_per_byte", "value": value}
+    lines = [row | {"low": value - 0.1, "high": value + 0.1, "n": 50}, row | {"low": None, "high": None, "n": 0}]
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_card_says_what_was_measured_on_this_very_model(trained: Path, tmp_path: Path) -> None:
+    """Of two evaluations of the run, one is of another fingerprint; the hub's own reader takes the header."""
+    from huggingface_hub import ModelCard
+
+    store = Store(tmp_path / "artifacts")
+    artifact = store.artifact("tiny", "pretrain")
+    evaluated(tmp_path / "artifacts" / "tiny" / "eval", artifact.fingerprint, 2.5)
+    evaluated(tmp_path / "artifacts" / "tiny" / "other", "0" * 64, 9.5)
+    export(store, "tiny/pretrain", to="hf", out=tmp_path / "hf", base=None)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").num_parameters() > 0
+    card = ModelCard.load(tmp_path / "hf" / "README.md")
+    header = card.data.to_dict()
+    assert header["library_name"] == "transformers"
+    assert header["pipeline_tag"] == "text-generation"
+    assert (header["license"], header["license_name"]) == ("other", "not-yet-chosen")
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("bits_per_byte", 2.5)
+    assert "2.4 to 2.6" in card.text
+    assert "| bits_per_byte | bits_per_byte | 2.5 | 2.4 to 2.6 | 50 |" in card.text
+    assert "9.5" not in card.text
+    assert "pretrained from scratch on text" in card.text
+    assert "- `corpus` (tokenize)" in card.text  # its name, and not where it lies
+    assert str(tmp_path) not in card.content
+    rows = [line for line in card.text.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == ["tokenize", "pretrain"]
+
+
+def test_an_outside_model_has_a_card_too(base: Path, tmp_path: Path) -> None:
+    export(Store(tmp_path), str(base), to="hf", out=tmp_path / "hf", base=None, name="mine")
+    text = (tmp_path / "hf" / "README.md").read_text()
+    assert "# mine" in text
+    assert "no evaluation of its run has measured this model" in text
+
+
+class StandInForTheHub:
+    """What of HfApi is used; remembers the calls."""
+
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def create_repo(self, repository: str, **options: Any) -> str:
+        self.calls.append((repository, options))
+        return f"https://hub/{repository}"
+
+    def upload_folder(self, **options: Any) -> None:
+        self.calls.append(("upload", options))
+
+
+def test_pushing_is_dry_unless_it_is_meant(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", StandInForTheHub)
+    monkeypatch.setattr(StandInForTheHub, "calls", [])
+    assert push(base, "me/model", really=False) == "would upload to me/model (a private repository); --yes does"
+    assert StandInForTheHub.calls == []
+    assert push(base, "me/model", really=True) == "uploaded to https://hub/me/model"
+    (repository, made), (_, sent) = StandInForTheHub.calls
+    assert (repository, made) == ("me/model", {"private": True, "exist_ok": True})
+    assert (sent["repo_id"], sent["folder_path"]) == ("me/model", base)
+    for name in ("model", "a/b/c", "a b/c"):
+        with pytest.raises(ConfigError) as caught:
+            push(base, name, really=True)
+        assert caught.value.mend == "--push org/name"
+
+
+def test_what_the_hub_refuses_is_told_with_what_mends_it(base: Path) -> None:
+    """HF_HUB_OFFLINE=1 stands for a hub that is not there."""
+    with pytest.raises(MissingInputError, match="the hub did not take it") as caught:
+        push(base, "me/model", really=True)
+    assert "hf auth login" in caught.value.mend
+
+
+def test_forms_and_names_go_together(base: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for to, out, dtype, words in (
+        ("gguf", "model", "f32", "a file that ends in .gguf"),
+        ("hf", "model.gguf", "f32", "anything else a folder"),
+        ("merged", "model", "f16", "a GGUF alone has it"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            export(store, str(base), to=to, out=tmp_path / out, base=None, dtype=dtype)
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+
+def test_a_gguf_is_written_and_compared(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    assert export(Store(tmp_path), str(base), to="gguf", out=tmp_path / "m.gguf", base=None) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]

@@ -69,16 +69,34 @@ def blame(
 
 def export(
     reference: Annotated[str, typer.Argument(help="run/stage, ./folder (peft's adapters too) or hub:org/name")],
-    out: Annotated[Path, typer.Option("--out", help="the folder to write, which must not be there yet")],
-    to: Annotated[str, typer.Option("--to", help="merged: a plain Hugging Face folder")] = "merged",
+    out: Annotated[Path, typer.Option("--out", help="the folder or the .gguf file to write, which is not there yet")],
+    to: Annotated[
+        str, typer.Option("--to", help="hf: with a model card; merged: the plain folder; gguf: one file for llama.cpp")
+    ] = "merged",
     base: Annotated[
         str | None, typer.Option("--base", help="what an adapter stands on, unless it is where its config says")
     ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="of a GGUF: f32, bf16, f16 or q8_0")] = "f32",
+    push: Annotated[
+        str | None, typer.Option("--push", help="hf: org/name on the hub; says what it would upload")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="--push: really upload, with your token")] = False,
     artifacts: ArtifactsOption = None,
+    json: JsonOption = False,
 ) -> None:
-    """A plain Hugging Face folder of a model; adapters are merged into their base."""
+    """A model for others to use: a folder with its card, a plain one, or a GGUF; adapters are merged."""
     from pipeline.artifacts import Store
-    from pipeline.cli.export import export as write
+    from pipeline.cli.export import say_exported
     from pipeline.cli.session import artifacts_root
 
-    write(Store(artifacts_root(artifacts)), reference, to=to, out=out, base=base)
+    say_exported(
+        Store(artifacts_root(artifacts)),
+        reference,
+        to=to,
+        out=out,
+        base=base,
+        dtype=dtype,
+        repository=push,
+        really=yes,
+        as_json=json,
+    )
