@@ -349,7 +349,7 @@ SYSTEM_FIELDS = {
 
 
 @pytest.mark.parametrize("name", SYSTEM_FIELDS)
-def test_a_system_field_is_the_first_message_and_tools_are_refused_in_every_format(name: str, tmp_path: Path) -> None:
+def test_a_system_field_is_the_first_message_and_holds_the_tools_in_every_format(name: str, tmp_path: Path) -> None:
     row, layout = SYSTEM_FIELDS[name]
     entry = written(tmp_path / "rows.jsonl", row, {**row, "system": "S", "tools": []}, {**row, "system": None})
     plain, told, empty = read_rows([entry], layout, split="all")
@@ -359,8 +359,11 @@ def test_a_system_field_is_the_first_message_and_tools_are_refused_in_every_form
     assert empty == plain
     prompts = [row["prompt"] for row in read_rows([entry], "prompt", split="all")]
     assert prompts == [[Q], [S, Q], [Q]]
-    with pytest.raises(DataError, match="the row has `tools`, which are not rendered") as caught:
-        read_rows([written(tmp_path / "tools.jsonl", row, {**row, "tools": [{"name": "f"}]})], layout, split="all")
+    tools = {"tools": [{"name": "f"}], "system": "S"}
+    (found,) = read_rows([written(tmp_path / "told.jsonl", {**row, **tools})], layout, split="all")
+    assert found == {**told, key: [{**S, "tools": '[{"name": "f"}]'}, *plain[key]]}
+    with pytest.raises(DataError, match="tool 1 of `tools` has no name") as caught:
+        read_rows([written(tmp_path / "tools.jsonl", row, {**row, "tools": [{"type": "f"}]})], layout, split="all")
     assert caught.value.where == f"{tmp_path / 'tools.jsonl'}:2"
 
 

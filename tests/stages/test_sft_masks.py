@@ -17,6 +17,7 @@ from pipeline.model.build import load_causal_lm
 from pipeline.recipe import DataEntry
 from pipeline.runtime import Runtime
 from stages import sft
+from tests.tool_rows import HERMES, ROW
 
 STOP = "<|im_end|>"
 CALL = '<tool_call>{"name": "listen", "arguments": {"to": "cat"}}</tool_call>'
@@ -183,9 +184,9 @@ def test_nothing_leaks_between_the_rows_of_a_pack(model_folder: Path, tmp_path: 
         (
             [
                 {"role": "user", "content": "a"},
-                {"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "f"}}]},
+                {"role": "assistant", "content": "b", "tool_calls": [{"name": "f"}]},
             ],
-            "`tool_calls`, which are not rendered",
+            "call 1 of message 2 of `messages` names no function",
         ),
     ],
 )
@@ -193,6 +194,49 @@ def test_what_cannot_be_masked_is_refused(row: list[dict[str, Any]], problem: st
     with pytest.raises(DataError, match=problem) as caught:
         read_rows(written(tmp_path, row).data, "messages")
     assert caught.value.where.endswith("rows.jsonl:1")
+
+
+CALL_OF = '<tool_call>\n{{"name": "weather", "arguments": {{"city": "{}"}}}}\n</tool_call>'
+SAID = [
+    f"{CALL_OF.format('Oslo')}\n{CALL_OF.format('Rome')}",
+    f"In Oslo alone. I look again.\n{CALL_OF.format('Oslo')}",
+    "Yes.",
+    "At your service.",
+]
+"""What the assistant of `tool_rows.ROW` writes, in the template's words."""
+
+
+@pytest.mark.parametrize(("turns", "trained"), [("all", [0, 1, 2, 3]), ("last", [3])])
+def test_calls_are_trained_and_tools_and_their_output_are_not(
+    turns: str, trained: list[int], model_folder: Path, tmp_path: Path, quiet: Runtime
+) -> None:
+    """One conversation with two calls in a turn, one beside words and none, alone and packed with others."""
+    tokenizer = load_tokenizer(model_folder)
+    tokenizer.chat_template = HERMES
+    config = written(tmp_path, train_on_turns=turns)
+    rows = [{"messages": ROWS["single turn"]}, ROW, {**ROW, "messages": ROW["messages"][:3]}]
+    Path(config.data[0].source).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = encoded(config, tokenizer, quiet)
+    theirs = tokenizer.apply_chat_template(
+        [{**each, "content": each["content"] or ""} for each in ROW["messages"]], tools=ROW["tools"], return_dict=True
+    )["input_ids"]
+    assert found[1]["input_ids"] == theirs[:-1]  # less the newline after the last stop token
+    stop = stop_token_id(tokenizer)
+
+    def spoken(labels: list[int]) -> list[str]:
+        said = tokenizer.decode([label for label in labels if label != -100], skip_special_tokens=False)
+        assert labels[-1] == stop
+        return str(said).split(STOP)[:-1]
+
+    assert spoken(found[1]["labels"]) == [SAID[turn] for turn in trained]
+    assert spoken(found[2]["labels"]) == SAID[:1], "a row may end in calls"
+    (pack,) = sft._pack(found, sum(len(row["input_ids"]) for row in found))
+    batch = collated([pack], packed=True)
+    parts = zip(
+        batch["input_ids"][0].split(pack["seq_lengths"]), batch["labels"][0].split(pack["seq_lengths"]), strict=True
+    )
+    packed = sorted((ids.tolist(), labels.tolist()) for ids, labels in parts)
+    assert packed == sorted((row["input_ids"], row["labels"]) for row in found)
 
 
 def test_tokens_do_not_hang_on_what_is_trained(model_folder: Path, tmp_path: Path, quiet: Runtime) -> None:

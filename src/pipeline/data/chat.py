@@ -8,7 +8,8 @@ row whose contents hold no control strings gets the very ids `apply_chat_templat
 
 Control tokens are the special ones and eos, and of the other added tokens those that the template names: some
 tokenizers don't mark `<|im_start|>` as special, and `<tool_response>` they hardly ever do. Of these others an
-assistant may write what doesn't frame a turn (`<think>`, `<tool_call>`): in its words they are tokens.
+assistant may write what doesn't frame a turn (`<think>`, `<tool_call>`): in its words they are tokens. Tools and
+calls are no contents with a place of their own: `tools.py` says how theirs stay letters.
 
 What is trained in a row is what the model would have to write: everything an assistant turn holds after the
 prompt that generation starts from, up to and with the stop token. Text is cut at the start of that, since
@@ -32,11 +33,13 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from pipeline.data.messages import Message
 from pipeline.data.runs import Draft, Plan, Run, Slot
 from pipeline.data.tokenizers import PlainText, first_line, plain_text, read_plainly
+from pipeline.data.tools import breaking, check_written, for_template, has_tools, is_wordless, unbroken
 from pipeline.errors import DataError, MismatchError, RowError
 
 # A marker is a number between two private-use characters; the vertical tabs around it show whether the
 # template strips what it is given (`| trim`), since no template writes one itself.
-PROBE = re.compile("(\x0b?)\ue000(\\d+)\ue001(\x0b?)")
+# A template that writes a content as JSON writes the tabs as escapes.
+PROBE = re.compile("(\x0b|\\\\u000b|)\ue000(\\d+)\ue001(\x0b|\\\\u000b|)")
 NO_TEMPLATE_MEND = "choose an instruction-tuned base model, or pass its tokenizer through tokenize to get ChatML"
 
 
@@ -58,7 +61,8 @@ class ChatEncoder:
         self.template: str | dict[str, str] = tokenizer.chat_template
         self.plans: dict[tuple[tuple[str, ...], tuple[bool, ...], bool], Plan] = {}
         self.plain: PlainText = plain_text(tokenizer)
-        turn = self.pieces(("user", "assistant"), False)
+        self.breaking = breaking(())
+        turn = self.pieces(probes(("user", "assistant")), False)
         frame = "".join(self.frames())
         added = tokenizer.added_tokens_decoder
         marked = {i for i, token in added.items() if token.special or token.content == tokenizer.eos_token}
@@ -66,6 +70,7 @@ class ChatEncoder:
         specials = sorted(marked | named, key=lambda i: -len(added[i].content))  # of two that fit, the longer is meant
         self.special_ids = {added[i].content: i for i in specials}
         self.special = re.compile("|".join(special_pattern(added[i]) for i in specials) or r"(?!)")
+        self.breaking = breaking(self.special_ids)
         self.stop_id = self.find_stop(str(turn[-1]), marked)
         framing = {added[i].content for i in named if added[i].content in frame}
         self.assistants = read_plainly(tokenizer, framing) if framing else self.plain
@@ -79,7 +84,7 @@ class ChatEncoder:
             ("user", "assistant", "tool", "assistant"),
         ):
             try:
-                pieces = self.pieces(roles, False)
+                pieces = self.pieces(probes(roles), False)
             except DataError:  # it has no such role
                 continue
             for text, slot in zip(pieces[::2], pieces[1::2], strict=False):
@@ -120,9 +125,11 @@ class ChatEncoder:
         rendered = self.render(messages, add_generation_prompt)
         roles = tuple(message["role"] for message in messages)
         trained = tuple(counts(message) for message in messages)
-        plan = self.plans.get((roles, trained, add_generation_prompt))
+        plan = None if has_tools(messages) else self.plans.get((roles, trained, add_generation_prompt))
         if plan is None:
-            plan = self.plans[roles, trained, add_generation_prompt] = self.plan(roles, trained, add_generation_prompt)
+            plan = self.plan(outline_of(messages), trained, add_generation_prompt)
+        if not has_tools(messages):  # a row's own calls are a part of its plan
+            self.plans[roles, trained, add_generation_prompt] = plan
         if rendered != "".join(part if isinstance(part, str) else part.text(messages) for part in plan.rendered):
             raise DataError(
                 "the chat template rewrites a content of this row instead of writing it down",
@@ -149,11 +156,12 @@ class ChatEncoder:
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         """The template's own text for `messages`; DataError where it raises."""
+        given, tools = for_template(messages, self.breaking)
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                given, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, AttributeError, KeyError) as error:
             roles = " ".join(message["role"] for message in messages)
             raise DataError(
                 f"the chat template cannot render the roles {roles}: {first_line(error)}",
@@ -162,26 +170,45 @@ class ChatEncoder:
             ) from error
         return text
 
-    def pieces(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[str | Slot]:
-        """What the template renders for `roles`: text and slots by turns, text first and last."""
-        split = PROBE.split(self.render(probes(roles), add_generation_prompt))
+    def marked(self, outline: list[Message], add_generation_prompt: bool) -> str:
+        """The template's text for an outline, with a marker, too, where a turn of calls alone begins: where the model
+        would begin to write it."""
+        text = self.render(outline, add_generation_prompt)
+        starts = {i: self.render(outline[:i], True) for i, message in enumerate(outline) if is_wordless(message)}
+        for index, start in reversed(starts.items()):
+            if not text.startswith(start):
+                raise DataError(
+                    f"the chat template does not begin the tool calls of message {index + 1} with its generation "
+                    "prompt, so nothing says what of them is trained",
+                    where=where(self.tokenizer),
+                    mend="use a chat template whose turns begin with its own generation prompt",
+                )
+            text = f"{start}\ue000{index}\ue001{text[len(start) :]}"
+        return text
+
+    def pieces(self, outline: list[Message], add_generation_prompt: bool) -> list[str | Slot]:
+        """What the template renders for an outline: text and slots by turns, text first and last."""
+        split = PROBE.split(self.marked(outline, add_generation_prompt))
         pieces: list[str | Slot] = [split[0]]
         for left, index, right, text in zip(split[1::4], split[2::4], split[3::4], split[4::4], strict=True):
-            pieces += [Slot(int(index), not left, not right), text]
+            pieces += [Slot(int(index), not left, not right, left == right == "\\u000b"), text]
         seen = sorted(piece.index for piece in pieces if isinstance(piece, Slot))
-        for index, role in enumerate(roles):
+        for index, message in enumerate(outline):
             if seen.count(index) != 1:
                 raise DataError(
-                    f"the chat template writes the content of message {index + 1} (role {role}) "
+                    f"the chat template writes the content of message {index + 1} (role {message['role']}) "
                     f"{seen.count(index)} times instead of once",
                     where=where(self.tokenizer),
                     mend="change the row's roles, or use a tokenizer whose template has them",
                 )
         return pieces
 
-    def plan(self, roles: tuple[str, ...], trained: tuple[bool, ...], add_generation_prompt: bool) -> Plan:
-        """The runs of a row of `roles`; `trained`: whether each message is."""
-        pieces = self.pieces(roles, add_generation_prompt)
+    def plan(self, outline: list[Message], trained: tuple[bool, ...], add_generation_prompt: bool) -> Plan:
+        """The runs of a row of this outline; `trained`: whether each message is."""
+        roles = tuple(message["role"] for message in outline)
+        pieces = self.pieces(outline, add_generation_prompt)
+        if has_tools(outline):
+            self.check_tools(outline, pieces)
         draft = Draft()
         for place in range(0, len(pieces), 2):
             before = pieces[place - 1] if place else None
@@ -193,13 +220,16 @@ class ChatEncoder:
                     break
             trained_from = len(text)
             if isinstance(after, Slot) and roles[after.index] == "assistant":
-                trained_from = self.generation_starts(roles, pieces, place, len(str(pieces[place])) - len(text))
+                trained_from = self.generation_starts(outline, pieces, place, len(str(pieces[place])) - len(text))
             self.add_text(draft, text[:trained_from], False)
             if isinstance(after, Slot):
                 if roles[after.index] == "assistant":
                     draft.close()  # cut where generation starts, trained or not: a mask never changes the tokens
-                self.add_text(draft, text[trained_from:], trained[after.index])
-                draft.text(after, trained[after.index])
+                self.add_text(
+                    draft, text[trained_from:], trained[after.index], is_turns=roles[after.index] == "assistant"
+                )
+                if not is_wordless(outline[after.index]):
+                    draft.text(after, trained[after.index])
         draft.close()
         return Plan(self.finished(draft.runs, roles), tuple(pieces))
 
@@ -207,7 +237,7 @@ class ChatEncoder:
         """Adds what ends an assistant's turn, the stop token last; returns the text after it."""
         for found in self.special.finditer(text):
             if self.id_of(found) == self.stop_id:
-                self.add_text(draft, text[: found.end()], is_trained)
+                self.add_text(draft, text[: found.end()], is_trained, is_turns=True)
                 return text[found.end() :]
         raise MismatchError(
             f"the chat template ends an assistant's turn in {' '.join(roles)} without its stop token "
@@ -216,7 +246,16 @@ class ChatEncoder:
             mend="use a chat template that ends every assistant's turn alike, or rows with one answer",
         )
 
-    def generation_starts(self, roles: tuple[str, ...], pieces: list[str | Slot], place: int, taken: int) -> int:
+    def check_tools(self, outline: list[Message], pieces: list[str | Slot]) -> None:
+        """DataError where the template leaves out a tool, or a part of a call."""
+        around = {
+            piece.index: f"{pieces[place - 1]}{pieces[place + 1]}"
+            for place, piece in enumerate(pieces)
+            if isinstance(piece, Slot)
+        }
+        check_written(outline, "".join(map(str, pieces[::2])), around, where(self.tokenizer))
+
+    def generation_starts(self, outline: list[Message], pieces: list[str | Slot], place: int, taken: int) -> int:
         """Where the model begins to write, in what is left of the text `pieces[place]` after `taken` characters.
 
         That is the end of the prompt that generation would start from. In the middle of a conversation a
@@ -230,13 +269,11 @@ class ChatEncoder:
         head = "".join(piece if isinstance(piece, str) else mark(piece) for piece in pieces[: place + 1])
         prompt = ""
         if slot.index > 0:
-            prompt = PROBE.sub(
-                lambda found: f"\ue000{found.group(2)}\ue001", self.render(probes(roles[: slot.index]), True)
-            )
+            prompt = PROBE.sub(lambda found: f"\ue000{found.group(2)}\ue001", self.marked(outline[: slot.index], True))
         start = len(text) - (len(head) - len(prompt))
         if head.startswith(prompt) and prompt and start >= taken:
             return start - taken
-        if slot.index == len(roles) - 1 and slot.index > 0:
+        if slot.index == len(outline) - 1 and slot.index > 0:
             raise MismatchError(
                 "the chat template's generation prompt is not how it begins an assistant's turn, so a model "
                 "would be trained on one prompt and used with another",
@@ -245,16 +282,22 @@ class ChatEncoder:
             )
         return len(text) - taken
 
-    def add_text(self, draft: Draft, text: str, is_trained: bool) -> None:
-        """Adds a piece the template wrote, its special tokens as tokens."""
+    def add_text(self, draft: Draft, text: str, is_trained: bool, *, is_turns: bool = False) -> None:
+        """Adds a piece the template wrote, its special tokens as tokens. In an assistant's turn what was broken stands
+        apart from its words, in which some control strings are tokens."""
         end = 0
-        for found in self.special.finditer(text):
-            if found.start() > end:
-                draft.text(text[end : found.start()], is_trained)
-            draft.special(self.id_of(found), is_trained)
-            end = found.end()
-        if end < len(text):
-            draft.text(text[end:], is_trained)
+        for found in (*self.special.finditer(text), None):
+            part = text[end : found.start() if found else len(text)]
+            if part:
+                is_apart = is_turns and unbroken(part) != part
+                if is_apart:
+                    draft.close()
+                draft.text(unbroken(part), is_trained)
+                if is_apart:
+                    draft.close()
+            if found:
+                draft.special(self.id_of(found), is_trained)
+                end = found.end()
 
     def finished(self, runs: list[Run], roles: tuple[str, ...]) -> tuple[Run, ...]:
         """The runs with their prefixes and speakers decided, those without slots encoded once and for all."""
@@ -308,6 +351,15 @@ def beginning(messages: list[Message]) -> str:
 def probes(roles: tuple[str, ...]) -> list[Message]:
     """Messages of these roles whose contents are markers."""
     return [{"role": role, "content": f"\x0b\ue000{i}\ue001\x0b"} for i, role in enumerate(roles)]
+
+
+def outline_of(messages: list[Message]) -> list[Message]:
+    """The messages with markers as their contents; where one is of calls alone it stays so."""
+    marked = probes(tuple(message["role"] for message in messages))
+    return [
+        {**message, "content": "" if is_wordless(message) else marker["content"]}
+        for message, marker in zip(messages, marked, strict=True)
+    ]
 
 
 def mark(slot: Slot) -> str:

@@ -27,7 +27,6 @@ from pipeline.data.messages import (
     Message,
     behind_system,
     check_conversation,
-    check_tools,
     checked_prompt,
     messages_of,
     side,
@@ -38,6 +37,7 @@ from pipeline.data.placed import Placed, without_repeats
 from pipeline.data.preferences import as_unpaired, preference, unpaired
 from pipeline.data.ranked import as_pairs, as_ranked, ranked
 from pipeline.data.sources import BUILT_IN, PYDOCS, Split, check_rows_entry, copies, read_source_rows, share
+from pipeline.data.tools import tools_in, with_tools
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import DataEntry
 
@@ -205,7 +205,12 @@ def to_layout(row: Row, chosen: str, layout: str, where: str) -> list[Row]:
                 f"field `{key}` of a {chosen} row is missing", where=where, mend="add it, or take the row out"
             )
     _check_use(chosen, layout, where)
-    check_tools(row, where)
+    tools = tools_in(row, where)
+    return [with_tools(found, tools) for found in _canonical(row, chosen, layout, where)]
+
+
+def _canonical(row: Row, chosen: str, layout: str, where: str) -> list[Row]:
+    """What `to_layout` makes of a row, its `tools` left out of account."""
     if chosen in PAIRS:
         pair = preference(row, chosen, where)
         if layout == "unpaired":

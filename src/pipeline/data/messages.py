@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.data.files import Row
+from pipeline.data.tools import calls_in, tools_in
 from pipeline.errors import DataError
 
 Message = dict[str, str]
@@ -36,13 +37,6 @@ def system_of(row: Row, where: str) -> list[Message]:
 def behind_system(row: Row, messages: list[Message], where: str) -> list[Message]:
     """The messages with the row's `system` field, if it has one, as their first; DataError where they have another."""
     return joined(system_of(row, where), messages, where)
-
-
-def check_tools(row: Row, where: str) -> None:
-    """DataError where a row brings along definitions of tools: the template is not told of them."""
-    if row.get("tools") not in (None, "", "[]", [], {}):
-        mend = "write the tools into its system message, as your chat template would, or take the field out"
-        raise DataError("the row has `tools`, which are not rendered", where=where, mend=mend)
 
 
 def joined(systems: list[Message], messages: list[Message], where: str) -> list[Message]:
@@ -86,15 +80,31 @@ def messages_of(value: Any, key: str, roles: dict[str, str], where: str) -> list
         content = message.get("content", message.get("value"))
         if not isinstance(role, str) or role not in roles:
             raise DataError(f"{place} has the role {role!r}", where=where, mend=f"one of {', '.join(roles)}")
+        calls = called(message, roles[role], place, where)
+        if calls and (content is None or (isinstance(content, str) and not content.strip())):
+            content = ""
         if not isinstance(content, str):
             raise DataError(f"{place} has no text as its content", where=where, mend="contents are texts")
-        if message.get("tool_calls"):
-            mend = "write the call into its content, as your chat template would"
-            raise DataError(f"{place} has `tool_calls`, which are not rendered", where=where, mend=mend)
         messages.append(
-            {"role": roles[role], "content": whole(content, place, where), **untrained(message, place, where)}
+            {"role": roles[role], "content": whole(content, place, where), **untrained(message, place, where), **calls}
         )
     return messages
+
+
+def called(message: Row, role: str, place: str, where: str) -> Message:
+    """What a message holds of tools: an assistant's calls, the name and the call that a tool's output is of, and the
+    row's tools where a first message of ours brings them along."""
+    found = {"tool_calls": calls_in(message, place, where), "tools": tools_in(message, where)}
+    if found["tool_calls"] and role != "assistant":
+        raise DataError(f"{place} has `tool_calls`, and is no assistant's", where=where, mend="mend the row")
+    for key in ("name", "tool_call_id") if role == "tool" else ():
+        found[key] = text_in(message, key, where) if message.get(key) else ""
+    return {key: text for key, text in found.items() if text}
+
+
+def words(message: Message) -> str:
+    """What a message says, its calls included."""
+    return message["content"] + message.get("tool_calls", "")
 
 
 def untrained(message: Row, place: str, where: str) -> Message:
@@ -108,7 +118,7 @@ def untrained(message: Row, place: str, where: str) -> Message:
 def check_conversation(messages: list[Message], where: str) -> None:
     """DataError where an assistant says nothing, or nobody but the system speaks."""
     for number, message in enumerate(messages, start=1):
-        if message["role"] == "assistant" and not message["content"].strip():
+        if message["role"] == "assistant" and not words(message).strip():
             raise DataError(f"message {number}, an assistant's, is empty", where=where, mend="take the row out")
     if all(message["role"] == "system" for message in messages):
         raise DataError("nobody speaks in this row but the system", where=where, mend="take the row out")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.data.files import Row
-from pipeline.data.messages import Message
+from pipeline.data.messages import Message, words
 from pipeline.recipe import DataEntry
 
 
@@ -40,19 +40,19 @@ class Placed:
     def contents(self) -> tuple[str, ...]:
         """What was said, system messages left out: they are the same in many rows."""
         answers = [message for answer in self.answers.values() for message in answer]
-        return tuple(each["content"] for each in [*self.prompt, *answers] if each["role"] != "system")
+        return tuple(words(each) for each in [*self.prompt, *answers] if each["role"] != "system")
 
     @property
     def asked(self) -> str:
         """The prompt as one text, system messages left out."""
-        return "\n".join(message["content"] for message in self.prompt if message["role"] != "system")
+        return "\n".join(words(message) for message in self.prompt if message["role"] != "system")
 
     @property
     def told_apart_by(self) -> tuple[str, ...]:
         """What rows that are alike have to be alike in one by one: the end of the question, and every answer. Beside a
         long passage that both are about, neither counts for much in the whole."""
         question = self.prompt[-1]["content"].strip().split("\n\n")[-1] if self.prompt else ""
-        return (question, *("\n".join(each["content"] for each in answer) for answer in self.answers.values()))
+        return (question, *("\n".join(map(words, answer)) for answer in self.answers.values()))
 
     @property
     def key(self) -> str:

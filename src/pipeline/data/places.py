@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from pipeline.data.formats import LAYOUTS, placed_rows
-from pipeline.data.messages import Message
+from pipeline.data.messages import Message, words
 from pipeline.data.placed import Placed
 from pipeline.errors import PipelineError, RowError
 from pipeline.recipe import DataEntry, StageConfig, is_data
@@ -43,4 +43,4 @@ def place_in(entry: DataEntry, messages: Sequence[Message]) -> str:
 
 def said(messages: Sequence[Message]) -> list[tuple[str, str]]:
     """Who says what; which messages are trained is the stage's to change (`train_on_turns`)."""
-    return [(message["role"], message["content"]) for message in messages]
+    return [(message["role"], words(message)) for message in messages]

@@ -20,6 +20,7 @@ from pipeline.data.messages import (
     side,
     whole,
 )
+from pipeline.data.tools import check_no_calls
 from pipeline.errors import DataError
 
 TIE = 0.5
@@ -56,6 +57,7 @@ def preference(row: Row, chosen: str, where: str) -> Row:
                 mend="let both sides have the same prompt and one answer each",
             )
         check_conversation([*prompt, *messages], where)
+        check_no_calls(messages, f"`{key}`", where)
     return {
         "prompt": checked_prompt(prompt, where),
         "chosen": good,
@@ -84,6 +86,7 @@ def unpaired(row: Row, where: str) -> Row:
             mend="true for a desirable answer; or, where labels mean something else, `format: prompt_completion`",
         )
     check_conversation([*prompt, *answer], where)
+    check_no_calls(answer, "`completion`", where)
     return {
         "prompt": checked_prompt(prompt, where),
         "completion": answer,

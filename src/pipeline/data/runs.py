@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
 from pipeline.data.messages import Message
@@ -14,10 +15,13 @@ class Slot:
     index: int
     strips_left: bool
     strips_right: bool
+    is_json: bool = False  # the template writes it as a JSON string
 
     def text(self, messages: list[Message]) -> str:
         """The content as the template writes it."""
         content = messages[self.index]["content"]
+        if self.is_json:
+            return json.dumps(content, ensure_ascii=False)[1:-1]
         if self.strips_left and self.strips_right:
             return content.strip()
         if self.strips_left:
