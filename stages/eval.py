@@ -15,18 +15,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import model_validator
+
 from pipeline.errors import ConfigError
-from pipeline.recipe import Data, DataEntry, Ref, StageConfig, field
+from pipeline.evaluation_config import ALL, Require, Tasks
+from pipeline.recipe import Data, DataEntry, File, Ref, StageConfig, field
 
 if TYPE_CHECKING:
     from pipeline.artifacts import Artifact
-    from pipeline.evals.runner import Model, Plan
+    from pipeline.evals.planned import JudgeSpec, Model, Plan
     from pipeline.runtime import Runtime
 
-TaskName = Literal[
-    "bits_per_byte", "multiple_choice", "reward_accuracy", "reward_bench", "preference_accuracy", "exact_match",
-    "greedy", "sampled",
-]  # fmt: skip
 PYDOCS = (DataEntry(source="pydocs"),)
 
 
@@ -46,9 +45,23 @@ class EvalConfig(StageConfig):
         None, "exact_match: an answer is right by its text, or by its last number; not measured unless set"
     )
     matched_by: Literal["kl", "flops"] | None = field(
-        None, "compare each variant of a stage with another stage's that is nearest in KL from the baseline or in FLOPs"
+        None,
+        "compare each variant of a stage with another stage's that is nearest in KL from the baseline or in all FLOPs",
     )
-    tasks: tuple[TaskName, ...] | None = field(None, "what to measure; all that applies unless set")
+    judge: Ref | None = field(None, "win_rate: a language model that compares answers by `constitution`")
+    judge_url: str | None = field(None, "likewise, behind an OpenAI-compatible address: http://127.0.0.1:8000/v1")
+    judge_model: str | None = field(None, "judge_url: the model's name there")
+    constitution: File | None = field(None, "judge, judge_url: a text file with the rules to compare by")
+    tasks: Tasks | None = field(
+        None,
+        "what to measure: built-in tasks, ./folders and ./files of your own, lm_eval:NAME; `all` that are built "
+        "in and apply unless set",
+    )
+    require: Require = field(
+        {},
+        'what figures must be, `{sft.exact_match: ">= 0.5"}`; the run fails (exit 1) where one is not',
+        run_only=True,
+    )
     held_out: float = field(0.05, "share of rows of files that is held out: as the stages that trained on them", gt=0)
     documents: int = field(200, "for bits per byte", unit="documents", gt=0)
     questions: int = field(1200, "multiple choice, where `data` holds pydocs", unit="questions", gt=0)
@@ -60,8 +73,24 @@ class EvalConfig(StageConfig):
     bf16: bool | None = field(None, "run the models in bf16; where the hardware gains by it unless set")
     token_budget: int = field(4096, "tokens of a batch, padding included", unit="tokens", run_only=True, gt=0)
 
+    @model_validator(mode="after")
+    def _judges_are_whole(self) -> EvalConfig:
+        if self.judge is not None and self.judge_url is not None:
+            raise ValueError("judge and judge_url: one of them compares")
+        if (self.judge is None and self.judge_url is None) != (self.constitution is None):
+            raise ValueError("a judge and a constitution go together")
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise ValueError("judge_url and judge_model go together")
+        return self
 
-INPUTS = {"models": "causal-lm", "tokens": "tokens", "reward": "reward-model", "baseline": "causal-lm"}
+
+INPUTS = {
+    "models": "causal-lm",
+    "tokens": "tokens",
+    "reward": "reward-model",
+    "baseline": "causal-lm",
+    "judge": "causal-lm",
+}
 KIND = "evaluation"
 RESULT_VERSION = 1
 
@@ -74,6 +103,7 @@ def run(config: EvalConfig, inputs: dict[str, Any], out: Path, runtime: Runtime)
     from pipeline.evals.export import lines_of, write_csv, write_latex
     from pipeline.evals.results import write_jsonl
     from pipeline.evals.runner import evaluate
+    from pipeline.evals.spent import spent_on
     from pipeline.evals.variants import compare, variants
 
     # 1. what is measured, and on what
@@ -83,8 +113,9 @@ def run(config: EvalConfig, inputs: dict[str, Any], out: Path, runtime: Runtime)
     results, items, per_item = evaluate(plan, runtime.checkpoints.folder / "units", runtime)
 
     # 3. variants of one stage: over their seeds, and against each other
-    spent = {model.name: float(model.artifact.manifest.get("flops") or math.nan) for model in plan.models}
-    comparisons = compare(config.models, per_item, spent, config.matched_by, config.seed)
+    spent = {model.name: spent_on(model.artifact) for model in plan.models}
+    every = {name: each.cumulative for name, each in spent.items()}
+    comparisons = compare(config.models, per_item, every, config.matched_by, config.seed)
 
     # 4. the figures, and the items behind them
     if runtime.is_main:
@@ -105,10 +136,14 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
     from pipeline.data.formats import read_rows
     from pipeline.data.pydocs import questions
     from pipeline.evals.bits_per_byte import held_out_texts
-    from pipeline.evals.runner import Plan
+    from pipeline.evals.own_tasks import read_own
+    from pipeline.evals.planned import Plan
     from pipeline.runtime import derive_seed
 
     tasks = _tasks(config, inputs)
+    own = {task.name: read_own(task, runtime.say) for task in config.tasks or () if task.is_own or task.is_lm_eval}
+    if any(each.kind == "win_rate" for each in own.values()):
+        _need(_lacks(config, inputs), "win_rate")
 
     def draw(rows: list[dict[str, Any]], count: int, purpose: str) -> list[dict[str, Any]]:
         order = np.random.default_rng(derive_seed(config.seed, purpose)).permutation(len(rows))
@@ -117,7 +152,7 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
     prompts: list[dict[str, Any]] = []
     ranked: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
-    if {"exact_match", "greedy", "sampled"} & set(tasks):
+    if {"exact_match", "greedy", "sampled", "win_rate"} & set(tasks):
         assert config.data is not None
         rows = read_rows(config.data, "prompt", split="held_out", held_out=config.held_out, say=runtime.say)
         prompts = draw([row for row in rows if row["reference"]], config.prompts, "prompts")
@@ -137,7 +172,9 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
         models=tuple(_named(config.models, inputs["models"])),
         baseline=_one(config.baseline, inputs["baseline"]),
         reward=_one(config.reward, inputs["reward"]),
+        judge=_judge(config, inputs),
         tasks=tasks,
+        own=own,
         texts=held_out_texts(inputs["tokens"].path, config.documents) if "bits_per_byte" in tasks else [],
         questions=asked,
         swapped=config.swapped_questions,
@@ -156,10 +193,10 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
 
 
 def _pairs(lists: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs of all lists; a tie has no right answer and makes none."""
+    """The pairs of all lists, each with the place of its list; a tie has no right answer and makes none."""
     from pipeline.data.ranked import as_pairs
 
-    return [pair for row in lists for pair in as_pairs(row)]
+    return [pair | {"row": place} for place, row in enumerate(lists) for pair in as_pairs(row)]
 
 
 def _lengths(rows: list[dict[str, Any]], side: str) -> list[int]:
@@ -167,11 +204,10 @@ def _lengths(rows: list[dict[str, Any]], side: str) -> list[int]:
     return [len(row[side][-1]["content"]) for row in rows]
 
 
-def _tasks(config: EvalConfig, inputs: dict[str, Any]) -> tuple[str, ...]:
-    """The tasks there is something to measure with; ConfigError for one that was asked for by name and there is not."""
-    from pipeline.evals.runner import TASKS
-
-    lacks = {
+def _lacks(config: EvalConfig, inputs: dict[str, Any]) -> dict[str, str]:
+    """Built-in task -> the field it needs and has not; "" where there is something to measure with."""
+    judged = inputs.get("judge") or config.judge_url
+    return {
         "bits_per_byte": "" if inputs["tokens"] else "tokens",
         "multiple_choice": "" if any(entry.source == "pydocs" for entry in config.data or ()) else "data: pydocs",
         "reward_accuracy": ("" if inputs["reward"] else "reward") or ("" if config.preferences else "preferences"),
@@ -181,20 +217,51 @@ def _tasks(config: EvalConfig, inputs: dict[str, Any]) -> tuple[str, ...]:
         "exact_match": ("" if config.match else "match") or ("" if config.data else "data"),
         "greedy": "" if config.data else "data",
         "sampled": "" if config.data else "data",
+        "win_rate": ("" if inputs["baseline"] else "baseline")
+        or ("" if judged or inputs["reward"] else "judge")
+        or ("" if config.data else "data"),
     }
-    if config.matched_by == "kl" and (
-        "sampled" not in (config.tasks or TASKS) or lacks["sampled"] or not inputs["baseline"]
-    ):
+
+
+def _tasks(config: EvalConfig, inputs: dict[str, Any]) -> tuple[str, ...]:
+    """The built-in tasks there is something to measure with; ConfigError for one asked for by name and there is not.
+
+    A win rate is measured where it is asked for: it takes a second look at answers that `greedy` has priced.
+    """
+    from pipeline.evals.planned import TASKS
+
+    lacks = _lacks(config, inputs)
+    named = [task.task for task in config.tasks or () if not (task.is_own or task.is_lm_eval)]
+    applies = [task for task in TASKS if not lacks[task] and (task != "win_rate" or config.judge or config.judge_url)]
+    if config.tasks is None or ALL in named:
+        asked = [task for task in TASKS if task in applies or task in named]
+    else:
+        asked = named
+    if config.matched_by == "kl" and ("sampled" not in asked or lacks["sampled"] or not inputs["baseline"]):
         mend = "add them, or match by flops"
         raise ConfigError("matched_by: kl needs the task sampled and a baseline", where="eval", mend=mend)
-    for task in config.tasks or ():
-        if lacks[task]:
-            raise ConfigError(f"the task {task} needs `{lacks[task]}`", where="eval", mend="set it, or leave it out")
-    return tuple(task for task in config.tasks or TASKS if not lacks[task])
+    for task in named:
+        if task != ALL:
+            _need(lacks, task)
+    return tuple(task for task in asked if not lacks[task])
+
+
+def _need(lacks: dict[str, str], task: str) -> None:
+    if lacks[task]:
+        raise ConfigError(f"the task {task} needs `{lacks[task]}`", where="eval", mend="set it, or leave it out")
+
+
+def _judge(config: EvalConfig, inputs: dict[str, Any]) -> JudgeSpec | None:
+    """Who compares answers; None where the reward model does."""
+    from pipeline.evals.planned import JudgeSpec
+
+    if config.judge is None and config.judge_url is None:
+        return None
+    return JudgeSpec(inputs.get("judge"), config.judge_url, config.judge_model, config.constitution)
 
 
 def _named(names: tuple[str, ...], artifacts: list[Artifact]) -> list[Model]:
-    from pipeline.evals.runner import Model
+    from pipeline.evals.planned import Model
 
     return [Model(name, artifact) for name, artifact in zip(names, artifacts, strict=True)]
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"errors"},
     {"recipe", "hub"},
     {"artifacts", "roles", "reading", "unroll", "usercode", "progress"}
-    | {"trainer_config", "trainer_options", "reward_config"},
+    | {"trainer_config", "trainer_options", "reward_config", "evaluation_config"},
     {"data", "model", "rl", "evals", "checkpoint", "runtime", "trainer", "preference_trainer", "ranked_trainer"}
     | {"schedule", "hardware"},
     {"stages"},
@@ -115,6 +115,7 @@ def test_the_math_knows_torch_and_nothing_of_configs(file: Path):
 
 LIGHT = (
     *("pipeline.errors", "pipeline.recipe", "pipeline.reward_config", "pipeline.trainer_config"),
+    "pipeline.evaluation_config",
     *("pipeline.rl.family", "pydantic"),
 )
 

@@ -11,6 +11,7 @@
     ├── CheckpointError                         training state that does not fit the run
     ├── TrainingError                           training went wrong (a loss that is not finite, …)
     ├── MachineError                            the machine lacks something (disk, memory, an extra)
+    ├── GateError                               a figure that an evaluation's `require` asks for is not reached
     └── Halt                                    not a failure: the run was asked to stop
         ├── Stopped               exit 75   SIGTERM: saved, the same command goes on from here
         └── Interrupted           exit 130  SIGINT: likewise
@@ -87,6 +88,10 @@ class TrainingError(PipelineError):
 
 class MachineError(PipelineError):
     """Something the machine lacks: disk, memory, a device, an extra that is not installed."""
+
+
+class GateError(PipelineError):
+    """An evaluation's figure is not what `require` says; the figures are kept."""
 
 
 class Halt(PipelineError):

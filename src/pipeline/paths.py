@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from pipeline.data.sources import BUILT_IN, HUB
 from pipeline.errors import MissingInputError, RecipeError
+from pipeline.evaluation_config import Task, with_files
 from pipeline.reading import Document, Key
 from pipeline.recipe import USER_CODE, DataEntry, is_data, is_section_list
 from pipeline.trainer_config import TrainerConfig
@@ -39,6 +40,9 @@ def absolute_paths(
     `rows`: stage of the recipe -> the file of rows that it writes. Raises MissingInputError where nothing is there.
     """
     updates: dict[str, Any] = {}
+    if isinstance(config, Task):
+        base = Path.cwd() if any(document.is_set(*key, name) for name in ("task", "data")) else document.base
+        return vars(with_files(config, base, document.place(*key)))
     for name in type(config).model_fields:
         value, place = getattr(config, name), (*key, name)
         if is_data(type(config), name) and value:

@@ -70,6 +70,15 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Document:
 
     Raises RecipeError (file and line) for what is no YAML, a duplicate key, or a `--set` that leads nowhere.
     """
+    document = read_yaml(path, "a recipe is a mapping with the key `stages`")
+    for assignment in from_environment():
+        _assign(document, assignment, f"LLMPIPE_SET {assignment}")
+    lay_over(document, overrides)
+    return document
+
+
+def read_yaml(path: Path, otherwise: str = "not a mapping of names to values") -> Document:
+    """The YAML file at `path` as it stands, with the line of every value; RecipeError, `otherwise` for no mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -79,12 +88,9 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Document:
     document = Document(name=_shown(path), base=path.resolve().parent, values={})
     tree = _parse(text, document.name)
     if not isinstance(tree, dict):
-        raise RecipeError("a recipe is a mapping with the key `stages`", where=f"{document.name}:1")
+        raise RecipeError(otherwise, where=f"{document.name}:1")
     document.values = _plain(tree, (), document)
     document.places.setdefault((), f"{document.name}:1")
-    for assignment in from_environment():
-        _assign(document, assignment, f"LLMPIPE_SET {assignment}")
-    lay_over(document, overrides)
     return document
 
 

@@ -46,7 +46,7 @@ def test_a_model_is_asked_greedily(chat_subject: Subject) -> None:
     rows = [
         {"prompt": [{"role": "user", "content": text}], "reference": "x"} for text in ("sum?", "sort", "open " * 60)
     ]
-    greedy = samples.score(chat_subject, rows, max_new_tokens=12, generator=None, baseline=None, rewards=None)
+    greedy = samples.score(chat_subject, rows, max_new_tokens=12, uniforms_NT=None, baseline=None, rewards=None)
     rows = [rows[item["item"]] | {"reference": item["answer"]} for item in greedy]
     assert len(rows) == 2
     items = exact_match.score(chat_subject, rows, match="exact", max_new_tokens=12)

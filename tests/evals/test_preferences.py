@@ -51,11 +51,11 @@ def test_implicit_reward_by_hand() -> None:
     chars = {"chosen_chars": 1, "rejected_chars": 1}
     kinds = ["other", "other", "cut", "cut"]
     items = [
-        {"item": i, "kind": k, "chosen": c, "rejected": r} | chars
+        {"item": i, "row": i, "kind": k, "chosen": c, "rejected": r} | chars
         for i, (k, c, r) in enumerate(zip(kinds, [-5.0, -4.0, -3.0, 0.0], [-6.0, -6.0, -3.0, -9.0], strict=True))
     ]
     reference = [
-        {"item": i, "kind": "", "chosen": c, "rejected": r} | chars
+        {"item": i, "row": i, "kind": "", "chosen": c, "rejected": r} | chars
         for i, (c, r) in enumerate(zip([-4.0, -5.0, -3.0], [-7.0, -6.0, -3.0], strict=True))
     ]
     found = preference_accuracy.figures(items, reference, length_only.fit([1], [1]), 0)

@@ -12,6 +12,7 @@ from pipeline.data.chat import encode_prompt, stop_token_id
 from pipeline.evals import samples
 from pipeline.evals.likelihood import Request
 from pipeline.evals.subject import Subject
+from pipeline.model.sampling import draw_uniforms
 
 ROWS = [
     {"prompt": [{"role": "user", "content": text}], "reference": "return the sum of two numbers"}
@@ -20,9 +21,14 @@ ROWS = [
 
 
 def sampled(subject: Subject, baseline: Subject | None, seed: int = 0) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(seed)
+    uniforms_NT = draw_uniforms(len(ROWS), 12, torch.Generator().manual_seed(seed))
     return samples.score(
-        subject, ROWS, max_new_tokens=12, generator=generator, baseline=baseline, rewards=lambda rows: [0.5] * len(rows)
+        subject,
+        ROWS,
+        max_new_tokens=12,
+        uniforms_NT=uniforms_NT,
+        baseline=baseline,
+        rewards=lambda rows: [0.5] * len(rows),
     )
 
 
@@ -52,7 +58,7 @@ def test_log_probabilities_of_what_was_said(chat_subject: Subject, other_subject
 
 
 def test_greedy_has_no_kl(chat_subject: Subject, other_subject: Subject) -> None:
-    items = samples.score(chat_subject, ROWS, max_new_tokens=8, generator=None, baseline=other_subject, rewards=None)
+    items = samples.score(chat_subject, ROWS, max_new_tokens=8, uniforms_NT=None, baseline=other_subject, rewards=None)
     assert "logprob" not in items[0]
     assert "reward" not in items[0]
     assert "kl" not in samples.figures(items, items, 0)

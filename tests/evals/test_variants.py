@@ -14,8 +14,9 @@ from rich.console import Console
 from pipeline.evals import bits_per_byte, exact_match, multiple_choice, preference_accuracy, samples, statistics
 from pipeline.evals.export import COLUMNS, lines_of, read_csv, write_csv, write_latex
 from pipeline.evals.results import Result
+from pipeline.evals.spent import Spent
 from pipeline.evals.statistics import PerItem
-from pipeline.evals.table import full_label, render_comparisons, render_table
+from pipeline.evals.table import NOTE, full_label, render_comparisons, render_table
 from pipeline.evals.variants import Comparison, compare, variants
 
 NAN = math.nan
@@ -182,6 +183,7 @@ def test_every_figure_item_by_item_adds_up_to_the_figure() -> None:
     pairs = [
         {
             "item": i,
+            "row": i,
             "kind": "",
             "chosen_chars": 1,
             "rejected_chars": 2,
@@ -254,20 +256,26 @@ def lines() -> list[dict[str, Any]]:
         4,
     )
     known = variants([*dict.fromkeys(result.model for result in results), "d_po@beta=0.5"])
-    flops = {"d_po@beta=0.1@seed=0": 1e12, "d_po@beta=0.1@seed=1": 3e12, "d_po@beta=0.5": 4e12}
-    return lines_of(results, [seeds, other], known, flops)
+    spent = {
+        "d_po@beta=0.1@seed=0": Spent(1e12, 2e12),
+        "d_po@beta=0.1@seed=1": Spent(3e12, 4e12),
+        "d_po@beta=0.5": Spent(4e12, NAN),
+    }
+    return lines_of(results, [seeds, other], known, spent)
 
 
 def test_the_csv_by_hand(tmp_path: Path) -> None:
     write_csv(tmp_path / "table.csv", lines())
     text = (tmp_path / "table.csv").read_text().splitlines()
     assert text[0] == ",".join(COLUMNS)
-    assert text[1] == "model,sft,,,exact_match,accuracy,0.5,0.4,0.6,4,,,,,,,"
-    assert text[2].endswith(",0.5,0.4,0.6,4,,,,3.0,1000000000000.0,,")
-    assert text[-2] == "mean,d_po@beta=0.1,,,exact_match,accuracy,0.5,0.4,0.6,4,0.45,0.55,2,4.0,2000000000000.0,,"
+    assert text[1] == "model,sft,,,exact_match,accuracy,0.5,0.4,0.6,4,,,,,,,,,,"
+    assert text[2].endswith(",0.5,0.4,0.6,4,,,,3.0,1000000000000.0,,,2000000000000.0,,")
+    assert text[-2] == (
+        "mean,d_po@beta=0.1,,,exact_match,accuracy,0.5,0.4,0.6,4,0.45,0.55,2,4.0,2000000000000.0,,,3000000000000.0,,"
+    )
     assert text[-1] == (
         "difference,d_po@beta=0.5,d_po@beta=0.1,,exact_match,accuracy,0.125,0.025,0.225,4,,,0,"
-        ",4000000000000.0,4.0,2000000000000.0"
+        ",4000000000000.0,4.0,2000000000000.0,,3000000000000.0,1.0"
     )
     read = read_csv(tmp_path / "table.csv")
     assert (read[0]["model"], read[0]["value"], read[0]["kl"], read[0]["against"]) == ("sft", 0.5, None, "")
@@ -277,7 +285,7 @@ def test_the_csv_by_hand(tmp_path: Path) -> None:
 def test_the_latex_by_hand(tmp_path: Path) -> None:
     write_latex(tmp_path / "table.tex", lines())
     text = (tmp_path / "table.tex").read_text()
-    assert text.splitlines()[1:] == [
+    assert text.splitlines()[2:] == [
         r"\begin{tabular}{lrr}",
         r"\toprule",
         r" & exact match, \% & KL from baseline, nats \\",
@@ -294,7 +302,7 @@ def test_the_latex_by_hand(tmp_path: Path) -> None:
         r"\toprule",
         r" & exact match, \% \\",
         r"\midrule",
-        r"\texttt{d\_po@beta=0.5} $-$ \texttt{d\_po@beta=0.1} & $12.5 \pm 10.0$ \\",
+        r"\texttt{d\_po@beta=0.5} $-$ \texttt{d\_po@beta=0.1} & $12.5 \pm 10.0^{*}$ \\",
         r"\bottomrule",
         r"\end{tabular}",
     ]
@@ -314,13 +322,16 @@ def test_the_terminal_by_hand(tmp_path: Path) -> None:
         ["± 95 % over seeds | items", "@beta=0.1"],
         ["exact match, %", "50.0 ± 5.0 | 10.0"],
         ["training FLOPs", "2e+12"],
+        ["with all before it", "3e+12"],
     ]
     found = shown(render_comparisons(read, "difference"))
     assert [cell for line in found for cell in line if cell.startswith(("d_po", "− d_po"))] == ["d_po", "− d_po"]
-    assert found[-3:] == [
-        ["exact match, %", "+12.5 ± – | 10.0"],
+    assert found[-5:] == [
+        ["exact match, %", "+12.5 ± – | 10.0 *"],
         ["KL of both, nats", "–, 4.00"],
         ["training FLOPs", "4e+12, 2e+12"],
+        ["with all before it", "–, 3e+12"],
+        [NOTE],
     ]
     flops = {line["model"]: line["flops"] for line in read if line["kind"] == "model"}
     models = [line for line in read if line["kind"] == "model"]

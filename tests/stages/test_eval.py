@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from pipeline.data.harvest import Entry
 from pipeline.data.shards import ShardWriter
 from pipeline.data.tokenizers import encode_text, train_bpe
 from pipeline.errors import ConfigError, Stopped
-from pipeline.evals import runner
+from pipeline.evals import scorers
 from pipeline.evals.export import read_csv
+from pipeline.evals.planned import Unit
 from pipeline.model.build import save_model
 from pipeline.model.presets import Shape, build_config
 from pipeline.model.reward import build_reward_model, save_reward_model
@@ -191,26 +193,44 @@ class StopAfter:
 
 
 def test_stopped_and_resumed_gives_the_same_bytes(
-    house: dict[str, Artifact], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    house: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    budget = 12  # parts of a few samples
+    apart = tmp_path / "apart"
+    measure(house, apart, token_budget=budget)
+    out = tmp_path / "out"
     with pytest.raises(Stopped):
-        measure(house, tmp_path, halt=StopAfter(8))
-    units = sorted((tmp_path / "checkpoints" / "units").iterdir())
-    assert 3 < len(units) < 13
-    assert not (tmp_path / "results.jsonl").exists()
-    scored: list[str] = []
-    score = runner.Scorers.score
+        measure(house, out, halt=StopAfter(40), token_budget=budget)
+    files = sorted((out / "checkpoints" / "units").iterdir())
+    parts = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    of_unit = Counter((part["model"], part["task"]) for part in parts)
+    assert max(of_unit.values()) > 1, "a unit is cut into parts"
+    assert not (out / "results.jsonl").exists()
+    torn = next(file for file in files[::-1] if file.read_text().count("\n") > 1)
+    lines = torn.read_bytes().splitlines(keepends=True)
+    torn.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # killed as it wrote its last part
+    lost = json.loads(lines[-1])
+    scored: list[tuple[str, str, int]] = []
+    job = scorers.Scorers.job
 
-    def counting(self: runner.Scorers, unit: runner.Unit) -> list[dict[str, Any]]:
-        scored.append(unit.task)
-        return score(self, unit)
+    def counting(self: scorers.Scorers, unit: Unit) -> scorers.Job:
+        made = job(self, unit)
 
-    monkeypatch.setattr(runner.Scorers, "score", counting)
-    measure(house, tmp_path)
-    assert len(scored) == 13 - len(units)
-    assert (tmp_path / "results.jsonl").read_bytes() == (whole / "results.jsonl").read_bytes()
-    assert (tmp_path / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-    assert len(rows(tmp_path, "metrics")) == 1
+        def score(places: Sequence[int]) -> list[scorers.Placed]:
+            scored.extend((unit.model.name, unit.task, place) for place in places)
+            return made.score(places)
+
+        return replace(made, score=score)
+
+    monkeypatch.setattr(scorers.Scorers, "job", counting)
+    measure(house, out, token_budget=budget)
+    kept = {(part["model"], part["task"], place) for part in parts if part != lost for place in part["places"]}
+    assert len(scored) == len(set(scored)), "nothing twice"
+    assert not kept & set(scored), "nothing again"
+    assert {(lost["model"], lost["task"], place) for place in lost["places"]} <= set(scored)
+    for name in ("results.jsonl", "samples.jsonl"):
+        assert (out / name).read_bytes() == (apart / name).read_bytes()
+    assert len(rows(out, "metrics")) == 1
 
 
 def test_a_model_equals_itself(house: dict[str, Artifact], tmp_path: Path) -> None:

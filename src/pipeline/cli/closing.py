@@ -41,8 +41,10 @@ def _print_table(standing: Standing, console: Console) -> None:
     table = (
         read_csv(folder / "table.csv") if (folder / "table.csv").exists() else []
     )  # a stage of one's own writes none
-    flops = {line["model"]: line["flops"] for line in table if line["kind"] == "model"}
-    console.print(render_table([json.loads(line) for line in lines], flops=flops, width=console.width))
+    own = [line for line in table if line["kind"] == "model"]
+    flops, cumulative = ({line["model"]: line.get(name) for line in own} for name in ("flops", "flops_cumulative"))
+    rows = [json.loads(line) for line in lines]
+    console.print(render_table(rows, flops=flops, cumulative=cumulative, width=console.width))
     console.print()
     for kind in ("mean", "difference", "matched"):
         if any(line["kind"] == kind for line in table):

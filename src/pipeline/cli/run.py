@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.artifacts import Artifact
+from pipeline.cli.gates import Gate, failure, gates_of, shown
 from pipeline.cli.session import Session
 from pipeline.errors import ConfigError
 from pipeline.launch import rank_from_outside, run_stage, wait_line, world_size_from_outside
@@ -115,25 +116,31 @@ def _run(
         session = replace(session, launch=replace(session.launch, quiet=True))
         as_json = False
     standings = survey(session.recipe, session.store, keep, bless=is_main and not dry_run)
+    gates = {name: gates_of(session.recipe.nodes[name], session.document) for name in names}
     if dry_run:
         _say_plan(standings, names, force, as_json)
         return
     width = max(map(len, names))
-    ran = []
-    for name in names:
+    ran, failed = [], None
+    for place, name in enumerate(names):
         standing = survey(session.recipe, session.store)[name]
         if standing.state == "stands" and not force and world_size_from_outside() <= 1:  # else rank 0 decides
             _say(session, f"{name:<{width}}  stands ({_made(standing)})")
-            continue
-        if _hold_and_run(session, name, force, width):
+        elif _hold_and_run(session, name, force, width):
             ran.append(name)
+        failed = failure(gates[name], session.store.artifact(session.recipe.run, name)) if gates[name] else None
+        if failed is not None:  # nothing that follows runs; what was measured is kept and shown
+            names = names[: place + 1]
+            break
     standings = survey(session.recipe, session.store)
     if as_json:
-        print(json.dumps(_results(session, standings, names), indent=1))
+        print(json.dumps(_results(session, standings, names, gates), indent=1))
     elif closes and not session.launch.quiet:
         from pipeline.cli.closing import close
 
         close(session, standings, names, ran, time.monotonic() - start)
+    if failed is not None:
+        raise failed
 
 
 def _hold_and_run(session: Session, name: str, force: bool, width: int) -> bool:
@@ -202,12 +209,15 @@ def _say_plan(standings: dict[str, Standing], names: list[str], force: bool, as_
         print(f"{row['stage']:<{width}} {'would run' if row['runs'] else 'stands'}{why}")
 
 
-def _results(session: Session, standings: dict[str, Standing], names: list[str]) -> dict[str, Any]:
+def _results(
+    session: Session, standings: dict[str, Standing], names: list[str], gates: dict[str, list[Gate]]
+) -> dict[str, Any]:
     stages = []
     for name in names:
         artifact = standings[name].artifact
         assert artifact is not None
         manifest = artifact.manifest
         kept = ("kind", "fingerprint", "metrics", "tokens", "flops", "seconds", "resumed_from")
-        stages.append({"stage": name, "path": str(artifact.path), **{key: manifest[key] for key in kept}})
+        found = {"stage": name, "path": str(artifact.path), **{key: manifest[key] for key in kept}}
+        stages.append(found | ({"require": shown(gates[name], artifact)} if gates[name] else {}))
     return {"run": session.recipe.run, "artifacts": str(session.store.root), "stages": stages}

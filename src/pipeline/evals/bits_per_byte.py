@@ -9,6 +9,7 @@ others behind the last token of the window before. The end of a document is not 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def score(subject: Subject, texts: Sequence[str]) -> list[Item]:
         windows = _windows(subject.start_token, ids, subject.max_length)
         requests += windows
         owners += [number] * len(windows)
-        items.append({"item": number, "tokens": len(ids), "bytes": len(text.encode())})
+        words = len(re.split(r"\s+", text))
+        items.append({"item": number, "tokens": len(ids), "bytes": len(text.encode()), "words": words})
     nats = np.bincount(owners, weights=-subject.log_likelihoods(requests), minlength=len(items))
     return [item | {"nats": round(float(value), 5)} for item, value in zip(items, nats, strict=True)]
 
@@ -59,6 +61,15 @@ def figures(items: Sequence[Item], seed: int) -> dict[str, Estimate]:
     """bits_per_byte, over documents."""
     bits = [item["nats"] / math.log(2) for item in items]
     return {"bits_per_byte": statistics.ratio(bits, [item["bytes"] for item in items], seed)}
+
+
+def perplexities(items: Sequence[Item], seed: int) -> dict[str, Estimate]:
+    """bits_per_byte, and exp(nats a byte), exp(nats a word) as lm-eval counts words: split at white space."""
+    found = figures(items, seed)
+    for name, unit in (("byte_perplexity", "bytes"), ("word_perplexity", "words")):
+        nats = statistics.ratio([item["nats"] for item in items], [item[unit] for item in items], seed)
+        found[name] = Estimate(math.exp(nats.value), math.exp(nats.low), math.exp(nats.high), nats.n)
+    return found
 
 
 def per_item(items: Sequence[Item]) -> PerItem:

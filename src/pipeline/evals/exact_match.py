@@ -26,7 +26,7 @@ Match = Literal["exact", "number"]
 def score(subject: Subject, rows: Sequence[Row], *, match: Match, max_new_tokens: int) -> list[Item]:
     """One item a prompt that leaves room for an answer: the answer, and whether it is right (1.0 or 0.0)."""
     is_right = verifiable.exact if match == "exact" else verifiable.number
-    items = samples.score(subject, rows, max_new_tokens=max_new_tokens, generator=None, baseline=None, rewards=None)
+    items = samples.score(subject, rows, max_new_tokens=max_new_tokens, uniforms_NT=None, baseline=None, rewards=None)
     for item in items:
         del item["gold"]
         item["correct"] = is_right(item["answer"], item["reference"]) if item["ended"] else 0.0

@@ -35,6 +35,8 @@ class Request:
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+    shared: int = 0
+    """How many tokens at the prompt's beginning other prompts begin with too: they are read once for all."""
 
 
 @dataclass(frozen=True)

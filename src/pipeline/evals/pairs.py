@@ -18,9 +18,16 @@ Scorer = Callable[[npt.ArrayLike], Floats]
 
 
 def describe(number: int, row: Row) -> Item:
-    """What an item says of its row: its place, its kind of negative, the characters of both answers."""
+    """What an item says of its pair: its place, the list it is of, its kind of negative, the characters of both
+    answers."""
     chosen, rejected = (len(row[side][-1]["content"]) for side in ("chosen", "rejected"))
-    return {"item": number, "kind": row["kind"], "chosen_chars": chosen, "rejected_chars": rejected}
+    return {
+        "item": number,
+        "row": row.get("row", number),
+        "kind": row["kind"],
+        "chosen_chars": chosen,
+        "rejected_chars": rejected,
+    }
 
 
 def accuracies(

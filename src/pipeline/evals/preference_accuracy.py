@@ -2,8 +2,9 @@
 
     margin = [log p(chosen) - log ref(chosen)] - [log p(rejected) - log ref(rejected)]
 
-with the baseline (the sft model) as the reference; a row is right where the margin is positive. DPO's beta scales every
-margin alike and does not count. Beside it what lengths alone would reach.
+with the baseline (the sft model) as the reference; a pair is right where the margin is positive. DPO's beta scales
+every margin alike and does not count. Beside it what lengths alone would reach. The pairs of a list (`row`) are one
+item of the interval, which draws lists.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Item = dict[str, Any]
 
 
 def score(subject: Subject, rows: Sequence[Row]) -> list[Item]:
-    """One item a row: the log-likelihoods of both answers, stop tokens included. Rows too long are left out."""
+    """One item a pair: the log-likelihoods of both answers, stop tokens included. Pairs too long are left out."""
     items, requests = [], []
     for number, row in enumerate(rows):
         pair = [chat_request(subject.tokenizer, row["prompt"], row[side][-1]["content"]) for side in SIDES]
@@ -40,14 +41,19 @@ def figures(items: Sequence[Item], reference: Sequence[Item], length_only: Score
     theirs = {item["item"]: item for item in reference}
     both = [item for item in items if item["item"] in theirs]
     margins = [_margin(item) - _margin(theirs[item["item"]]) for item in both]
-    return accuracies(margins, both, length_only, seed)
+    return accuracies(margins, both, length_only, seed, [item["row"] for item in both])
 
 
 def per_item(items: Sequence[Item], reference: Sequence[Item]) -> PerItem:
-    """Whether each row is right; a tie is a half."""
+    """Right pairs and pairs of every list; a tie is a half."""
     theirs = {item["item"]: item for item in reference}
-    margins = {item["item"]: _margin(item) - _margin(theirs[item["item"]]) for item in items if item["item"] in theirs}
-    return {"accuracy": {item: ((margin > 0) + 0.5 * (margin == 0), 1.0) for item, margin in margins.items()}}
+    found: dict[int, tuple[float, float]] = {}
+    for item in items:
+        if item["item"] in theirs:
+            margin = _margin(item) - _margin(theirs[item["item"]])
+            right, pairs = found.get(item["row"], (0.0, 0.0))
+            found[item["row"]] = (right + (margin > 0) + 0.5 * (margin == 0), pairs + 1.0)
+    return {"accuracy": found}
 
 
 def _margin(item: Item) -> float:

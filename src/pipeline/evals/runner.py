@@ -1,115 +1,49 @@
-"""The one runner: every task over every model, a unit at a time, resumable by unit.
+"""The one runner: every task over every model, a part at a time, resumable by sample.
 
-A unit is one task of one model. What it found, item by item, is a file of its own in the checkpoints' folder, written
-whole or not at all; a run that was stopped skips the units it finds there. Figures and comparisons are made from the
-items at the end, in milliseconds. With several ranks the units are dealt out; no unit needs another.
+A unit is one task of one model. Its samples are done in parts of a few batches, and what is found of each part is a
+line of the unit's file in the checkpoints' folder, on disk before the next one begins: a run that was killed loses the
+part it was at. The parts are the same wherever a run went on, so the bits are too (on a CPU, under one `token_budget`).
+Figures and comparisons are made from the items at the end, in milliseconds. With several ranks the units are dealt
+out; no unit needs another.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import Artifact, write_json
-from pipeline.data.pydocs import Question
-from pipeline.data.tokenizers import load_tokenizer
+import torch
+
 from pipeline.errors import ConfigError
 from pipeline.evals import (
     bits_per_byte,
     exact_match,
     length_only,
+    lm_eval_tasks,
     multiple_choice,
+    own_tasks,
     preference_accuracy,
     reward_accuracy,
     reward_bench,
     samples,
+    win_rate,
 )
+from pipeline.evals.planned import FOR_REWARD, WITHOUT_BASELINE, Plan, Unit, units
 from pipeline.evals.results import Result
+from pipeline.evals.scorers import Job, Scorers
 from pipeline.evals.statistics import Estimate, PerItem
-from pipeline.evals.subject import Subject, is_chat, load_subject
 from pipeline.evals.variants import Found
-from pipeline.model.reward import Ensemble, RewardModel, load_scorer_of
 
 if TYPE_CHECKING:
     from pipeline.runtime import Runtime
 
 Item = dict[str, Any]
-Row = dict[str, Any]
-
-FOR_ALL = ("bits_per_byte", "multiple_choice")
-FOR_CHAT = ("preference_accuracy", "exact_match", "greedy", "sampled")
-FOR_REWARD = ("reward_accuracy", "reward_bench")
-TASKS = (*FOR_ALL, *FOR_REWARD, *FOR_CHAT)
-
-
-@dataclass(frozen=True)
-class Model:
-    """An artifact under the name that results give it."""
-
-    name: str
-    artifact: Artifact
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured, and on what: all data read, all limits set."""
-
-    models: tuple[Model, ...]
-    baseline: Model | None
-    reward: Model | None
-    tasks: tuple[str, ...]
-    texts: Sequence[str]
-    questions: Sequence[Question]
-    swapped: int
-    """How many of the questions are asked with another function's name too."""
-    prompts: Sequence[Row]
-    match: exact_match.Match | None
-    """How exact_match compares an answer with its reference."""
-    ranked: Sequence[Row]
-    """Held-out pairs and lists, ties too: what the reward model is measured on."""
-    preferences: Sequence[Row]
-    """Their pairs without ties: what the policies are."""
-    reward_bench: Sequence[Row]
-    """Rows of RewardBench, their subset as the kind."""
-    lengths: tuple[Sequence[int], Sequence[int]]
-    """Characters of the chosen and of the rejected answers of other pairs: what the length-only scorer learns from."""
-    seed: int
-    max_length: int
-    max_new_tokens: int
-    token_budget: int
-    bf16: bool
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One task of one model."""
-
-    model: Model
-    task: str
-    is_reported: bool
-    """False for what is only measured to compare with: a baseline that is not among the models."""
-
-
-def units(plan: Plan) -> list[Unit]:
-    """All units, model by model."""
-    found = [Unit(model, task, True) for model in plan.models for task in _tasks_of(plan, model)]
-    if plan.baseline is not None and plan.baseline.name not in {model.name for model in plan.models}:
-        compared = [task for task in _tasks_of(plan, plan.baseline) if task != "bits_per_byte"]
-        found += [Unit(plan.baseline, task, False) for task in compared]
-    if plan.reward is not None:
-        found += [Unit(plan.reward, task, True) for task in FOR_REWARD if task in plan.tasks]
-    return found
-
-
-def _tasks_of(plan: Plan, model: Model) -> list[str]:
-    """A base model answers no prompts; and implicit rewards are relative to a baseline."""
-    chat = is_chat(model.artifact.model, load_tokenizer(model.artifact.model))
-    possible = FOR_ALL + (FOR_CHAT if chat else ())
-    return [task for task in plan.tasks if task in possible and (task != "preference_accuracy" or plan.baseline)]
+BATCHES_A_PART = 4
+"""What a kill loses at most, in token budgets."""
 
 
 def evaluate(plan: Plan, folder: Path, runtime: Runtime) -> tuple[list[Result], list[Item], Found]:
@@ -118,24 +52,24 @@ def evaluate(plan: Plan, folder: Path, runtime: Runtime) -> tuple[list[Result], 
 
     folder: where the units' files are kept and looked for.
     """
-    todo = units(plan)
+    todo = units(plan, runtime.say)
     if not todo:
         raise ConfigError("no task applies to these models", mend="leave `tasks` unset, or add a chat model")
-    files = [folder / f"{number:03d}-{unit.task}.json" for number, unit in enumerate(todo)]
+    files = [folder / f"{number:03d}-{_file_name(unit.task)}.jsonl" for number, unit in enumerate(todo)]
     if runtime.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     runtime.barrier()
-    done = [file for file in files if file.exists()]
-    runtime.checkpoints.resumed_from = len(done)
+    before = [_read(file) for file in files]
+    for threads in [part["threads"] for parts in before for part in parts][:1]:  # other thread counts give other bits
+        runtime.threads = threads
+        torch.set_num_threads(threads)
+    runtime.checkpoints.resumed_from = sum(len(part["places"]) for parts in before for part in parts)
     if runtime.is_main:
-        runtime.metrics.cut(0, sum(json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in done))
+        runtime.metrics.cut(0, sum(part["seconds"] for parts in before for part in parts))
     runtime.barrier()  # every rank has looked before any writes: they must agree on what is left
-    _work(plan, [(unit, file) for unit, file in zip(todo, files, strict=True) if file not in done], len(todo), runtime)
+    _work(plan, todo, files, before, runtime)
     runtime.barrier()
-    found = {
-        (unit.model.name, unit.task): json.loads(file.read_text(encoding="utf-8"))["items"]
-        for unit, file in zip(todo, files, strict=True)
-    }
+    found = {(unit.model.name, unit.task): _items(_read(file)) for unit, file in zip(todo, files, strict=True)}
     reported = [unit for unit in todo if unit.is_reported]
     results = [result for unit in reported for result in _results(plan, unit, found)]
     items = [
@@ -147,114 +81,91 @@ def evaluate(plan: Plan, folder: Path, runtime: Runtime) -> tuple[list[Result], 
     for unit in reported:
         if unit.task not in FOR_REWARD:  # the reward model's, which is one
             name, task = unit.model.name, unit.task
-            per_item[name][task] = _per_item(task, found[name, task], _baselines(plan, unit, found))
+            per_item[name][task] = _per_item(plan, task, found[name, task], _baselines(plan, unit, found))
     return results, items, per_item
 
 
-def _work(plan: Plan, todo: Sequence[tuple[Unit, Path]], total: int, runtime: Runtime) -> None:
-    """This rank's share of the units that are left."""
-    with runtime.progress("evaluate", total, "units") as bar:
-        bar.start_at(total - len(todo))
-        scorers = Scorers(plan, runtime, total - len(todo))
-        for number, (unit, file) in enumerate(todo):
-            if number % runtime.world_size == runtime.rank:
-                start = time.monotonic()
-                items = scorers.score(unit)
-                seconds = round(time.monotonic() - start, 3)
-                write_json(file, {"model": unit.model.name, "task": unit.task, "seconds": seconds, "items": items})
-                scorers.finished += 1
-            bar.advance()
+def _file_name(task: str) -> str:
+    return "".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in task)
 
 
-@dataclass
-class Scorers:
-    """The loaded models: the one at work, the baseline, the reward model."""
+def _read(file: Path) -> list[dict[str, Any]]:
+    """The whole parts of a unit's file; a line that a kill has cut short is taken off it."""
+    if not file.exists():
+        return []
+    data = file.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]
 
-    plan: Plan
-    runtime: Runtime
-    finished: int
-    loaded: dict[str, Subject] = field(default_factory=dict)
-    reward: RewardModel | Ensemble | None = None
 
-    def score(self, unit: Unit) -> list[Item]:
-        """The items of one unit."""
-        plan = self.plan
-        if unit.task in FOR_REWARD:
-            return reward_accuracy.score(
-                self.reward_model(),
-                load_tokenizer(unit.model.artifact.model),
-                plan.ranked if unit.task == "reward_accuracy" else plan.reward_bench,
-                max_length=plan.max_length,
-                token_budget=plan.token_budget,
-                tick=self.tick,
-            )
-        subject = self.subject(unit.model)
-        if unit.task == "bits_per_byte":
-            return bits_per_byte.score(subject, plan.texts)
-        if unit.task == "multiple_choice":
-            return multiple_choice.score(subject, plan.questions, plan.swapped)
-        if unit.task == "preference_accuracy":
-            return preference_accuracy.score(subject, plan.preferences)
-        if unit.task == "exact_match":
-            assert plan.match is not None
-            return exact_match.score(subject, plan.prompts, match=plan.match, max_new_tokens=plan.max_new_tokens)
-        assert unit.task in ("greedy", "sampled"), unit.task
-        needs_kl = unit.task == "sampled" and unit.model != plan.baseline
-        return samples.score(
-            subject,
-            plan.prompts,
-            max_new_tokens=plan.max_new_tokens,
-            generator=None if unit.task == "greedy" else self.runtime.generator("samples"),
-            baseline=self.subject(plan.baseline) if needs_kl and self._reads(plan.baseline, unit.model) else None,
-            rewards=self.rewards if self._reads(plan.reward, unit.model) else None,
-        )
+def _items(parts: Sequence[dict[str, Any]]) -> list[Item]:
+    """The items of all parts in the samples' order."""
+    placed = [(place, item) for part in parts for place, item in zip(part["of"], part["items"], strict=True)]
+    return [item for _, item in sorted(placed, key=lambda each: each[0])]
 
-    def subject(self, model: Model | None) -> Subject:
-        """The loaded model; of the others only the baseline is kept."""
-        assert model is not None
-        if model.name not in self.loaded:
-            kept = self.plan.baseline.name if self.plan.baseline is not None else ""
-            self.loaded = {name: subject for name, subject in self.loaded.items() if name == kept}
-            self.loaded[model.name] = load_subject(
-                model.name,
-                model.artifact.model,
-                self.runtime.device,
-                max_length=self.plan.max_length,
-                token_budget=self.plan.token_budget,
-                bf16=self.plan.bf16,
-                tick=self.tick,
-            )
-        return self.loaded[model.name]
 
-    def reward_model(self) -> RewardModel | Ensemble:
-        """The reward model, or the ensemble, loaded once."""
-        if self.reward is None:
-            assert self.plan.reward is not None
-            self.reward = load_scorer_of(self.plan.reward.artifact, self.runtime)
-        return self.reward
+def cut(job: Job, budget: int) -> list[list[int]]:
+    """The samples' places in parts that cost `budget` or a little more, like with like and the longest first; within a
+    part in their own order."""
+    groups = job.groups or [""] * len(job.costs)
+    order = sorted(range(len(job.costs)), key=lambda place: (groups[place], -job.costs[place]))
+    parts: list[list[int]] = []
+    left = 0
+    for place in order:
+        if left <= 0:
+            parts.append([])
+            left = budget
+        parts[-1].append(place)
+        left -= job.costs[place]
+    return [sorted(part) for part in parts]
 
-    def rewards(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Normalised reward of rows of tokens; one that was cut off is read as though it had stopped there."""
-        reward = self.reward_model()
-        suffix = list(reward.suffix_ids)
-        ended = [list(row) if list(row[-len(suffix) :]) == suffix else [*row, *suffix] for row in rows]
-        return reward_accuracy.rewards(reward, ended, token_budget=self.plan.token_budget, tick=self.tick)
 
-    def tick(self) -> None:
-        """After every batch: stop if asked to. Finished units stay."""
-        if self.runtime.halt.asked is not None:
-            self.runtime.stop(self.finished)
+def _work(
+    plan: Plan, todo: Sequence[Unit], files: Sequence[Path], before: Sequence[list[dict[str, Any]]], runtime: Runtime
+) -> None:
+    """This rank's share of the units, in so far as they are not done."""
+    done = [{place for part in parts for place in part["places"]} for parts in before]
+    finished = sum(map(len, done))
 
-    def _reads(self, other: Model | None, model: Model) -> bool:
-        """Whether the other model can score this one's answers; says so where it can't."""
-        if other is None:
-            return False
-        theirs, ours = other.artifact, model.artifact
-        same = (theirs.tokenizer_hash, theirs.template_hash) == (ours.tokenizer_hash, ours.template_hash)
-        if not same:
-            what = f"{model.name} has another tokenizer or chat template than {other.name}"
-            self.runtime.say(f"{what}, which cannot score its answers")
-        return same
+    def tick() -> None:
+        if runtime.halt.asked is not None:
+            runtime.stop(finished)
+
+    scorers = Scorers(plan, runtime, tick)
+    jobs = [scorers.job(unit) for unit in todo]
+    with runtime.progress("evaluate", sum(len(job.costs) for job in jobs), "samples") as bar:
+        bar.start_at(finished)
+        for number, (unit, job, file) in enumerate(zip(todo, jobs, files, strict=True)):
+            if number % runtime.world_size != runtime.rank:
+                bar.advance(len(job.costs) - len(done[number]))
+                continue
+            _cut_back(file)
+            for part in cut(job, BATCHES_A_PART * plan.token_budget):
+                left = [place for place in part if place not in done[number]]
+                if left:
+                    start = time.monotonic()
+                    found = job.score(left)
+                    line = {"model": unit.model.name, "task": unit.task, "seconds": round(time.monotonic() - start, 3)}
+                    line |= {"threads": runtime.threads, "places": left}
+                    line |= {"of": [place for place, _ in found], "items": [item for _, item in found]}
+                    _append(file, line)
+                    finished += len(left)
+                    bar.advance(len(left))
+                    tick()
+
+
+def _cut_back(file: Path) -> None:
+    """Take off a line that a kill has cut short, or begin the file."""
+    data = file.read_bytes() if file.exists() else b""
+    with file.open("ab") as end:
+        end.truncate(data.rfind(b"\n") + 1)
+
+
+def _append(file: Path, line: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as end:
+        end.write(json.dumps(line, ensure_ascii=False) + "\n")
+        end.flush()
+        os.fsync(end.fileno())
 
 
 def _results(plan: Plan, unit: Unit, found: dict[tuple[str, str], list[Item]]) -> Iterator[Result]:
@@ -266,13 +177,16 @@ def _results(plan: Plan, unit: Unit, found: dict[tuple[str, str], list[Item]]) -
 
 def _baselines(plan: Plan, unit: Unit, found: dict[tuple[str, str], list[Item]]) -> list[Item] | None:
     """The baseline's items of the unit's task; None for the baseline itself."""
-    if plan.baseline is None or unit.model.name == plan.baseline.name:
+    if plan.baseline is None or unit.model.name == plan.baseline.name or plan.kind(unit.task) in WITHOUT_BASELINE:
         return None
     return found.get((plan.baseline.name, unit.task))
 
 
-def _per_item(task: str, items: list[Item], baseline: list[Item] | None) -> PerItem:
+def _per_item(plan: Plan, task: str, items: list[Item], baseline: list[Item] | None) -> PerItem:
     """The figures of one unit, item by item, of those that are a mean or a ratio of sums."""
+    if task in plan.own:
+        own = plan.own[task]
+        return lm_eval_tasks.per_item(items) if own.kind == "lm_eval" else own_tasks.per_item(own, items)
     if task == "bits_per_byte":
         return bits_per_byte.per_item(items)
     if task == "multiple_choice":
@@ -281,11 +195,18 @@ def _per_item(task: str, items: list[Item], baseline: list[Item] | None) -> PerI
         return preference_accuracy.per_item(items, baseline) if baseline is not None else {}
     if task == "exact_match":
         return exact_match.per_item(items)
+    if task == "win_rate":
+        return win_rate.per_item(items)
     return samples.per_item(items)
 
 
 def _figures(plan: Plan, task: str, items: list[Item], baseline: list[Item] | None) -> dict[str, Estimate]:
     """The figures of one unit; `baseline` is the baseline's items of the same task, None for itself."""
+    if task in plan.own:
+        own = plan.own[task]
+        if own.kind == "lm_eval":
+            return lm_eval_tasks.figures(items, plan.seed)
+        return own_tasks.figures(own, items, baseline, plan.seed)
     if task == "bits_per_byte":
         return bits_per_byte.figures(items, plan.seed)
     if task == "multiple_choice":
@@ -299,4 +220,6 @@ def _figures(plan: Plan, task: str, items: list[Item], baseline: list[Item] | No
         return preference_accuracy.figures(items, baseline, scorer, plan.seed) if baseline is not None else {}
     if task == "exact_match":
         return exact_match.figures(items, baseline, plan.seed)
+    if task == "win_rate":
+        return win_rate.figures(items, plan.seed)
     return samples.figures(items, baseline, plan.seed)

@@ -27,7 +27,7 @@ from pipeline.evals import statistics
 from pipeline.evals.likelihood import Request
 from pipeline.evals.statistics import Estimate, PerItem
 from pipeline.evals.subject import Subject
-from pipeline.model.generation import GREEDY, Generation, Sampling, draw_uniforms, generate
+from pipeline.model.generation import GREEDY, Generation, Sampling, generate
 
 Item = dict[str, Any]
 Row = dict[str, Any]
@@ -39,11 +39,12 @@ def score(
     rows: Sequence[Row],
     *,
     max_new_tokens: int,
-    generator: torch.Generator | None,
+    uniforms_NT: torch.Tensor | None,
     baseline: Subject | None,
     rewards: Scorer | None,
 ) -> list[Item]:
-    """One item a prompt that leaves room for an answer. Greedy where `generator` is None, else sampled as the model is.
+    """One item a prompt that leaves room for an answer. Greedy without `uniforms_NT`
+    ([rows, max_new_tokens], see `draw_uniforms`), else sampled as the model is.
 
     baseline: what KL is measured from. rewards: prompt and answer as tokens -> normalised reward. Both read the
     subject's own tokens.
@@ -53,7 +54,7 @@ def score(
     prompts = [encoded[number] for number in kept]
     if not prompts:
         return []
-    uniforms = None if generator is None else draw_uniforms(len(rows), max_new_tokens, generator)[kept]
+    uniforms = None if uniforms_NT is None else uniforms_NT[kept]
     written = _generate(subject, prompts, max_new_tokens, uniforms)
     answers = written.responses()
     ended = written.is_ended_B.tolist()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
 Row = Mapping[str, Any]
+STAR = " *"
+NOTE = "* larger than noise: its intervals leave out no difference"
 
 # (task, metric) -> (label, digits after the point, factor): what the table shows first, in this order.
 HEADLINES = {
@@ -28,6 +30,8 @@ HEADLINES = {
     ("exact_match", "accuracy"): ("exact match, %", 1, 100),
     ("exact_match", "difference"): ("  minus baseline, %", 1, 100),
     ("exact_match", "length"): ("  length, tokens", 1, 1),
+    ("win_rate", "win_rate"): ("win rate against baseline, %", 1, 100),
+    ("win_rate", "swayed"): ("  swayed by the order, %", 1, 100),
     ("sampled", "reward"): ("reward", 2, 1),
     ("sampled", "reward_sd"): ("  above baseline, sd", 2, 1),
     ("sampled", "kl"): ("KL from baseline, nats", 2, 1),
@@ -38,13 +42,31 @@ HEADLINES = {
     ("sampled", "gold"): ("gold (sampled)", 3, 1),
     ("sampled", "gold_win_rate"): ("  against baseline, %", 1, 100),
 }
+OWN = {
+    "acc": ("acc, %", 1, 100),
+    "acc_norm": ("acc by length, %", 1, 100),
+    "pmi": ("PMI, %", 1, 100),
+    "acc_centred": ("centred (0: guessing), %", 1, 100),
+    "acc_difference": ("minus baseline, %", 1, 100),
+    "accuracy": ("accuracy, %", 1, 100),
+    "exact_match": ("exact match, %", 1, 100),
+    "majority": ("majority, %", 1, 100),
+    "difference": ("minus baseline, %", 1, 100),
+    "win_rate": ("win rate against baseline, %", 1, 100),
+    "swayed": ("swayed by the order, %", 1, 100),
+    "bits_per_byte": ("bits per byte", 3, 1),
+    "word_perplexity": ("word perplexity", 2, 1),
+}
+"""Metric of a task that is not built in -> the same; its label stands behind the task's name."""
 SPLIT = ("accuracy", "section")
 """Figures whose kinds are shown with the headlines."""
 
 
 PAIRS = 6
 """Differences within a stage that the terminal shows, at most; where there are more, those against the first."""
-MATCHED = {"kl": "nearest in KL", "flops": "nearest in FLOPs"}
+BUILT_IN = {task for task, _ in HEADLINES}
+FLOPS = (("training FLOPs", "flops", ".3g"), ("  with all before it", "flops_cumulative", ".3g"))
+MATCHED = {"kl": "nearest in KL", "flops": "nearest in all FLOPs"}
 
 Lines = list[tuple[str, list[str]]]
 """(label, a cell a column)."""
@@ -55,12 +77,14 @@ def render_table(
     *,
     details: bool = False,
     flops: Mapping[str, float | None] | None = None,
+    cumulative: Mapping[str, float | None] | None = None,
     width: int = 120,
 ) -> Group:
     """Figures down, models across, each with half the width of its interval. `results`: rows of results.jsonl.
 
     The headlines only, kinds of negative included; with `details` every figure there is. `flops`: of each model's
-    training, None where it is not known. What does not fit the width is put below.
+    own training, `cumulative`: and of all before it; None where it is not known. What does not fit the width is put
+    below. A star marks a comparison with the baseline that is larger than noise.
     """
     models = list(dict.fromkeys(result["model"] for result in results))
     cells: dict[tuple[str, str], dict[str, Row]] = {}
@@ -68,12 +92,14 @@ def render_table(
         cells.setdefault((result["task"], result["metric"]), {})[result["model"]] = result
     lines: Lines = []
     for key in _order(list(cells), details):
-        label, digits, factor = _style(*key)
+        label, digits, factor = style(*key)
         row = cells[key]
         lines.append((label, [_cell(row[m], digits, factor) if m in row else "" for m in models]))
-    if flops and any(flops.values()):
-        lines.append(("training FLOPs", [_flops(flops.get(model)) for model in models]))
-    return _tables("held out, ± 95 %", [_folded(model) for model in models], lines, width)
+    for label, known in (("training FLOPs", flops), ("  with all before it", cumulative)):
+        if known and any(known.values()):
+            lines.append((label, [_flops(known.get(model)) for model in models]))
+    note = NOTE if any(cell.endswith(STAR) for _, cells_ in lines for cell in cells_) else ""
+    return _tables("held out, ± 95 %", [_folded(model) for model in models], lines, width, note)
 
 
 def render_comparisons(rows: Sequence[Row], kind: str, *, width: int = 120) -> Group:
@@ -89,19 +115,21 @@ def render_comparisons(rows: Sequence[Row], kind: str, *, width: int = 120) -> G
     cells = {((row["task"], row["metric"]), (row["model"], row["against"])): row for row in shown}
     lines: Lines = []
     for key in _order(list(dict.fromkeys(key for key, _ in cells)), details=False):
-        label, digits, factor = _style(*key)
+        label, digits, factor = style(*key)
         found = [cells.get((key, pair)) for pair in across]
         lines.append((label, ["" if row is None else _both(row, digits, factor) for row in found]))
     known = {(row["model"], row["against"]): row for row in shown}
-    for label, name, style in (("KL of both, nats", "kl", ".2f"), ("training FLOPs", "flops", ".3g")):
-        sides = (name, f"against_{name}") if kind != "mean" else (name,) if name == "flops" else ()
-        costs = [[known[pair][side] for side in sides] for pair in across]
+    for label, name, form in (("KL of both, nats", "kl", ".2f"), *FLOPS):
+        sides = (name, f"against_{name}") if kind != "mean" else (name,) if name != "kl" else ()
+        costs = [[known[pair].get(side) for side in sides] for pair in across]
         if any(value is not None for pair in costs for value in pair):
-            lines.append((label, [", ".join("–" if v is None else f"{v:{style}}" for v in pair) for pair in costs]))
+            lines.append((label, [", ".join("–" if v is None else f"{v:{form}}" for v in pair) for pair in costs]))
     heads = [_folded(model) + (f"\n− {_folded(against)}" if against else "") for model, against in across]
     what = {"mean": "mean over seeds", "difference": "difference"}.get(kind) or MATCHED[shown[0]["nearest"]]
     left = len(everything) - len(across)
-    return _tables(f"{what},\n± 95 % over seeds | items", heads, lines, width, f"{left} more in table.csv" * (left > 0))
+    notes = [NOTE] * any(cell.endswith(STAR) for _, row in lines for cell in row)
+    notes += [f"{left} more in table.csv"] * (left > 0)
+    return _tables(f"{what},\n± 95 % over seeds | items", heads, lines, width, "\n".join(notes))
 
 
 def _tables(title: str, heads: Sequence[str], lines: Lines, width: int, note: str = "") -> Group:
@@ -138,13 +166,14 @@ def _flops(value: float | None) -> str:
 
 
 def _both(line: Row, digits: int, factor: int) -> str:
-    """`+1.2 ± 0.8 | 0.5`; a dash where there are no two seeds."""
+    """`+1.2 ± 0.8 | 0.5`; a dash where there are no two seeds; a star where it is larger than both noises."""
     if line["value"] is None:
         return "–"
     sign = "" if line["kind"] == "mean" else "+"
     ends = [(line["seeds_low"], line["seeds_high"]), (line["low"], line["high"])]
     halves = ["–" if low is None else f"{factor * (high - low) / 2:.{digits}f}" for low, high in ends]
-    return f"{factor * line['value']:{sign}.{digits}f} ± {halves[0]} | {halves[1]}"
+    star = STAR if line.get("beyond_noise") else ""
+    return f"{factor * line['value']:{sign}.{digits}f} ± {halves[0]} | {halves[1]}{star}"
 
 
 def full_label(task: str, metric: str) -> str:
@@ -154,19 +183,29 @@ def full_label(task: str, metric: str) -> str:
         above = above if label.startswith(" ") else label
         if key == (task, metric):
             return label if label == above else f"{above.removesuffix(', %')}: {label.strip()}"
-    raise AssertionError(f"{task}.{metric} is no headline")
+    assert metric in OWN, f"{task}.{metric} is no headline"
+    return f"{task}: {OWN[metric][0]}"
+
+
+def headlines(keys: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Of these (task, metric) those that are shown first: the built-in tasks' in their own order, then the others'."""
+    known = list(keys)
+    others = dict.fromkeys(task for task, _ in known if task not in BUILT_IN)
+    shown = [key for key in HEADLINES if key in known]
+    return shown + [(task, metric) for task in others for metric in OWN if (task, metric) in known]
 
 
 def _order(keys: Sequence[tuple[str, str]], details: bool) -> list[tuple[str, str]]:
     """Headlines in their own order, each followed by its kinds; then the rest by task."""
-    shown = []
-    for task, metric in HEADLINES:
+    shown: list[tuple[str, str]] = []
+    for task, metric in dict.fromkeys([*HEADLINES, *headlines(keys)]):
         kinds = [key for key in keys if key[0] == task and key[1].startswith(f"{metric}/")]
-        shown += [(task, metric)] * ((task, metric) in keys) + (kinds if metric in SPLIT or details else [])
+        shown += [(task, metric)] * ((task, metric) in keys)
+        shown += kinds if (task in BUILT_IN and metric in SPLIT) or details else []
     return shown + [key for key in keys if key not in shown] * details
 
 
-def _style(task: str, metric: str) -> tuple[str, int, int]:
+def style(task: str, metric: str) -> tuple[str, int, int]:
     """(label, digits, factor) of a figure."""
     name, _, kind = metric.partition("/")
     if kind and (task, name) in HEADLINES:
@@ -174,12 +213,30 @@ def _style(task: str, metric: str) -> tuple[str, int, int]:
         if name == "section":
             return f"  {kind.replace('_', ' ')}, %", digits, factor
         return f"  {'lengths only, ' if name == 'length_only' else ''}against {kind}, %", digits, factor
+    if task not in BUILT_IN and name in OWN:
+        label, digits, factor = OWN[name]
+        return f"{task}: {f'{kind}, ' if kind else ''}{label}", digits, factor
     return HEADLINES.get((task, metric), (f"{task}.{metric}", 3, 1))
 
 
+def no_difference(metric: str) -> float | None:
+    """What a comparison with the baseline would be where there is no difference; None for another figure."""
+    if metric in ("win_rate", "gold_win_rate"):
+        return 0.5
+    return 0.0 if metric.rpartition("_")[2] == "difference" or metric == "reward_sd" else None
+
+
+def is_beyond(low: float, high: float, nothing: float = 0.0) -> bool:
+    """Whether the interval leaves out what no difference would be. False for an interval that is not known."""
+    return low > nothing or high < nothing
+
+
 def _cell(result: Row, digits: int, factor: int) -> str:
-    """`54.3 ± 2.8`; a dash where there is no figure."""
+    """`54.3 ± 2.8`; a dash where there is no figure; a star where a comparison is larger than noise."""
     if result["value"] is None:
         return "–"
-    half = (result["high"] - result["low"]) / 2
-    return f"{factor * result['value']:.{digits}f} ± {factor * half:.{digits}f}"
+    if result["low"] is None:
+        return f"{factor * result['value']:.{digits}f}"
+    half, nothing = (result["high"] - result["low"]) / 2, no_difference(result["metric"])
+    star = STAR if nothing is not None and is_beyond(result["low"], result["high"], nothing) else ""
+    return f"{factor * result['value']:.{digits}f} ± {factor * half:.{digits}f}{star}"
