@@ -23,7 +23,7 @@ LAYERS = [
     {"data", "model", "rl", "evals", "checkpoint", "runtime", "trainer", "preference_trainer", "ranked_trainer"}
     | {"schedule", "hardware"},
     {"stages"},
-    {"graph", "paths", "fingerprint", "lineage", "launch", "plan", "report"},
+    {"graph", "paths", "fingerprint", "lineage", "launch", "plan", "report", "tracking"},
     {"cli"},
 ]
 """Each may import what stands in its own line and above; `stages` only itself (a stage never imports a stage), and

@@ -32,6 +32,7 @@ from pipeline.recipe import (
     preset_of,
 )
 from pipeline.roles import NO_TOKENIZER, TOKENIZER, fits, input_of, rows_of
+from pipeline.tracking import Track, read_tracks
 from pipeline.unroll import SEEDS_A_ROUND, meaning
 
 LoadStage = Callable[[str, Path], Stage]
@@ -43,6 +44,9 @@ class RecipeFile(Section):
 
     run: str = field("demo", "name of the run: its folder under the artifacts")
     seed: int = field(0, "seed of every stage that sets none", ge=0)
+    track: str | list[str] | dict[str, dict[str, Any] | None] | None = field(
+        None, "trackers that get the metrics too: a name of accelerate's, several, or name -> its options"
+    )
     stages: dict[str, dict[str, Any] | None] = field(..., "name -> the stage's fields")
 
 
@@ -76,6 +80,7 @@ class Recipe:
     seed: int
     nodes: Mapping[str, Node]
     document: Document
+    tracks: tuple[Track, ...] = ()
 
     def select(self, name: str) -> tuple[str, ...]:
         """The stages that a user means by `name`: of `repeat:` the last round, of `matrix:` all; () for none."""
@@ -116,7 +121,8 @@ def build(document: Document, load_stage: LoadStage, store: Store) -> Recipe:
     nodes = {
         name: replace(node, rows=written_by(node.config, rows)) for name, node in _inherit(document, nodes).items()
     }
-    recipe = Recipe(document.name, top.run, top.seed, _ordered(document, nodes), document)
+    tracks = read_tracks(top.track, document)
+    recipe = Recipe(document.name, top.run, top.seed, _ordered(document, nodes), document, tracks)
     for node in recipe.nodes.values():
         _check_tokenizers(document, recipe, node, store)
     return recipe

@@ -31,6 +31,7 @@ from pipeline.errors import ConfigError, Halt, Interrupted, PipelineError, Stopp
 from pipeline.fingerprint import PACKAGES, reached
 from pipeline.lineage import Standing
 from pipeline.progress import leave_on_signals
+from pipeline.tracking import TRACK, Sender, Track
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what asks a run to stop
 STRATEGIES = ("auto", "single", "ddp", "fsdp")
@@ -44,6 +45,7 @@ class Launch:
     num_processes: int | None = None
     strategy: str = "auto"
     quiet: bool = False
+    tracks: tuple[Track, ...] = ()
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -245,7 +247,10 @@ def execute(
     if runtime.is_main:
         _write_config(partial / "config.yaml", to_jsonable_python(node.config))
     runtime.barrier()
-    with naming_rows(node.config):
+    folder = store.folder(run, node.name).parent / TRACK / f"{node.name}-{standing.planned[:16]}"
+    tracks = launch.tracks if runtime.is_main else ()
+    sender = Sender(tracks, folder, run, node.name, to_jsonable_python(node.config))
+    with naming_rows(node.config), sender.following(runtime.metrics):
         figures = node.stage.run(node.config, inputs, partial, runtime)
     runtime.barrier()
     if runtime.is_main:

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -71,6 +71,8 @@ class Metrics:
         self.path, self.is_main = path, is_main
         self.figures: dict[str, float] = {}
         self.tokens = 0
+        self.also: Callable[[Mapping[str, float | int | str | None]], None] | None = None
+        """Told every line as it is written, on the main process; it never raises."""
         self._before = 0.0
         self._start = time.monotonic()
 
@@ -89,6 +91,8 @@ class Metrics:
         line |= {key: _finite(value) for key, value in figures.items()}  # type: ignore[misc]
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if self.also is not None:
+            self.also(line)
 
     def sync(self) -> int:
         """Bytes written so far, on disk when it returns."""

@@ -19,6 +19,7 @@ from pipeline.lineage import Standing, brief, survey
 from pipeline.progress import clock
 from pipeline.reading import meant
 from pipeline.roles import input_of
+from pipeline.tracking import check_packages
 
 
 def run_graph(
@@ -117,6 +118,7 @@ def _run(
         as_json = False
     standings = survey(session.recipe, session.store, keep, bless=is_main and not dry_run)
     gates = {name: gates_of(session.recipe.nodes[name], session.document) for name in names}
+    check_packages(session.launch.tracks)
     if dry_run:
         _say_plan(standings, names, force, as_json)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def open_session(
         document.places["run",] = f"--run {run}"
     store = Store(artifacts_root(artifacts))
     built = build(document, load_stage, store)
-    return Session(built, document, store, launch or Launch(), recipe)
+    return Session(built, document, store, replace(launch or Launch(), tracks=built.tracks), recipe)
 
 
 def open_stages(
