@@ -42,6 +42,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     about.eject,
     models.chat,
     models.blame,
+    models.serve,
     models.export,
 )
 for command in COMMANDS:

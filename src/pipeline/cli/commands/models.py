@@ -100,3 +100,22 @@ def export(
         really=yes,
         as_json=json,
     )
+
+
+def serve(
+    reference: Annotated[str, typer.Argument(help="run/stage, ./folder or hub:org/name")],
+    port: Annotated[int, typer.Option("--port", help="0 takes a free one", min=0, max=65535)] = 8000,
+    host: Annotated[str, typer.Option("--host", help="address to listen on; this machine alone unless set")] = (
+        "127.0.0.1"
+    ),
+    engine: Annotated[str, typer.Option("--engine", help="transformers or vllm")] = "transformers",
+    artifacts: ArtifactsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """An OpenAI-compatible endpoint of a model."""
+    from pipeline.artifacts import Store
+    from pipeline.cli.serve import serve as answer
+    from pipeline.cli.session import artifacts_root
+
+    artifact = Store(artifacts_root(artifacts)).resolve_or_unfinished(reference)
+    answer(artifact, reference, host=host, port=port, engine=engine, as_json=json)
