@@ -86,6 +86,8 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
     step: _Step
     labelled: list[Tensor]
     """kto: the sums of each micro-batch of the step so far, by side: rewards, log-probabilities, answers."""
+    entropies: list[Tensor]
+    """Of each micro-batch of the step so far: the sum over the answers' tokens, and their number."""
 
     def use(self, objective: Objective) -> None:
         """Take this loss instead of TRL's."""
@@ -102,7 +104,7 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
         """The micro-batches of a step, of which the step's own figures are taken before it begins."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.objective is not None and batches:
-            self.step, self.labelled = self._measured(batches), []
+            self.step, self.labelled, self.entropies = self._measured(batches), [], []
         return batches, items
 
     def _measured(self, batches: Sequence[dict[str, Tensor]]) -> _Step:
@@ -184,7 +186,8 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
             "logps/chosen": chosen_B,
             "logps/rejected": rejected_B,
         }
-        self._note(figures | {"entropy": _mean_entropy(inputs, outputs)})
+        self._note(figures)
+        self._note_entropy(inputs, outputs)
         return loss, outputs
 
     def _unpaired_loss(self, objective: Objective, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
@@ -197,7 +200,8 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
         )
         rewards_B = objective.beta * ratio_B.detach()
         is_right_B = ((ratio_B > kl) == is_good_B).float()
-        self._note({"kl": kl, "rewards/accuracies": is_right_B, "entropy": _mean_entropy(rows, outputs)})
+        self._note({"kl": kl, "rewards/accuracies": is_right_B})
+        self._note_entropy(rows, outputs)
         figures_3B = torch.stack([rewards_B, log_p_B.detach(), torch.ones_like(rewards_B)])
         self.labelled.append(torch.stack([(figures_3B * is_side_B).sum(1) for is_side_B in (is_good_B, ~is_good_B)]))
         if len(self.labelled) * self.accelerator.num_processes == self.step.micro_batches:
@@ -215,6 +219,15 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         for name, value in means.items():
             self._metrics["train"][name].append(value)
+
+    def _note_entropy(self, batch: dict[str, Tensor], outputs: Any) -> None:
+        """Of the next token's distribution, in nats: mean over all tokens of the step's answers, however many of them a
+        micro-batch holds."""
+        mask = batch["completion_mask"][:, 1:]
+        self.entropies.append(torch.stack([(outputs.entropy.detach() * mask).sum(), mask.sum()]))
+        if len(self.entropies) * self.accelerator.num_processes == self.step.micro_batches:
+            total, count = self.accelerator.reduce(torch.stack(self.entropies).sum(dim=0), reduction="sum").tolist()
+            self._metrics["train"]["entropy"].append(total / max(1.0, count))
 
     def _note(self, figures: dict[str, Tensor]) -> None:
         """Means over all processes, for the next line of metrics."""
@@ -234,13 +247,6 @@ def _weighted_dpo(
         margins_B = objective.margin_weight * margin_B
         losses_B = losses_B + weight * dpo_losses(kind, delta_B, objective.beta, preference_B, margins_B)
     return losses_B
-
-
-def _mean_entropy(batch: dict[str, Tensor], outputs: Any) -> Tensor:
-    """Of the next token's distribution, in nats, mean over the answers' tokens."""
-    mask = batch["completion_mask"][:, 1:]
-    total: Tensor = (outputs.entropy.detach() * mask).sum()
-    return total / mask.sum().clamp(min=1)
 
 
 def _halves(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -307,6 +307,7 @@ def train(
     with runtime.progress(phase, plan.steps) as bar:
         watch = _Watch(plan, runtime, bar, shown, state, more, member, tokens_before)
         watch.measure, watch.measure_steps = measure, measure_steps
+        watch.owes = checkpoint is not None and bool(checkpoint.state.get(OWES))
         trainer.add_callback(watch)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
@@ -327,6 +328,10 @@ def _bytes_to_write(model: torch.nn.Module) -> int:
     return 3 * (kept + 2 * trained) + whole
 
 
+OWES = "measurement_left_out"
+"""In a checkpoint's state: whoever goes on from it measures first."""
+
+
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """What the Trainer tells after each step, turned into metrics, progress, stop and whole checkpoints."""
 
@@ -345,12 +350,15 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.measure: Callable[[], Mapping[str, float]] | None = None
         self.measure_steps = 0
         self.member, self.tokens_before = member, tokens_before
-        self.is_stopping = False
+        self.is_stopping = self.owes = False
         self.began, self.first = 0.0, 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.began, self.first = time.monotonic(), state.global_step
         self.bar.start_at(state.global_step)
+        if self.owes and self.measure is not None:  # the weights of the checkpoint are there by now
+            self.owes = False
+            self._measure(self.measure, state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.is_stopping = self.runtime.stop_requested()
@@ -359,14 +367,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         if control.should_save or state.global_step == self.plan.steps:
             control.should_log = True  # the line before it is saved: no figure spans a checkpoint, no NaN is kept
         step = state.global_step
-        if (
-            self.measure is not None
-            and self.measure_steps
-            and not self.is_stopping  # who asks to stop waits for the save alone
-            and step % self.measure_steps == 0
-            and step < self.plan.steps
-        ):
+        is_due = bool(self.measure_steps) and step % self.measure_steps == 0 and step < self.plan.steps
+        if self.measure is not None and is_due and not self.is_stopping:
             self._measure(self.measure, step)
+        self.owes = is_due and self.is_stopping  # who asks to stop waits for the save alone
 
     def _measure(self, measure: Callable[[], Mapping[str, float]], step: int) -> None:
         """A line of figures; neither the run's random numbers nor its speed is touched."""
@@ -404,7 +408,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.runtime.barrier()  # every rank has written its part
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.runtime.checkpoints.adopt(folder, checkpoint_step(self.plan, self.member, state.global_step), self.state)
+        kept = {**self.state, OWES: True} if self.owes else self.state
+        self.runtime.checkpoints.adopt(folder, checkpoint_step(self.plan, self.member, state.global_step), kept)
 
 
 def checkpoint_step(plan: Schedule, member: int, step: int) -> int:

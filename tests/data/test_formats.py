@@ -523,3 +523,28 @@ def test_files_that_others_made() -> None:
     assert len(pairs) == 300
     assert all(len(row["chosen"]) == len(row["rejected"]) == 1 for row in pairs)
     assert {len(row["prompt"]) for row in pairs} >= {1}
+
+
+FIRST = {"role": "user", "content": "Again?"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "expected"),
+    [
+        ("Q", [Q, A], [Q, A]),
+        ([Q], [{**Q, "content": " Q\n"}, A], [{**Q, "content": " Q\n"}, A]),
+        ([S, Q], [Q, A], [S, Q, A]),
+        ([S, Q], [S, Q, A], [S, Q, A]),
+        ([Q, A, FIRST], [Q, A, FIRST, C], [Q, A, FIRST, C]),
+        ([FIRST], [Q, A, FIRST, C], [Q, A, FIRST, C]),  # the last question of the conversation
+        ([Q], [A, Q, C], [Q, A, Q, C]),  # asked a second time
+        ([Q], [A], [Q, A]),
+    ],
+)
+def test_a_completion_that_repeats_its_prompt_is_taken_once(
+    prompt: object, completion: object, expected: object, tmp_path: Path
+) -> None:
+    (row,) = read_rows(
+        [written(tmp_path / "rows.jsonl", {"prompt": prompt, "completion": completion})], "messages", split="all"
+    )
+    assert row["messages"] == expected

@@ -260,7 +260,9 @@ def test_how_a_step_is_cut_does_not_change_it(
         weights.append(load_file(out / "model" / "model.safetensors"))
         trained = [line for line in lines(out) if "loss" in line]
         losses.append([line["loss"] for line in trained])
-        rewards.append([{key: line[key] for key in line if key.startswith(("rewards/", "logps/"))} for line in trained])
+        rewards.append(
+            [{key: line[key] for key in line if key.startswith(("rewards/", "logps/", "entropy"))} for line in trained]
+        )
     for cut in (1, 2):
         assert losses[0] == pytest.approx(losses[cut], abs=1e-6 * max(losses[0]))
         for whole, parts in zip(rewards[0], rewards[cut], strict=True):
@@ -322,7 +324,11 @@ def test_stopped_it_goes_on_to_the_same_bits(
 def test_a_stop_that_meets_an_evaluation_saves(
     init: Any, runtime: Any, config: Config, lines: Any, monkeypatch: pytest.MonkeyPatch, asked: str, saved: int
 ) -> None:
-    """Asked for before the evaluation after step 2 it leaves that out; during it, the next step is still done."""
+    """Asked for before the evaluation after step 2 it leaves that to who goes on; during it, the next step is still
+    done."""
+    settings = config(eval_steps=2, save_steps=100, max_steps=5)
+    calm, here = runtime("calm")
+    dpo.run(settings, {"init": init}, calm, here)
     out, here = runtime(asked)
     steps = iter(range(1, 100))
     requested, measured = here.stop_requested, preference_trainer.while_training
@@ -340,10 +346,19 @@ def test_a_stop_that_meets_an_evaluation_saves(
     else:
         monkeypatch.setattr(preference_trainer, "while_training", in_evaluation)
     with pytest.raises(Stopped, match=f"stopped at step {saved} and saved"):
-        dpo.run(config(eval_steps=2, save_steps=100, max_steps=5), {"init": init}, out, here)
+        dpo.run(settings, {"init": init}, out, here)
     assert [line["step"] for line in lines(out) if "kl_per_token" in line] == ([2] if asked == "during" else [])
+    monkeypatch.undo()
     out, here = runtime(asked)
     assert here.checkpoints.latest().step == saved
+    dpo.run(settings, {"init": init}, out, here)
+
+    def measured_lines(folder: Any) -> list[dict[str, float]]:
+        found = [line for line in lines(folder) if "kl_per_token" in line]
+        return [{name: value for name, value in line.items() if name != "time"} for line in found]
+
+    assert [line["step"] for line in measured_lines(out)] == [2, 4, 5]
+    assert measured_lines(out) == measured_lines(calm)
 
 
 def test_the_reference_is_the_model_without_its_adapters(

@@ -28,13 +28,15 @@ from pipeline.data.messages import (
     behind_system,
     check_conversation,
     checked_prompt,
+    joined,
     messages_of,
     side,
     system_of,
+    systems_of,
     text_in,
 )
 from pipeline.data.placed import Placed, without_repeats
-from pipeline.data.preferences import as_unpaired, preference, unpaired
+from pipeline.data.preferences import as_unpaired, preference, repeats, unpaired
 from pipeline.data.ranked import as_pairs, as_ranked, ranked
 from pipeline.data.sources import BUILT_IN, PYDOCS, Split, check_rows_entry, copies, read_source_rows, share
 from pipeline.data.tools import tools_in, with_tools
@@ -285,8 +287,10 @@ def demonstration(row: Row, chosen: str, where: str) -> list[Message]:
     if chosen == "question_answer":
         said = [("user", text_in(row, "question", where)), ("assistant", text_in(row, "answer", where))]
         return [*system_of(row, where), *({"role": role, "content": text} for role, text in said)]
-    given = side(row, "prompt", "user", where) + side(row, "completion", "assistant", where)
-    return behind_system(row, given, where)
+    prompt, completion = side(row, "prompt", "user", where), side(row, "completion", "assistant", where)
+    if repeats(prompt, completion):  # as both sides of a preference may: it is taken once, as the completion has it
+        prompt, completion = [], joined(systems_of(prompt), completion, where)
+    return behind_system(row, prompt + completion, where)
 
 
 def prompt_key(row: Row) -> str:

@@ -34,6 +34,11 @@ def system_of(row: Row, where: str) -> list[Message]:
     return [{"role": "system", "content": text_in(row, "system", where)}] if row.get("system") else []
 
 
+def systems_of(messages: list[Message]) -> list[Message]:
+    """The system messages among the messages."""
+    return [message for message in messages if message["role"] == "system"]
+
+
 def behind_system(row: Row, messages: list[Message], where: str) -> list[Message]:
     """The messages with the row's `system` field, if it has one, as their first; DataError where they have another."""
     return joined(system_of(row, where), messages, where)

@@ -18,7 +18,9 @@ from pipeline.data.messages import (
     joined,
     messages_of,
     side,
+    systems_of,
     whole,
+    words,
 )
 from pipeline.data.tools import check_no_calls
 from pipeline.errors import DataError
@@ -160,8 +162,7 @@ def common_prompt(
     if begun[: len(prompt)] == prompt:
         return begun, good[shared:], bad[shared:]
     if repeats(prompt, begun):
-        systems = [message for message in prompt if message["role"] == "system"]
-        return joined(systems, begun, where), good[shared:], bad[shared:]
+        return joined(systems_of(prompt), begun, where), good[shared:], bad[shared:]
     if any(message["role"] == "system" for message in begun):
         raise DataError(
             "a system message of both sides comes after `prompt`",
@@ -172,7 +173,7 @@ def common_prompt(
 
 
 def repeats(prompt: list[Message], begun: list[Message]) -> bool:
-    """Whether what both sides begin with holds the prompt's words, white space around them aside.
+    """Whether what a side begins with holds the prompt's words, white space around them aside.
 
     A beginning that an assistant opens goes on from the prompt instead, whatever is said in it.
     """
@@ -184,7 +185,7 @@ def repeats(prompt: list[Message], begun: list[Message]) -> bool:
 
 def spoken(messages: list[Message]) -> list[tuple[str, str]]:
     """Who says what, white space around it and the system aside."""
-    return [(each["role"], each["content"].strip()) for each in messages if each["role"] != "system"]
+    return [(each["role"], words(each).strip()) for each in messages if each["role"] != "system"]
 
 
 def answer_of(value: Any, key: str, where: str) -> list[Message]:
