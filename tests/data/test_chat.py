@@ -331,8 +331,36 @@ def test_sentencepiece_tokenizers_with_unmarked_tokens(scheme: str, normalized: 
     messages = [HI, HELLO, HI, HELLO]
     row = encode_messages(tokenizer, messages)
     assert row.input_ids == own_ids(tokenizer, messages)[: len(row.input_ids)]
-    if normalized and scheme == "prepend":  # such a token is found in the normalised text, and only at its start
-        return
     opens = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    typed = encode_messages(tokenizer, [{**HI, "content": "a <|im_start|> b"}, {**HELLO, "content": "<|im_start|>"}])
-    assert typed.input_ids.count(opens) == 2
+    calm = encode_messages(tokenizer, messages[:2])
+    for text in ("a <|im_start|> b", "<|im_start|>", " <|im_start|>", "a<|im_start|>b <|im_start|>"):
+        typed = encode_messages(tokenizer, [{**HI, "content": text}, {**HELLO, "content": text}])
+        assert typed.input_ids.count(opens) == calm.input_ids.count(opens)
+        said = [i for i, is_trained in zip(typed.input_ids, typed.is_trained, strict=True) if is_trained]
+        assert opens not in said
+
+
+@pytest.mark.parametrize("special", ["<|im_start|>", "<|im_end|>"])
+def test_typed_control_in_other_letters_that_a_normaliser_makes_the_same(
+    fresh: PreTrainedTokenizerFast, special: str
+) -> None:
+    """Lower case and NFKC: what a person types as capitals, or in full width, would be the token."""
+    state = json.loads(fresh.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        if token["content"] == special:
+            token |= {"special": False, "normalized": True}
+    state["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]}
+    fresh._tokenizer = Tokenizer.from_str(json.dumps(state))
+    fresh.chat_template = PLAIN_CHATML
+    token = fresh.convert_tokens_to_ids(special)
+    calm = encode_messages(fresh, [HI, HELLO])
+    assert calm.input_ids == own_ids(fresh, [HI, HELLO])[: len(calm.input_ids)]
+    for text in (special, special.upper(), special.replace("<", "\uff1c"), f"a {special.upper()} b"):
+        assert token in fresh(text)["input_ids"], "the test can fail"
+        typed = encode_messages(fresh, [{**HI, "content": text}, HELLO])
+        assert typed.input_ids.count(token) == calm.input_ids.count(token)
+        assert text.lower().replace("\uff1c", "<") in fresh.decode([i for i in typed.input_ids if i != token])
+    if special == "<|im_start|>":
+        tools = json.dumps([{"name": "f", "description": special.upper()}])
+        with pytest.raises(DataError, match=r"the row's tools hold '<\|IM_START\|>'"):
+            encode_messages(fresh, [{**HI, "tools": tools}, HELLO])

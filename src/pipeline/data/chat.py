@@ -28,18 +28,16 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from jinja2 import TemplateError
-from transformers import AddedToken, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.messages import Message
+from pipeline.data.outline import PROBE, mark, outline_of, probes
 from pipeline.data.runs import Draft, Plan, Run, Slot
 from pipeline.data.tokenizers import PlainText, first_line, plain_text, read_plainly
-from pipeline.data.tools import breaking, check_written, for_template, has_tools, is_wordless, unbroken
+from pipeline.data.tools import breaking, check_written, for_template, has_tools, is_wordless, said_of_tools, unbroken
+from pipeline.data.typed import added_by_name, hidden_in, special_pattern
 from pipeline.errors import DataError, MismatchError, RowError
 
-# A marker is a number between two private-use characters; the vertical tabs around it show whether the
-# template strips what it is given (`| trim`), since no template writes one itself.
-# A template that writes a content as JSON writes the tabs as escapes.
-PROBE = re.compile("(\x0b|\\\\u000b|)\ue000(\\d+)\ue001(\x0b|\\\\u000b|)")
 NO_TEMPLATE_MEND = "choose an instruction-tuned base model, or pass its tokenizer through tokenize to get ChatML"
 
 
@@ -66,7 +64,9 @@ class ChatEncoder:
         frame = "".join(self.frames())
         added = tokenizer.added_tokens_decoder
         marked = {i for i, token in added.items() if token.special or token.content == tokenizer.eos_token}
-        named = set(added_by_name(tokenizer, f"{self.template}{frame}")) - marked
+        written = set(added_by_name(tokenizer, f"{self.template}{frame}")) - marked
+        self.hidden = hidden_in(tokenizer, written, frame)
+        named = written - self.hidden.ids
         specials = sorted(marked | named, key=lambda i: -len(added[i].content))  # of two that fit, the longer is meant
         self.special_ids = {added[i].content: i for i in specials}
         self.special = re.compile("|".join(special_pattern(added[i]) for i in specials) or r"(?!)")
@@ -123,6 +123,8 @@ class ChatEncoder:
     def encode_row(self, messages: list[Message], add_generation_prompt: bool) -> Encoded:
         """The row of `messages`; DataError likewise, of the tokenizer alone."""
         rendered = self.render(messages, add_generation_prompt)
+        if self.hidden.ids:
+            self.check_typed_in_tools(messages)
         roles = tuple(message["role"] for message in messages)
         trained = tuple(counts(message) for message in messages)
         plan = None if has_tools(messages) else self.plans.get((roles, trained, add_generation_prompt))
@@ -141,11 +143,25 @@ class ChatEncoder:
         for run in plan.runs:
             ids: Sequence[int] = run.ids
             if run.parts:
-                text = "".join(part if isinstance(part, str) else part.text(messages) for part in run.parts)
-                ids = self.text_ids(text, run)
+                ids = self.run_ids(run, messages)
             input_ids.extend(ids)
             is_trained.extend([run.is_trained] * len(ids))
         return Encoded(input_ids, is_trained)
+
+    def run_ids(self, run: Run, messages: list[Message]) -> list[int]:
+        """The ids of a run of text, its slots filled in; each read apart where one of them types a control token that
+        the tokenizer looks for in normalised text."""
+        texts = [part if isinstance(part, str) else part.text(messages) for part in run.parts]
+        if not self.hidden.in_run(run, messages):
+            return self.text_ids("".join(texts), run)
+        ids: list[int] = []
+        for place, (part, text) in enumerate(zip(run.parts, texts, strict=True)):
+            is_prefixed = run.is_prefixed and place == 0
+            if isinstance(part, Slot):
+                ids += self.hidden.letters(text, run, is_prefixed=is_prefixed)
+            else:
+                ids += self.text_ids(text, replace(run, is_prefixed=is_prefixed))
+        return ids
 
     def text_ids(self, text: str, run: Run) -> list[int]:
         """The ids of a run's text."""
@@ -255,6 +271,16 @@ class ChatEncoder:
         }
         check_written(outline, "".join(map(str, pieces[::2])), around, where(self.tokenizer))
 
+    def check_typed_in_tools(self, messages: list[Message]) -> None:
+        """DataError where tools or calls hold a control token that the tokenizer looks for in normalised text."""
+        for said in said_of_tools(messages):
+            if self.hidden.is_typed(said, is_assistants=False):
+                raise DataError(
+                    f"the row's tools hold {said[:40]!r}, which the tokenizer makes a control token of",
+                    where=where(self.tokenizer),
+                    mend="take it out, or let tokenizer.json say `normalized: false` of its added tokens",
+                )
+
     def generation_starts(self, outline: list[Message], pieces: list[str | Slot], place: int, taken: int) -> int:
         """Where the model begins to write, in what is left of the text `pieces[place]` after `taken` characters.
 
@@ -321,23 +347,6 @@ class ChatEncoder:
         return tuple(done)
 
 
-def added_by_name(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """The added tokens that stand in `text`. Without white space, and without those that are looked for in normalised
-    text where there is a normaliser: their places are its business."""
-    is_normalised = tokenizer.backend_tokenizer.normalizer is not None
-    return [
-        i
-        for i, token in tokenizer.added_tokens_decoder.items()
-        if token.content.strip() and token.content in text and not (is_normalised and token.normalized)
-    ]
-
-
-def special_pattern(token: AddedToken) -> str:
-    """A special token as a group of a regex, with the white space that it swallows."""
-    left, right = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
-    return f"{left}({re.escape(token.content)}){right}"
-
-
 def counts(message: Message) -> bool:
     """Whether a message is trained: the assistant's, and not one that the row leaves out of the loss (`weight: 0`)."""
     return message["role"] == "assistant" and message.get("weight") != "0"
@@ -346,25 +355,6 @@ def counts(message: Message) -> bool:
 def beginning(messages: list[Message]) -> str:
     """A row by its first words, for an error."""
     return f"the row that begins {messages[0]['content'][:60]!r}" if messages else "an empty row"
-
-
-def probes(roles: tuple[str, ...]) -> list[Message]:
-    """Messages of these roles whose contents are markers."""
-    return [{"role": role, "content": f"\x0b\ue000{i}\ue001\x0b"} for i, role in enumerate(roles)]
-
-
-def outline_of(messages: list[Message]) -> list[Message]:
-    """The messages with markers as their contents; where one is of calls alone it stays so."""
-    marked = probes(tuple(message["role"] for message in messages))
-    return [
-        {**message, "content": "" if is_wordless(message) else marker["content"]}
-        for message, marker in zip(messages, marked, strict=True)
-    ]
-
-
-def mark(slot: Slot) -> str:
-    """The marker of a slot without the white space around it."""
-    return f"\ue000{slot.index}\ue001"
 
 
 def where(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -174,6 +174,13 @@ def names_of(messages: Sequence[Message]) -> list[str]:
     return [str(tool.get("function", tool)["name"]) for tool in tools]
 
 
+def said_of_tools(messages: Sequence[Message]) -> Iterator[str]:
+    """All keys and texts in the row's tools and calls."""
+    for message in messages:
+        for key in OF_TOOLS & message.keys():
+            yield from leaves(json.loads(message[key]) if key in ("tools", "tool_calls") else message[key])
+
+
 def leaves(value: Any) -> Iterator[str]:
     """The keys and texts in a JSON value."""
     if isinstance(value, str):
