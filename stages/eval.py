@@ -143,7 +143,7 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
     tasks = _tasks(config, inputs)
     own = {task.name: read_own(task, runtime.say) for task in config.tasks or () if task.is_own or task.is_lm_eval}
     if any(each.kind == "win_rate" for each in own.values()):
-        _need(_lacks(config, inputs), "win_rate")
+        _need(_lacks(config.model_copy(update={"data": PYDOCS}), inputs), "win_rate")  # it has rows of its own
 
     def draw(rows: list[dict[str, Any]], count: int, purpose: str) -> list[dict[str, Any]]:
         order = np.random.default_rng(derive_seed(config.seed, purpose)).permutation(len(rows))

@@ -253,16 +253,17 @@ FIRST = {
     "greedy": "gold",
     "sampled": "reward",
     "win_rate": "win_rate",
+    "choices": "acc",
     "generate": "accuracy",
     "perplexity": "bits_per_byte",
 }
-"""Task, or kind of a task of one's own -> the figure that stands for it; acc of a multiple choice of one's own."""
+"""Task, or kind of a task of one's own (`choices`: multiple choice) -> the figure that stands for it."""
 
 _WRITTEN = ("reward", "length", "ended", "gold", "reward_sd", "gold_win_rate", "gold_difference")
 METRICS: dict[str, tuple[str, ...]] = {
     "bits_per_byte": ("bits_per_byte",),
-    "multiple_choice": ("acc", "acc_norm", "pmi", "pmi_swapped", "pmi_difference", "acc_centred", "acc_difference",
-                        "acc_norm_difference"),
+    "multiple_choice": ("acc", "acc_norm", "pmi", "pmi_swapped", "pmi_difference"),
+    "choices": ("acc", "acc_norm", "pmi", "acc_centred", "acc_difference", "acc_norm_difference", "pmi_difference"),
     "reward_bench": ("accuracy", "section", "score"),
     "preference_accuracy": ("accuracy", "length_only"),
     "exact_match": ("accuracy", "length", "ended", "difference"),
@@ -272,7 +273,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "generate": ("accuracy", "majority", "length", "ended", "difference", "majority_difference"),
     "perplexity": ("bits_per_byte", "byte_perplexity", "word_perplexity"),
 }  # fmt: skip
-"""Task, or kind of a task of one's own -> its figures, of those whose figures are known beforehand."""
+"""Likewise -> its figures, of those whose figures are known beforehand."""
 
 
 def figure_named(name: str, models: Sequence[str], tasks: Sequence[str]) -> tuple[str, str, str]:

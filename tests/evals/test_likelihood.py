@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.evals import likelihood
-from pipeline.evals.likelihood import Request, log_likelihoods
+from pipeline.evals.likelihood import Beginning, Request, log_likelihoods
 from pipeline.evals.subject import Subject
 
 
@@ -99,3 +99,56 @@ def test_ticks_after_every_batch(chat_subject: Subject) -> None:
 
 def test_nothing_asked(chat_subject: Subject) -> None:
     assert log_likelihoods(chat_subject.model, []).shape == (0,)
+
+
+def shared_requests(vocab: int) -> list[Request]:
+    """Two beginnings of 24 and 30 tokens with nine questions each of four answers, and what shares nothing."""
+    rng = random.Random(1)
+    made = []
+    for length in (24, 30):
+        begin = tuple(rng.randrange(vocab) for _ in range(length))
+        for _ in range(9):
+            prompt = begin + tuple(rng.randrange(vocab) for _ in range(rng.randint(1, 9)))
+            answers = [tuple(rng.randrange(vocab) for _ in range(rng.randint(1, 4))) for _ in range(4)]
+            made += [Request(prompt, answer, length) for answer in answers]
+    alone = tuple(rng.randrange(vocab) for _ in range(20))
+    return [*made, Request(alone, (1, 2), 20), Request(made[0].prompt[:24], (3,), 24), Request(alone[:3], (4, 5), 3)]
+
+
+@pytest.mark.parametrize("token_budget", [1, 40, 100_000])
+def test_a_shared_beginning_changes_nothing(chat_subject: Subject, token_budget: int) -> None:
+    asked = shared_requests(len(chat_subject.tokenizer))
+    kept = Beginning()
+    for _ in range(2):  # the second time it is there already
+        found = log_likelihoods(chat_subject.model, asked, token_budget=token_budget, beginning=kept)
+        np.testing.assert_allclose(found, [naive(chat_subject, request) for request in asked], rtol=1e-5, atol=1e-4)
+
+
+def tokens_read(subject: Subject, monkeypatch: pytest.MonkeyPatch, asked: list[Request]) -> int:
+    """Tokens that go through the model's blocks, padding too."""
+    seen = []
+    forward = subject.model.base_model.forward
+
+    def counting(*args: object, **kwargs: torch.Tensor) -> object:
+        seen.append(kwargs["input_ids"].numel())
+        return forward(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subject.model.base_model, "forward", counting)
+        log_likelihoods(subject.model, asked)
+    return sum(seen)
+
+
+def test_five_examples_before_every_question_are_read_once(
+    chat_subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MMLU by letters: 100 questions of 8 tokens behind 40 shared ones, four letters each. A request a row: 400 × 48
+    tokens; a prompt a row: 100 × 48; the beginning once: 40 + 100 × 8, 22.9 times fewer than the first."""
+    rng = random.Random(2)
+    begin = tuple(rng.randrange(300) for _ in range(40))
+    prompts = [begin + tuple(rng.randrange(300) for _ in range(8)) for _ in range(100)]
+    asked = [Request(prompt, (letter,), 40) for prompt in prompts for letter in range(4)]
+    apart = [Request(request.prompt, request.completion) for request in asked]
+    assert tokens_read(chat_subject, monkeypatch, asked) == 40 + 100 * 8
+    assert tokens_read(chat_subject, monkeypatch, apart) == 100 * 48
+    assert 400 * 48 / (40 + 100 * 8) > 10

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Artifact
@@ -48,12 +49,15 @@ def _figures(name: str, node: Node) -> tuple[str, ...]:
     """`sft.exact_match` -> `sft.exact_match.accuracy`; ValueError for what can't be measured."""
     config: Any = node.config
     models = [ref for role in ("models", "baseline", "reward") for ref in node.inputs.get(role, ())]
+    called = {Path(ref).name if ref.startswith("/") else ref: ref for ref in models[::-1]}
     tasks: Sequence[Task] = config.tasks or ()
     own = {task.name: task for task in tasks if task.task not in (*BUILT_IN, ALL)}
     named = [task.task for task in tasks if task.task in BUILT_IN]
     built_in = BUILT_IN if config.tasks is None or any(task.task == ALL for task in tasks) else tuple(named)
-    model, task, metric = figure_named(name, models, (*own, *built_in))
-    kind = task if task in BUILT_IN else own[task].kind or ""
+    model, task, metric = figure_named(name, [*called, *models], (*own, *built_in))
+    model = called.get(model, model)
+    kind = task if task in built_in else own[task].kind or ""
+    kind = "choices" if task in own and kind == "multiple_choice" else kind
     if metric:
         known: Mapping[str, tuple[str, ...]] = METRICS
         if kind in known and metric.partition("/")[0] not in known[kind]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,16 @@ def figures(items: Sequence[Item], seed: int) -> dict[str, Estimate]:
 
 
 def perplexities(items: Sequence[Item], seed: int) -> dict[str, Estimate]:
-    """bits_per_byte, and exp(nats a byte), exp(nats a word) as lm-eval counts words: split at white space."""
+    """bits_per_byte, and exp(nats a byte), exp(nats a word) as lm-eval counts words: split at white space.
+
+    A lone text tells no interval.
+    """
     found = figures(items, seed)
     for name, unit in (("byte_perplexity", "bytes"), ("word_perplexity", "words")):
         nats = statistics.ratio([item["nats"] for item in items], [item[unit] for item in items], seed)
         found[name] = Estimate(math.exp(nats.value), math.exp(nats.low), math.exp(nats.high), nats.n)
+    if len(items) == 1:
+        found = {name: replace(each, low=math.nan, high=math.nan) for name, each in found.items()}
     return found
 
 

@@ -53,7 +53,7 @@ def lines_of(
         line["flops_cumulative"] = whole.get(row.model, math.nan)
         nothing = no_difference(row.metric)
         if nothing is not None:
-            line["beyond_noise"] = float(is_beyond(row.low, row.high, nothing))
+            line["beyond_noise"] = float(is_beyond(row.low, row.high, row.n, nothing))
         lines.append(line)
     for each in comparisons:
         line = {key: vars(each)[key] for key in COLUMNS if key in vars(each)}
@@ -63,8 +63,8 @@ def lines_of(
         if each.against:
             line |= {"against_kl": cost(each.against, kls), "against_flops": cost(each.against, flops)}
             line["against_flops_cumulative"] = cost(each.against, whole)
-            over_seeds = math.isnan(each.seeds_low) or is_beyond(each.seeds_low, each.seeds_high)
-            line["beyond_noise"] = float(over_seeds and is_beyond(each.items_low, each.items_high))
+            over_seeds = math.isnan(each.seeds_low) or is_beyond(each.seeds_low, each.seeds_high, each.seeds)
+            line["beyond_noise"] = float(over_seeds and is_beyond(each.items_low, each.items_high, each.items))
         lines.append(line)
     return [{name: line.get(name, "") for name in COLUMNS} for line in lines]
 

@@ -5,7 +5,12 @@ block-causal mask, positions counted on from the prompt's end), so the prompt is
 no completion is padded to its neighbour's length. An architecture that cannot be told masks and positions (state
 spaces, ALiBi without position ids) gets one completion a row, plainly causal: same figures, more tokens.
 
-Shapes: B rows, L tokens in a row (right-padded), V vocabulary, N predicted tokens of a batch, R requests.
+Prompts may begin alike (`Request.shared`: the examples before every question). Such a beginning goes through the model
+once, its keys and values are kept, and the rest of the prompts lie in one row behind it, each seeing the beginning, its
+own prompt and its own completion.
+
+Shapes: B rows, L tokens in a row (right-padded), P tokens of a shared beginning, V vocabulary, N predicted tokens of a
+batch, R requests.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.evals.statistics import Floats
 
@@ -27,6 +32,12 @@ _LOGITS = 2**26
 """Logits held at a time (256 MB in float32): a large vocabulary makes the batches smaller."""
 _ROW = 256
 """Tokens a row is filled up to with further completions of its prompt."""
+
+
+_LINE = 1024
+"""Tokens behind a shared beginning that go through the model at a time: more of them see each other in vain."""
+_WORTH = 16
+"""Tokens that a shared beginning has at least."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +50,24 @@ class Request:
     """How many tokens at the prompt's beginning other prompts begin with too: they are read once for all."""
 
 
+@dataclass
+class Beginning:
+    """The keys and values of the shared beginning that was read last; kept between calls, it is read once."""
+
+    ids: tuple[int, ...] = ()
+    cache: DynamicCache | None = None
+
+
 @dataclass(frozen=True)
 class _Layout:
     """A batch of rows as tensors on the CPU."""
 
     ids_BL: Tensor
     position_BL: Tensor
+    owner_BL: Tensor
+    """Which prompt of the row a token belongs to, -1 in the padding."""
     block_BL: Tensor
-    """0 in the prompt, 1, 2, … in its completions, -1 in the padding."""
+    """0 in a prompt, 1, 2, … in its completions, -1 in the padding."""
     source_N: Tensor
     """Flat place (row * L + column) of the token after which each predicted one comes."""
     target_N: Tensor
@@ -56,7 +77,8 @@ class _Layout:
 
 @dataclass
 class _Row:
-    """A prompt with some of its completions behind it; the last token of a completion is only predicted."""
+    """A prompt (without a shared beginning) with some of its completions behind it; the last token of a completion is
+    only predicted."""
 
     prompt: tuple[int, ...]
     completions: list[tuple[int, ...]] = field(default_factory=list)
@@ -66,27 +88,50 @@ class _Row:
         return len(self.prompt) + sum(len(completion) - 1 for completion in self.completions)
 
 
+_Line = list[_Row]
+"""What lies in one row of a batch: a prompt, or behind a shared beginning several."""
+
+
 def log_likelihoods(
     model: PreTrainedModel,
     requests: Sequence[Request],
     *,
     token_budget: int = TOKEN_BUDGET,
     tick: Callable[[], None] = lambda: None,
+    beginning: Beginning | None = None,
 ) -> Floats:
     """Sum of log p(completion | prompt) in nats. Float64 [R], in the order of `requests`.
 
     Equal requests are computed once. The softmax is float32 whatever the model's type. `tick` is called after
-    every batch.
+    every batch. `beginning` is what an earlier call has read, and what this one leaves.
     """
     shares = _takes_masks(model)
-    values: dict[Request, float] = {}
+    values: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     budget = max(1, min(token_budget, _LOGITS // model.config.get_text_config().vocab_size))
-    for batch in _batches(_rows(requests, shares), budget):
-        sums = _score(model, batch, shares)
-        done = [Request(row.prompt, completion) for row in batch for completion in row.completions]
-        values.update(zip(done, sums, strict=True))
-        tick()
-    return np.array([values[request] for request in requests], dtype=np.float64)
+    beginning = Beginning() if beginning is None else beginning
+    for begin, own in _by_beginning(requests, shares).items():
+        rows = _rows(own, len(begin), shares)
+        for batch in _lines(rows, min(budget, _LINE)) if begin else _batches(rows, budget):
+            if begin and beginning.ids != begin:
+                _read(model, begin, beginning)
+            sums = _score(model, batch, shares, beginning if begin else None)
+            done = [(begin + row.prompt, each) for line in batch for row in line for each in row.completions]
+            values.update(zip(done, sums, strict=True))
+            tick()
+    return np.array([values[request.prompt, request.completion] for request in requests], dtype=np.float64)
+
+
+def _by_beginning(requests: Sequence[Request], shares: bool) -> dict[tuple[int, ...], list[Request]]:
+    """Requests by the beginning they share with others; () for those that share none worth keeping."""
+    found: dict[tuple[int, ...], list[Request]] = {}
+    for request in requests:
+        length = min(request.shared, len(request.prompt) - 1)  # the completion comes after a token of its own row
+        found.setdefault(request.prompt[:length] if shares and length >= _WORTH else (), []).append(request)
+    lone = {begin for begin, own in found.items() if begin and len({each.prompt for each in own}) == 1}
+    merged: dict[tuple[int, ...], list[Request]] = {}
+    for begin, own in found.items():
+        merged.setdefault(() if begin in lone else begin, []).extend(own)
+    return merged
 
 
 def _takes_masks(model: PreTrainedModel) -> bool:
@@ -95,11 +140,14 @@ def _takes_masks(model: PreTrainedModel) -> bool:
     return has_positions and not model._is_stateful and model.config._attn_implementation == "sdpa"
 
 
-def _rows(requests: Sequence[Request], shares: bool) -> list[_Row]:
-    """Distinct requests as rows, the longest first, so that running out of memory happens at the start."""
+def _rows(requests: Sequence[Request], skipped: int, shares: bool) -> list[_Row]:
+    """Distinct requests as rows, the longest first, so that running out of memory happens at the start.
+
+    skipped: tokens of the shared beginning.
+    """
     by_prompt: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
     for request in requests:
-        by_prompt.setdefault(request.prompt, {})[request.completion] = None
+        by_prompt.setdefault(request.prompt[skipped:], {})[request.completion] = None
     rows = []
     for prompt, completions in by_prompt.items():
         row = _Row(prompt)
@@ -112,67 +160,106 @@ def _rows(requests: Sequence[Request], shares: bool) -> list[_Row]:
     return sorted(rows, key=lambda row: -row.length)
 
 
-def _batches(rows: Sequence[_Row], budget: int) -> Iterator[list[_Row]]:
+def _batches(rows: Sequence[_Row], budget: int) -> Iterator[list[_Line]]:
     """Consecutive rows whose padded size fits the budget; a row larger than that goes alone."""
-    batch: list[_Row] = []
+    batch: list[_Line] = []
     for row in rows:
-        if batch and (len(batch) + 1) * batch[0].length > budget:
+        if batch and (len(batch) + 1) * batch[0][0].length > budget:
             yield batch
             batch = []
-        batch.append(row)
+        batch.append([row])
     if batch:
         yield batch
 
 
-def _lay_out(batch: Sequence[_Row]) -> _Layout:
-    """The rows side by side, each as long as the first, which is the longest."""
-    length = batch[0].length
+def _lines(rows: Sequence[_Row], budget: int) -> Iterator[list[_Line]]:
+    """Consecutive rows in one line that fits the budget; a row larger than that goes alone."""
+    line: _Line = []
+    for row in rows:
+        if line and sum(each.length for each in line) + row.length > budget:
+            yield [line]
+            line = []
+        line.append(row)
+    if line:
+        yield [line]
+
+
+def _lay_out(batch: Sequence[_Line], skipped: int) -> _Layout:
+    """The lines side by side, each padded to the longest. Positions count on from the `skipped` tokens before."""
+    length = max(sum(row.length for row in line) for line in batch)
     ids_BL = torch.zeros(len(batch), length, dtype=torch.long)
     position_BL = torch.zeros(len(batch), length, dtype=torch.long)
-    block_BL = torch.full((len(batch), length), -1)
+    owner_BL, block_BL = (torch.full((len(batch), length), -1) for _ in range(2))
     sources: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
     owner = 0
-    for index, row in enumerate(batch):
-        offset, end = index * length, len(row.prompt)
-        ids, position, block = list(row.prompt), list(range(end)), [0] * end
-        for number, completion in enumerate(row.completions, start=1):
-            inner = len(completion) - 1
-            sources += [offset + end - 1, *range(offset + len(ids), offset + len(ids) + inner)]
-            targets += completion
-            owners += [owner] * len(completion)
-            owner += 1
-            ids += completion[:-1]
-            position += range(end, end + inner)
-            block += [number] * inner
-        ids_BL[index, : len(ids)] = torch.tensor(ids)
-        position_BL[index, : len(ids)] = torch.tensor(position)
-        block_BL[index, : len(ids)] = torch.tensor(block)
+    for index, line in enumerate(batch):
+        start = 0
+        for place, row in enumerate(line):
+            offset, end = index * length + start, len(row.prompt)
+            ids, position, block = list(row.prompt), list(range(end)), [0] * end
+            for number, completion in enumerate(row.completions, start=1):
+                inner = len(completion) - 1
+                sources += [offset + end - 1, *range(offset + len(ids), offset + len(ids) + inner)]
+                targets += completion
+                owners += [owner] * len(completion)
+                owner += 1
+                ids += completion[:-1]
+                position += range(end, end + inner)
+                block += [number] * inner
+            here = slice(start, start + len(ids))
+            ids_BL[index, here] = torch.tensor(ids)
+            position_BL[index, here] = torch.tensor(position) + skipped
+            owner_BL[index, here] = place
+            block_BL[index, here] = torch.tensor(block)
+            start += len(ids)
     numbers = (torch.tensor(values) for values in (sources, targets, owners))
-    return _Layout(ids_BL, position_BL, block_BL, *numbers)
+    return _Layout(ids_BL, position_BL, owner_BL, block_BL, *numbers)
 
 
-def _is_seen(block_BL: Tensor) -> Tensor:
-    """[B, 1, query, key]: True where the key is not later, and is of the prompt or of the query's own block.
+def _is_seen(owner_BL: Tensor, block_BL: Tensor, skipped: int = 0) -> Tensor:
+    """[B, 1, query, skipped + key]: True where the key is of the beginning, or is not later, of the same prompt's, and
+    of the prompt itself or of the query's own block.
 
     Padding sees itself, so that no query is left without a key.
     """
     query, key = block_BL[:, :, None], block_BL[:, None, :]
-    length = block_BL.shape[1]
-    return (torch.ones(length, length, dtype=torch.bool).tril() & ((query == key) | (key == 0)))[:, None]
+    rows, length = block_BL.shape
+    earlier = torch.ones(length, length, dtype=torch.bool).tril() & (owner_BL[:, :, None] == owner_BL[:, None, :])
+    seen = earlier & ((query == key) | (key == 0))
+    return torch.cat([torch.ones(rows, length, skipped, dtype=torch.bool), seen], dim=2)[:, None]
 
 
 @torch.inference_mode()
-def _score(model: PreTrainedModel, batch: Sequence[_Row], shares: bool) -> list[float]:
-    """Sums of log-probabilities, in the order of rows and of completions within a row."""
-    layout = _lay_out(batch)
+def _read(model: PreTrainedModel, ids: tuple[int, ...], beginning: Beginning) -> None:
+    """Put the keys and values of `ids` into `beginning`."""
+    beginning.ids, beginning.cache = (), None  # what it held is let go first
+    cache = DynamicCache()
+    model.base_model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
+    beginning.ids, beginning.cache = ids, cache
+
+
+@torch.inference_mode()
+def _score(model: PreTrainedModel, batch: Sequence[_Line], shares: bool, beginning: Beginning | None) -> list[float]:
+    """Sums of log-probabilities, in the order of lines, of rows and of completions within a row."""
+    skipped = 0 if beginning is None else len(beginning.ids)
+    layout = _lay_out(batch, skipped)
     device = model.device
     ids_BL = layout.ids_BL.to(device)
     if shares:
-        mask = _is_seen(layout.block_BL).to(device)
+        mask = _is_seen(layout.owner_BL, layout.block_BL, skipped).to(device)
         position_BL = layout.position_BL.to(device)
-        output = model(input_ids=ids_BL, attention_mask=mask, position_ids=position_BL, use_cache=False)
+        cache = None if beginning is None else beginning.cache
+        output = model(
+            input_ids=ids_BL,
+            attention_mask=mask,
+            position_ids=position_BL,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        if cache is not None:
+            cache.crop(-ids_BL.shape[1])  # these tokens are off it again
     else:
         output = model(input_ids=ids_BL, use_cache=False)
     logprob_N = _token_logprobs(output.logits.flatten(0, 1), layout.source_N, layout.target_N)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from pipeline.data.chat import encode_messages, encode_prompt, stop_token_id
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import MismatchError
 from pipeline.evals import likelihood
-from pipeline.evals.likelihood import Request
+from pipeline.evals.likelihood import Beginning, Request
 from pipeline.evals.statistics import Floats
 from pipeline.model.build import load_causal_lm, reach_of
 
@@ -35,6 +35,8 @@ class Subject:
     """Tokens of a batch, padding included; no figure depends on it beyond float order."""
     tick: Callable[[], None]
     """Called after every batch: the place to stop at."""
+    beginning: Beginning = field(default_factory=Beginning)
+    """What prompts have begun with, read."""
 
     @property
     def start_token(self) -> int:
@@ -46,7 +48,9 @@ class Subject:
 
     def log_likelihoods(self, requests: Sequence[Request]) -> Floats:
         """Sum of log p(completion | prompt) in nats for each request. Float64."""
-        return likelihood.log_likelihoods(self.model, requests, token_budget=self.token_budget, tick=self.tick)
+        return likelihood.log_likelihoods(
+            self.model, requests, token_budget=self.token_budget, tick=self.tick, beginning=self.beginning
+        )
 
 
 def load_subject(

@@ -10,6 +10,7 @@ from rich.table import Table
 
 Row = Mapping[str, Any]
 STAR = " *"
+FEWEST = 6  # 2 × (1/2)^6 = 3 %
 NOTE = "* larger than noise: its intervals leave out no difference"
 
 # (task, metric) -> (label, digits after the point, factor): what the table shows first, in this order.
@@ -226,9 +227,12 @@ def no_difference(metric: str) -> float | None:
     return 0.0 if metric.rpartition("_")[2] == "difference" or metric == "reward_sd" else None
 
 
-def is_beyond(low: float, high: float, nothing: float = 0.0) -> bool:
-    """Whether the interval leaves out what no difference would be. False for an interval that is not known."""
-    return low > nothing or high < nothing
+def is_beyond(low: float, high: float, n: int, nothing: float = 0.0) -> bool:
+    """Whether the interval over `n` items leaves out what no difference would be; False for one that is not known.
+
+    Where all items say the same the bootstrap has no width: then they must be as many as make a coin's one side 5 %.
+    """
+    return (low > nothing or high < nothing) and (low < high or n >= FEWEST)
 
 
 def _cell(result: Row, digits: int, factor: int) -> str:
@@ -238,5 +242,5 @@ def _cell(result: Row, digits: int, factor: int) -> str:
     if result["low"] is None:
         return f"{factor * result['value']:.{digits}f}"
     half, nothing = (result["high"] - result["low"]) / 2, no_difference(result["metric"])
-    star = STAR if nothing is not None and is_beyond(result["low"], result["high"], nothing) else ""
+    star = STAR if nothing is not None and is_beyond(result["low"], result["high"], result["n"], nothing) else ""
     return f"{factor * result['value']:.{digits}f} ± {factor * half:.{digits}f}{star}"
