@@ -70,6 +70,7 @@ def evaluate(plan: Plan, folder: Path, runtime: Runtime) -> tuple[list[Result], 
     _work(plan, todo, files, before, runtime)
     runtime.barrier()
     found = {(unit.model.name, unit.task): _items(_read(file)) for unit, file in zip(todo, files, strict=True)}
+    _say_what_is_too_long(plan, todo, found, runtime)
     reported = [unit for unit in todo if unit.is_reported]
     results = [result for unit in reported for result in _results(plan, unit, found)]
     items = [
@@ -83,6 +84,19 @@ def evaluate(plan: Plan, folder: Path, runtime: Runtime) -> tuple[list[Result], 
             name, task = unit.model.name, unit.task
             per_item[name][task] = _per_item(plan, task, found[name, task], _baselines(plan, unit, found))
     return results, items, per_item
+
+
+def _say_what_is_too_long(
+    plan: Plan, todo: Sequence[Unit], found: dict[tuple[str, str], list[Item]], runtime: Runtime
+) -> None:
+    """Of tasks of the user's own: how many rows did not fit a model."""
+    for unit in todo:
+        own = plan.own.get(unit.task)
+        asked = 0 if own is None else len(own.questions) + len(own.exercises)
+        left = asked - len(found[unit.model.name, unit.task])
+        if left > 0:
+            what = f"{left:,} of {asked:,} rows are longer than {unit.model.name} reads, and left out"
+            runtime.say(f"{unit.task}: {what} (fewer examples, or a larger max_length)")
 
 
 def _file_name(task: str) -> str:
