@@ -48,6 +48,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         sides = {"rewards/chosen": lambda i: i, "rewards/rejected": lambda i: -i}
         parents, rows = {"init": ["demo/sft"]}, training(loss=lambda i: i, **sides)
         write_stage(root, f"many@seed={seed}", type_="dpo", inputs=parents, config={"seed": seed}, metrics=rows)
+    for turn in (1, 2, 3):
+        more = {"metrics": {"rows": 10.0, "score": turn / 2}}
+        write_stage(root, f"sample@{turn}", type_="sample", kind="rows", inputs={"init": ["demo/sft"]}, more=more)
     write_stage(root, "pretrain", run="begun", metrics=training(3, loss=lambda i: i), unfinished=True)
     demo, begun = (read_run(Store(root), name) for name in ("demo", "begun"))
     found = {"demo": page_of(demo, 2.5), "begun": page_of(begun, 2.5), "both": comparison_of(demo, begun, 2.5)}
@@ -73,6 +76,8 @@ def test_every_page_is_drawn(browser: Browser, pages: dict[str, Path], name: str
     assert browser.complaints == []
     assert browser.asked == [pages[name].as_uri()]
     data = json.loads(re.findall(r'id="data">(.*?)</script>', pages[name].read_text())[0])
+    titles = browser.value("[...document.querySelectorAll('figcaption')].map(e => e.firstChild.textContent)")
+    assert titles == [each["title"] for each in data]
     sizes = browser.value(SIZES)
     assert len(sizes) == len(data) > 0
     assert all(w >= 250 and h >= 140 for w, h in sizes)

@@ -158,3 +158,13 @@ def test_a_long_run_of_many_variants_stays_small(tmp_path: Path):
     text = page_of(read_run(Store(root), "demo"), 2.0)
     assert len(text.encode()) < LARGEST
     assert len(Page(text).figures()) == 4  # drawn together
+
+
+def test_the_rounds_of_a_repeat_are_drawn_over_the_rounds(tmp_path: Path):
+    root = tmp_path / "artifacts"
+    for turn in (1, 2, 3):
+        more = {"metrics": {"rows": 10.0, "score": turn / 2}}
+        write_stage(root, f"sample@{turn}", type_="sample", kind="rows", more=more)
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', page_text(root))[0])
+    assert [(each["title"], each["xlabel"]) for each in data] == [("score", "round")]  # rows are the same in each
+    assert data[0]["curves"] == [{"label": "score", "x": [1, 2, 3], "y": [0.5, 1, 1.5]}]

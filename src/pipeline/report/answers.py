@@ -12,7 +12,7 @@ from pipeline.report.results import Items
 LONGEST = 700
 """Characters of a text that are shown."""
 TASKS = ("greedy", "exact_match", "sampled")
-FIGURES = ("gold", "reward", "accuracy", "length")
+FIGURES = ("correct", "gold", "reward", "length")
 
 
 @dataclass(frozen=True)

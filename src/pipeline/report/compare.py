@@ -80,7 +80,7 @@ def _page(names: tuple[str, str], ours: RunRecord, theirs: RunRecord, price: flo
         exchanges=shown,
         colours={model: 1 if model.startswith(f"{names[0]} · ") else 2 for model, _ in merged},
         groups=groups,
-        figures=data_of([each for group in groups for each in (*group.figures, *group.more)]),
+        figures=data_of([each for group in groups for each in group.all_figures]),
         environments=[environments(run.stages) for run in (ours, theirs)],
     )
 
@@ -117,7 +117,7 @@ def _groups(names: tuple[str, str], ours: RunRecord, theirs: RunRecord, points: 
     for base, members in found.items():
         shown, more = panels_of({own: stage.metrics for own, stage in members.items()}, points)
         if shown or more:
-            groups.append(Group(base, tuple(members.values()), counter.draw(shown), counter.draw(more), ()))
+            groups.append(Group(base, tuple(members.values()), counter.draw(shown), counter.draw(more), (), ()))
     return groups
 
 

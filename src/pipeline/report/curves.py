@@ -7,6 +7,7 @@ repeat. Of a long run so many points are kept as a panel can show, the smallest 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeGuard
@@ -136,7 +137,8 @@ HIDDEN |= {"eval_sqrt_kl", "samples_per_second"}
 
 
 def panels(stages: Sequence[StageRecord], points: int) -> tuple[list[Panel], list[Panel]]:
-    """(the panels of stages drawn together, further figures that no panel knows), with so many points a curve."""
+    """(the panels of stages drawn together, further figures that no panel knows or that never change), with so many
+    points a curve."""
     series = {_suffix(stage, stages): stage.metrics for stage in stages}
     return panels_of(series, points)
 
@@ -148,7 +150,9 @@ def _suffix(stage: StageRecord, among: Sequence[StageRecord]) -> str:
 
 def panels_of(series: Mapping[str, Sequence[Row]], points: int) -> tuple[list[Panel], list[Panel]]:
     """As `panels`, of named lists of rows."""
-    shown = [found for shape in SHAPES if (found := _panel(shape, series, points))]
+    found_ones = [found for shape in SHAPES if (found := _panel(shape, series, points))]
+    shown = [panel for panel in found_ones if not _is_flat(panel)]
+    flat = [panel for panel in found_ones if _is_flat(panel)]
     phases = _phases(series, points)
     known = {name for shape in SHAPES for name in shape.metrics} | HIDDEN
     other = dict.fromkeys(
@@ -159,7 +163,24 @@ def panels_of(series: Mapping[str, Sequence[Row]], points: int) -> tuple[list[Pa
         if key not in known and not key.startswith(PHASES)
     )
     rest = [found for key in other if (found := _panel(Shape(key, "", {key: key}), series, points))]
-    return shown + phases, rest
+    return shown + phases, flat + rest
+
+
+def _is_flat(panel: Panel) -> bool:
+    """Whether nothing in it ever changes."""
+    return all(len({*curve.y}) == 1 for curve in panel.curves)
+
+
+ROUND = re.compile(r"[^@]+@(\d+)")
+
+
+def over_rounds(stages: Sequence[StageRecord]) -> list[Panel]:
+    """The closing figures of a repeat's rounds, over the rounds."""
+    rounds = [(ROUND.fullmatch(stage.name), stage) for stage in stages]
+    rows = [{STEP: int(found[1]), **stage.manifest["metrics"]} for found, stage in rounds if found and stage.is_done]
+    keys = dict.fromkeys(key for row in rows for key in row if key != STEP)
+    panels = [found for key in keys if (found := _panel(Shape(key, "", {key: key}), {"": rows}, len(rows)))]
+    return [replace(panel, x_label="round") for panel in panels if len({*panel.curves[0].y}) > 1]
 
 
 def _panel(shape: Shape, series: Mapping[str, Sequence[Row]], points: int) -> Panel | None:

@@ -139,6 +139,7 @@ def _data(panel: Panel, figure: Figure, axes: Axes) -> dict[str, Any]:
         "box": [round(v, 1) for v in (box.x0 * width, (1 - box.y1) * height, box.width * width, box.height * height)],
         "x": [float(v) for v in axes.get_xlim()],
         "y": [float(v) for v in axes.get_ylim()],
+        "title": panel.title,
         "kind": panel.kind,
         "xlabel": panel.x_label,
         "curves": [

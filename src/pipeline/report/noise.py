@@ -42,8 +42,9 @@ def values_of(items: Sequence[Item], task: str, metric: str) -> Values:
         return {i: (float(_chosen(item, metric) == item["answer"]), 1.0) for i, item in enumerate(items)}
     if metric == "bits_per_byte" and {"nats", "bytes"} <= items[0].keys():
         return {item["item"]: (item["nats"] / math.log(2), float(item["bytes"])) for item in items}
-    if all(isinstance(item.get(metric), int | float) for item in items):
-        return {item["item"]: (float(item[metric]), 1.0) for item in items}
+    for key in (metric, "correct") if metric == "accuracy" else (metric,):
+        if all(isinstance(item.get(key), int | float) for item in items):
+            return {item["item"]: (float(item[key]), 1.0) for item in items}
     return {}
 
 

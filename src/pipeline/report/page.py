@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from pipeline.report import formats, layout
 from pipeline.report.answers import Exchange, exchanges, written_while_training
-from pipeline.report.curves import Panel, panels
+from pipeline.report.curves import Panel, over_rounds, panels
 from pipeline.report.differences import within
 from pipeline.report.drawing import Figured, draw_all, draw_reliability
 from pipeline.report.recipe_of import as_yaml, command, missing_parts, recipe_of
@@ -35,8 +35,14 @@ class Group:
     stages: tuple[StageRecord, ...]
     figures: tuple[Figured, ...]
     more: tuple[Figured, ...]
+    rounds: tuple[Figured, ...]
     texts: tuple[tuple[str, int, str, str], ...]
     """(stage, step, name, text)."""
+
+    @property
+    def all_figures(self) -> tuple[Figured, ...]:
+        """In the order in which they stand on the page."""
+        return (*self.figures, *self.rounds, *self.more)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ def _page(run: RunRecord, price: float, points: int, prompts: int) -> str:
     counter = Counter()
     evaluations = [evaluation_of(stage, prompts, counter) for stage in run.evaluations()]
     groups = [_group(members, points, counter) for members in grouped(run.stages)]
+    shown = [group for group in groups if group.all_figures or group.texts]
     recipe = as_yaml(recipe_of(run))
     return render(
         "report.html",
@@ -76,10 +83,9 @@ def _page(run: RunRecord, price: float, points: int, prompts: int) -> str:
         wide=layout.lay_out(run.stages, is_upright=False),
         tall=layout.lay_out(run.stages, is_upright=True),
         evaluations=evaluations,
-        groups=[group for group in groups if group.figures or group.more or group.texts],
-        figures=data_of(
-            [*figures_in(evaluations), *(each for group in groups for each in (*group.figures, *group.more))]
-        ),
+        groups=shown,
+        linked={group.stages[0].base for group in shown},
+        figures=data_of([*figures_in(evaluations), *(each for group in shown for each in group.all_figures)]),
         differing=within(run.stages),
         environments=environments(run.stages),
         command=command(recipe, run.name) if any(stage.is_done for stage in run.stages) else "",
@@ -115,7 +121,8 @@ def _group(members: Sequence[StageRecord], points: int, counter: Counter) -> Gro
     shown, more = panels(members, points)
     texts = [(stage.name, *text) for stage in members for text in written_while_training(stage.metrics)]
     name = members[0].name if len(members) == 1 else f"{members[0].base}@…"
-    return Group(name, tuple(members), counter.draw(shown), counter.draw(more), tuple(texts))
+    rounds = over_rounds(members)
+    return Group(name, tuple(members), counter.draw(shown), counter.draw(more), counter.draw(rounds), tuple(texts))
 
 
 def evaluation_of(stage: StageRecord, prompts: int, counter: Counter) -> Evaluation:

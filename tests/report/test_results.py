@@ -1,0 +1,122 @@
+"""The best is marked where its difference to the next is larger than noise, over the same items if they are known."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.artifacts import Store
+from pipeline.report import noise
+from pipeline.report.records import read_run
+from pipeline.report.results import Line, items_of, tables_of
+from tests.report.written_run import answer, result, write_evaluation
+
+
+def lines(root: Path) -> dict[tuple[str, str], Line]:
+    stage = read_run(Store(root), "demo").stage("eval")
+    return {(line.task, line.metric): line for table in tables_of(stage, items_of(stage)) for line in table.lines}
+
+
+def best(line: Line) -> list[str]:
+    return [cell.model for cell in line.cells if cell is not None and cell.is_best]
+
+
+def evaluated(tmp_path: Path, golds: dict[str, list[float]], half: float = 0.2) -> Line:
+    """The gold line of models with these values an item, and intervals that overlap."""
+    root = tmp_path / "artifacts"
+    items = [answer(model, i, "x", gold) for model, values in golds.items() for i, gold in enumerate(values)]
+    rows = [result(model, "greedy", "gold", sum(v) / len(v), half, len(v)) for model, v in golds.items()]
+    write_evaluation(root, rows, items)
+    return lines(root)["greedy", "gold"]
+
+
+HARD = [i % 2 for i in range(40)]  # half of the prompts are hard for everybody
+
+
+def test_paired_differences_show_what_intervals_hide(tmp_path: Path):
+    line = evaluated(tmp_path, {"sft": [0.3 + 0.4 * h for h in HARD], "ppo": [0.35 + 0.4 * h for h in HARD]})
+    assert best(line) == ["ppo"]
+    assert line.verdict == "ppo − sft: +0.050 [+0.050, +0.050], paired"  # of every item the same
+    assert line.better == "more"
+
+
+def test_a_tie_is_a_tie(tmp_path: Path):
+    sft = [0.3 + 0.4 * h for h in HARD]
+    ppo = [value + (0.21 if i % 4 < 2 else -0.2) for i, value in enumerate(sft)]
+    line = evaluated(tmp_path, {"sft": sft, "ppo": ppo})
+    assert best(line) == []
+    assert line.verdict.startswith("tie: ppo − sft: +0.005 [-0.0")
+
+
+def test_items_that_do_not_make_the_figure_are_not_paired(tmp_path: Path):
+    root = tmp_path / "artifacts"
+    rows = [result("sft", "greedy", "gold", 0.30, 0.06), result("ppo", "greedy", "gold", 0.35, 0.08)]
+    write_evaluation(root, rows, [answer(model, i, "x", 0.9) for model in ("sft", "ppo") for i in range(9)])
+    line = lines(root)["greedy", "gold"]
+    # √(0.06² + 0.08²) = 0.1
+    assert line.verdict == "tie: ppo − sft: +0.050 [-0.050, +0.150], unpaired"
+    assert best(line) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "sign"),
+    [
+        ("bits_per_byte", -1),
+        ("ece", -1),
+        ("accuracy/other", 1),
+        ("gold_win_rate", 1),
+        ("length", 0),
+        ("length_only/other", 0),
+    ],
+)
+def test_which_way_is_better(metric: str, sign: int):
+    assert noise.direction(metric) == sign
+
+
+def test_less_is_better_of_bits_and_lengths_are_not_judged(tmp_path: Path):
+    root = tmp_path / "artifacts"
+    rows = [result(m, "bits_per_byte", "bits_per_byte", v, 0.01) for m, v in (("base", 1.2), ("sft", 1.9))]
+    rows += [result(m, "greedy", "length", v, 0.1) for m, v in (("base", 10.0), ("sft", 20.0))]
+    documents = [(100, 50), (300, 250)]  # bytes and bits of each
+    items: list[dict[str, Any]] = [
+        {"model": m, "task": "bits_per_byte", "item": i, "bytes": size, "nats": bits * factor * math.log(2)}
+        for m, factor in (("base", 1.6), ("sft", 1.9 / 0.75))
+        for i, (size, bits) in enumerate(documents)
+    ]
+    write_evaluation(root, rows, items)
+    found = lines(root)
+    assert best(found["bits_per_byte", "bits_per_byte"]) == ["base"]
+    # 300 bits of 400 bytes, times 1.6 and 1.9 / 0.75
+    assert "base − sft: -0.700 [" in found["bits_per_byte", "bits_per_byte"].verdict
+    assert "paired" in found["bits_per_byte", "bits_per_byte"].verdict
+    assert found["greedy", "length"].verdict == ""
+
+
+def test_choices_are_worth_what_the_evaluation_says():
+    item = {"answer": 1, "named": [-10.0, -12.0], "nameless": [-10.5, -14.0], "bytes": [10, 20]}
+    worth = {metric: noise.values_of([item], "multiple_choice", metric)[0] for metric in ("acc", "acc_norm", "pmi")}
+    # likeliest: the first; by byte −1.0 and −0.6: the second; gain over nameless 0.5 and 2.0: the second
+    assert worth == {"acc": (0.0, 1.0), "acc_norm": (1.0, 1.0), "pmi": (1.0, 1.0)}
+    assert noise.values_of([{"item": 7, "correct": 1.0}], "exact_match", "accuracy") == {7: (1.0, 1.0)}
+
+
+def test_models_without_a_common_task_have_tables_of_their_own(tmp_path: Path):
+    root = tmp_path / "artifacts"
+    rows = [result(m, "greedy", "gold", 0.5, 0.1) for m in ("sft", "ppo")]
+    rows += [result("base", "multiple_choice", "pmi", 0.5, 0.1), result("sft", "multiple_choice", "pmi", 0.5, 0.1)]
+    rows += [result("reward", "reward_accuracy", "accuracy", 0.9, 0.1)]
+    write_evaluation(root, rows, [])
+    stage = read_run(Store(root), "demo").stage("eval")
+    assert [sorted(table.models) for table in tables_of(stage, {})] == [["base", "ppo", "sft"], ["reward"]]
+
+
+def test_an_undefined_figure_is_a_dash(tmp_path: Path):
+    root = tmp_path / "artifacts"
+    row = result("sft", "greedy", "gold", 0.5, 0.1)
+    nothing = {**result("ppo", "greedy", "gold", 0.5, 0.1, 0), "value": None, "low": None, "high": None}
+    write_evaluation(root, [row, nothing], [])
+    cells = lines(root)["greedy", "gold"].cells
+    assert [(cell.shown, cell.half) for cell in cells if cell is not None] == [("0.500", "0.100"), ("–", "")]
+    assert json.dumps([cell.value for cell in cells if cell is not None]) == "[0.5, null]"
