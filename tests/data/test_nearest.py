@@ -79,5 +79,12 @@ def test_like_a_search_by_hand_whatever_the_block(block: int, monkeypatch: pytes
     assert (found[0].document, found[0].begin, found[0].at, found[0].length) == (61, 9, 0, 12)
 
 
+def test_what_was_not_read_does_not_count():
+    """Neither as a find nor among the documents: of three, two were read, one of them with the gram."""
+    tokens, ends = corpus([1, 2, 3], [1, 2, 3], [9, 9])
+    (found,) = nearest(tokens, ends, [1, 2, 3], [True] * 3, 10, is_read_D=np.array([False, True, True]))
+    assert (found.document, found.score) == (1, pytest.approx(math.log(1 + 2 / 1)))
+
+
 def test_an_empty_corpus():
     assert nearest(np.zeros(0, "<u2"), np.zeros(0, "<u8"), [1, 2, 3], [True] * 3, 10) == []

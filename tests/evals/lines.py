@@ -129,7 +129,7 @@ class Line:
             {"prompt": "sort it", "completion": "a list in place"},
             {"prompt": "add", "completion": "sum of"},
         ]
-        pairs = [{"prompt": "add", "chosen": "two numbers sum of", "rejected": "a file"}]
+        pairs = [{"prompt": "add", "chosen": "sum of numbers", "rejected": "a file"}]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
         sft = {a: {b: 0.25} for a, b in rest} | {first[0]: {first[1]: 0.5}}

@@ -63,8 +63,8 @@ def show(found: dict[str, Any]) -> None:
     """The result on stdout, in colours where they show."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=120)
+    console = Console(highlight=False, markup=False)
+    console = console if console.is_terminal else Console(highlight=False, markup=False, width=120)
     plain = console.no_color or not console.is_terminal
     console.print(f"{found['model']}, asked in {found['asked_in']}: every model reads the same tokens", style="bold")
     console.print(answer_in_colours(found, plain=plain), soft_wrap=True)
@@ -114,7 +114,7 @@ def totals(found: dict[str, Any]) -> Any:
     count = len(found["tokens"])
     table.add_row("", "uniform guess", "", f"{count * found['start_logprob']:.2f}", "", style="dim")
     for place, stage in enumerate(found["stages"]):
-        cells = (str(stage["tokens"]), f"{stage['logprob']:.2f}", f"{stage['gain']:+.2f}")
+        cells = (str(stage["tokens"]), f"{stage['logprob']:z.2f}", f"{stage['gain']:+z.2f}")
         table.add_row(*map(Text, (str(place + 1), stage["reference"], *cells)), style=colour(place))
     lost = sum(token["owner"] is None for token in found["tokens"])
     if lost:
@@ -136,7 +136,7 @@ def figures(found: dict[str, Any]) -> Any:
         owner = token["owner"]
         pairs = zip(token["logprobs"], token["gains"], strict=True)
         cells = (
-            Text(f"{logprob:.2f} ({gain:+.2f})", style=colour(owner) if place == owner else "")
+            Text(f"{logprob:z.2f} ({gain:+z.2f})", style=colour(owner) if place == owner else "")
             for place, (logprob, gain) in enumerate(pairs)
         )
         name = Text(repr(token["text"])[1:-1].replace(" ", "·"), style=colour(owner))
@@ -153,10 +153,8 @@ def show_rows(console: Console, found: dict[str, Any], each: dict[str, Any]) -> 
     console.print(Text(f"{place + 1} {each['stage']}: nearest rows", style=f"bold {colour(place)}"))
     for note in each["notes"]:
         console.print(Text(f"  {note}"), soft_wrap=True)
-    if not each["rows"]:
-        console.print("  no row shares two tokens in a row with what it raised")
     for row in each["rows"]:
-        console.print(Text(f"  {row['where']}, {row['side']}, shares “{row['shared']}” ({row['score']:.1f})"))
+        head = f"  {row['where']}, {row['side']}, shares “{row['shared']}” ({row['score']:.1f})"
         asked = f"{row['prompt']} → " if row["prompt"] else ""
-        line = Text(f"    {asked}{row['text']}".replace("\n", " "), style="dim", overflow="ellipsis", no_wrap=True)
-        console.print(line)
+        lines = (Text(" ".join(head.split("\n"))), Text(f"    {asked}{row['text']}".replace("\n", " "), style="dim"))
+        console.print(*lines, sep="\n", soft_wrap=not console.is_terminal)

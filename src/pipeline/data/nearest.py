@@ -38,12 +38,19 @@ class Near:
 
 
 def nearest(
-    tokens_N: Array, ends_D: Array, text: Sequence[int], is_sought: Sequence[bool], vocabulary: int, count: int = 3
+    tokens_N: Array,
+    ends_D: Array,
+    text: Sequence[int],
+    is_sought: Sequence[bool],
+    vocabulary: int,
+    count: int = 3,
+    is_read_D: Array | None = None,
 ) -> list[Near]:
     """The `count` documents with the highest scores, the best first; fewer where fewer share a gram.
 
     tokens: [N] integers below `vocabulary`, such as a memory map; ends: [D], where each document ends. Only grams of
-    the text that touch a token of `is_sought` (as long as the text) score.
+    the text that touch a token of `is_sought` (as long as the text) score. With `is_read`, bool [D], the documents
+    where it is False don't count at all.
     """
     assert len(text) == len(is_sought)
     for n in sorted({min(n, len(text)) for n in GRAMS} - {0}, reverse=True):
@@ -52,9 +59,12 @@ def nearest(
             return []
         places_M, at_M = agreements(tokens_N, text, n, vocabulary)
         documents_M = np.searchsorted(ends_D, places_M, side="right")
-        is_whole_M = places_M + n <= np.asarray(ends_D[documents_M]).astype(np.int64)
-        found = (documents_M[is_whole_M], places_M[is_whole_M], at_M[is_whole_M])
-        best = ranked(found, len(ends_D), is_scored, first_of(text, n), n, count)
+        is_kept_M = places_M + n <= np.asarray(ends_D[documents_M]).astype(np.int64)
+        if is_read_D is not None:
+            is_kept_M &= is_read_D[documents_M]
+        found = (documents_M[is_kept_M], places_M[is_kept_M], at_M[is_kept_M])
+        total = len(ends_D) if is_read_D is None else int(is_read_D.sum())
+        best = ranked(found, total, is_scored, first_of(text, n), n, count)
         if best:
             return [located(document, score, found, ends_D, n) for document, score in best]
     return []

@@ -1,6 +1,6 @@
 """The text that a stage trained on, as token ids with a name for each piece: its shards, or its rows.
 
-What is here is what the stage could draw from. Of shards, those documents that were read are known too.
+Of shards, the documents that the run read, where that can be worked out from its config; of rows, those it could draw.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.artifacts import Artifact, Store, digest, sha256
 from pipeline.data.formats import COMPARED, placed_rows
-from pipeline.data.messages import Message
+from pipeline.data.messages import Message, words
 from pipeline.data.nearest import Near, nearest
 from pipeline.data.placed import Placed
+from pipeline.data.samples import Packed, Shares, run_samples
 from pipeline.data.shards import TokenFile
 from pipeline.data.sources import BUILT_IN, source_fingerprint
 from pipeline.data.survey import format_of
@@ -27,6 +28,8 @@ from pipeline.recipe import DataEntry
 
 SHOWN = 24
 """Tokens of a document that are shown on either side of what it shares."""
+MOST_SAMPLES = 50_000
+"""Samples of a run whose documents are looked up: a tenth of a millisecond each."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Text:
     """What a stage learnt from."""
 
     rows: list[Row] = field(default_factory=list)
+    is_searched: bool = False
     notes: list[str] = field(default_factory=list)
     """What has to be known to read them: whose data it is, what is missing."""
 
@@ -90,6 +94,8 @@ def nearest_rows(artifact: Artifact, asked: Asked, store: Store) -> Text:
     else:
         _rows(text, artifact, asked, store)
     text.rows = sorted(text.rows, key=lambda row: -row.score)[: asked.count]
+    if text.is_searched and not text.rows:
+        text.notes.append("no row shares two tokens in a row with what it raised")
     return text
 
 
@@ -98,13 +104,43 @@ def _shards(text: Text, artifact: Artifact, recorded: dict[str, str], asked: Ask
     if isinstance(found, LeftOut):
         text.notes.append(f"{found.reference}: {found.why}")
         return
-    file = TokenFile(found.path / "train.ds")
-    near = nearest(file.tokens, file.ends, asked.ids, asked.is_sought, file.metadata.vocab_size, asked.count)
-    for each in near:
+    try:
+        file = TokenFile(found.path / "train.ds")
+        read = documents_read(artifact, file)
+    except PipelineError as error:
+        text.notes.append(f"{found.reference}: {error.what}")
+        return
+    is_read_D = None
+    if read is None:
+        text.notes.append("of all documents: which of them the run read is not known")
+    else:
+        is_read_D = np.zeros(file.metadata.documents, dtype=bool)
+        is_read_D[read] = True
+        text.notes.append(f"of the {len(read):,} documents that the run read, whole or in part, of {len(is_read_D):,}")
+    vocabulary = file.metadata.vocab_size
+    text.is_searched = True
+    for each in nearest(file.tokens, file.ends, asked.ids, asked.is_sought, vocabulary, asked.count, is_read_D):
         ids = file.document(each.document)[:-1].tolist()
         source = next(s.label for i, s in enumerate(file.metadata.sources) if each.document in file.documents_of(i))
         where = f"{found.reference}/train.ds document {each.document + 1:,} ({source})"
         text.rows.append(_row(where, "document", each, ids, asked))
+
+
+def documents_read(artifact: Artifact, file: TokenFile) -> list[int] | None:
+    """The documents that the samples of a pretrain run reach into, rising: a pure function of its config. None where
+    that is too long a list, or the stage is not pretrain or has another version's config."""
+    config: Mapping[str, Any] = artifact.manifest["config"]
+    needed = ("context_length", "packing", "document_mask", "mixture", "max_epochs", "anneal", "max_steps", "seed")
+    if artifact.stage != "pretrain" or any(name not in config for name in needed):
+        return None
+    batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
+    if config["max_steps"] * batch > MOST_SAMPLES:
+        return None
+    late = config["anneal"] or {"share": 0.0, "mixture": None}
+    shares = Shares(config["mixture"], config["max_epochs"], late["share"], late["mixture"])
+    packed = Packed(config["context_length"], config["packing"], config["document_mask"])
+    samples = run_samples(file, packed, shares, config["max_steps"], batch, config["seed"])
+    return samples.order.documents(range(config["max_steps"] * batch))
 
 
 def _rows(text: Text, artifact: Artifact, asked: Asked, store: Store) -> None:
@@ -112,6 +148,9 @@ def _rows(text: Text, artifact: Artifact, asked: Asked, store: Store) -> None:
     config: Mapping[str, Any] = artifact.manifest["config"]
     written = [recorded_input(artifact, each, store) for each in artifact.manifest["inputs"].get("data", [])]
     text.notes += [f"{each.reference}: {each.why}" for each in written if isinstance(each, LeftOut)]
+    epochs = artifact.manifest.get("metrics", {}).get("epochs", 1.0)
+    if epochs < 1:
+        text.notes.append(f"of all its rows, of which it read {epochs:.0%}")
     made = [] if written else artifact.manifest["parts"]["data"].get("data", [])
     for number, given in enumerate(config.get("data") or []):
         entry = DataEntry.model_validate(given)
@@ -123,7 +162,8 @@ def _rows(text: Text, artifact: Artifact, asked: Asked, store: Store) -> None:
             text.notes.append(f"{entry.source}: {error.what}")
             continue
         backend = plain_text(asked.tokenizer).prefixed
-        encoded = [each.ids for each in backend.encode_batch([row.text for row in rows], add_special_tokens=False)]
+        encoded = [each.ids for each in backend.encode_batch_fast([row.text for row in rows], add_special_tokens=False)]
+        text.is_searched = True
         if not encoded:
             continue
         ends = np.cumsum([len(ids) for ids in encoded])
@@ -152,7 +192,7 @@ def _answers(entry: DataEntry, stage: str, held_out: float) -> Iterator[Row]:
             yield from _turns(found["messages"], where)
             continue
         for side, messages in row.answers.items():
-            said = "\n".join(message["content"] for message in messages)
+            said = "\n".join(map(words, messages))
             label = found.get("label")
             name = side if label is None else "desirable" if label else "undesirable"
             yield Row(where, name, 0.0, "", said, row.asked)
@@ -162,8 +202,8 @@ def _turns(messages: Sequence[Message], where: str) -> Iterator[Row]:
     """What an assistant said in a conversation and was trained to say, turn by turn."""
     for place, message in enumerate(messages):
         if message["role"] == "assistant" and message.get("weight") != "0":
-            asked = messages[place - 1]["content"] if place else ""
-            yield Row(where, "answer", 0.0, "", message["content"], asked)
+            asked = words(messages[place - 1]) if place else ""
+            yield Row(where, "answer", 0.0, "", words(message), asked)
 
 
 def _row(where: str, side: str, near: Near, ids: Sequence[int], asked: Asked, prompt: str = "") -> Row:
