@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +137,13 @@ def test_what_is_missing_or_made_again_ends_the_line(line: Line):
     found = line.blame()
     assert [each["reference"] for each in found["stages"]] == ["tiny/dpo"]
     assert "no artifact tiny/sft" in found["left_out"][0]["why"]
+
+
+def test_an_ancestor_whose_weights_were_taken_away_is_left_out(line: Line):
+    shutil.rmtree(line.sft.model)
+    found = line.blame()
+    assert [each["reference"] for each in found["stages"]] == ["tiny/pretrain", "tiny/dpo"]
+    assert found["left_out"] == [{"reference": "tiny/sft", "why": "its model is no longer there"}]
 
 
 def test_an_ancestor_of_another_tokenizer_is_left_out(line: Line):

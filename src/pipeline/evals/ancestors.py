@@ -84,6 +84,8 @@ def why_unlike(artifact: Artifact, ancestor: Artifact) -> str:
     from pipeline.data.tokenizers import load_tokenizer
     from pipeline.evals.subject import is_chat
 
+    if not (ancestor.model / "config.json").exists():
+        return "its model is no longer there"
     if ancestor.tokenizer_hash != artifact.tokenizer_hash:
         return "it has another tokenizer"
     differs = ancestor.template_hash not in ("", artifact.template_hash)

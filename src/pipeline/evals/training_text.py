@@ -80,7 +80,7 @@ def nearest_rows(artifact: Artifact, asked: Asked, store: Store) -> Text:
         text.notes.append("a model from outside: what it was trained on is not known")
     elif inputs.get("tokens"):
         _shards(text, artifact, inputs["tokens"][0], asked, store)
-    elif artifact.stage == "ppo":
+    elif any(role.startswith("reward") for role in inputs):
         rewards = [each for role, found in inputs.items() if role.startswith("reward") for each in found]
         names = ", ".join(each["reference"] for each in rewards)
         own = "it learnt from its own answers"
