@@ -162,5 +162,9 @@ def test_an_unfinished_stage_is_shown_and_collected(warm: Any, tokenized: Path):
 def test_recipes_that_ship(warm: Any):
     found = json.loads(warm("recipes", "--json").stdout)
     assert "smoke" in found
-    assert all(text and not text.startswith("#") for text in found.values())
+    assert all(each["about"] and "#" not in each["about"] for each in found.values())
+    assert all(each["about"].endswith(".") for each in found.values())  # to the end, however many lines
+    assert found["smoke"]["stages"] == ["tokenize", "pretrain", "sft", "reward", "ppo", "dpo", "eval"]
+    assert found["smoke"]["hub"] == []
+    assert found["gpt2-124m"]["hub"][0].startswith("hub:")
     assert warm("config", "show", "smoke", "--json").code == 0

@@ -5,8 +5,22 @@ from typing import Annotated
 
 import typer
 
-RecipeArgument = Annotated[str, typer.Argument(help="a recipe's path, or the name of one that ships with llmpipe")]
-RunOption = Annotated[str | None, typer.Option("--run", help="name of the run, in place of the recipe's")]
+from pipeline.cli import completion
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        help="a recipe's path, or the name of one that ships with llmpipe", autocompletion=completion.recipes
+    ),
+]
+ReferenceArgument = Annotated[
+    str,
+    typer.Argument(help="a model: run/stage, ./folder or hub:org/name", autocompletion=completion.references),
+]
+RunOption = Annotated[
+    str | None,
+    typer.Option("--run", help="name of the run, in place of the recipe's", autocompletion=completion.runs),
+]
 ArtifactsOption = Annotated[
     Path | None, typer.Option("--artifacts", help="root of the artifacts [env LLMPIPE_ARTIFACTS; default ./artifacts]")
 ]
@@ -15,7 +29,8 @@ ForceOption = Annotated[bool, typer.Option("--force", help="run again what stand
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="say what would be done and why, and do nothing")]
 JsonOption = Annotated[bool, typer.Option("--json", help="results as JSON on stdout")]
 KeepOption = Annotated[
-    list[str] | None, typer.Option("--keep", help="let this stale stage stand as it is, on its record")
+    list[str] | None,
+    typer.Option("--keep", help="let this stale stage stand as it is, on its record", autocompletion=completion.stages),
 ]
 ProcessesOption = Annotated[
     int | None, typer.Option("--num-processes", help="processes a stage; one a GPU, else one, unless set")

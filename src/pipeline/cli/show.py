@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from pipeline.cli.session import Session
 from pipeline.cli.stages import STAGES, first_comment, load_stage, shipped_recipes
 from pipeline.errors import ConfigError
 from pipeline.graph import RecipeFile
-from pipeline.reading import meant
+from pipeline.reading import meant, read_recipe
 from pipeline.recipe import is_section_list, unit_of
-from pipeline.unroll import MATRIX, REPEAT, Repeat
+from pipeline.unroll import MATRIX, REPEAT, Repeat, unroll
 
 
 def show_config(session: Session, *, as_json: bool) -> None:
@@ -101,16 +102,36 @@ def schema() -> dict[str, Any]:
 
 
 def list_recipes(*, as_json: bool) -> None:
-    """Each shipped recipe with the first line of its file."""
-    found = {name: first_comment(path) for name, path in shipped_recipes().items()}
+    """Each shipped recipe: what it needs and how long it takes, in its own words; its stages; its data on the hub."""
+    found = {name: _about(path) for name, path in shipped_recipes().items()}
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    for name, text in found.items():
-        print(f"{name:<16} {text}")
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    for name, about in found.items():
+        cell = Text(about["about"])
+        cell.append(f"\n{', '.join(about['stages'])}", style="dim")
+        table.add_row(Text(name, "bold"), cell)
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
+    print("\nllmpipe run NAME; llmpipe plan NAME says what it takes on this machine", file=sys.stderr)
 
 
-def eject_stage(stage: str, folder: Path, *, force: bool) -> None:
+def _about(path: Path) -> dict[str, Any]:
+    document = unroll(read_recipe(path, ()))
+    stages: dict[str, Any] = document.values["stages"]
+    written = [document.scopes[stage].base if stage in document.scopes else stage for stage in stages]
+    entries = [entry for fields in stages.values() for entry in (fields or {}).get("data") or () if entry]
+    sources = [entry["source"] if isinstance(entry, dict) else entry for entry in entries]
+    hub = sorted({str(source) for source in sources if str(source).startswith("hub:")})
+    return {"about": first_comment(path), "stages": [*dict.fromkeys(written)], "hub": hub, "path": str(path)}
+
+
+def eject_stage(stage: str, folder: Path, *, force: bool, as_json: bool) -> None:
     """Copy the stage's file to `folder`/my_<stage>.py and say how a recipe takes it."""
     if stage not in STAGES:
         raise ConfigError(f"no stage `{stage}`{meant(stage, STAGES)}")
@@ -119,4 +140,7 @@ def eject_stage(stage: str, folder: Path, *, force: bool) -> None:
         raise ConfigError("the file is there already", where=str(target), mend="--force overwrites it")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(load_stage(stage, folder).file, target)
+    if as_json:
+        print(json.dumps({"file": str(target), "stage": f"./{target.name}"}))
+        return
     print(f"{target}\nin the recipe beside it:  {stage}: {{stage: ./{target.name}, …}}")

@@ -67,5 +67,10 @@ def find_recipe(name: str) -> Path:
 
 
 def first_comment(path: Path) -> str:
-    """What the recipe says of itself in its first line."""
-    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").strip()
+    """What the recipe says of itself, what it needs and how long it takes: the first paragraph of its comments."""
+    words = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("# "):
+            break
+        words.append(line.lstrip("# ").strip())
+    return " ".join(words)

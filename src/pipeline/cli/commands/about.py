@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli import completion
 from pipeline.cli.options import (
     ArtifactsOption,
     JsonOption,
@@ -22,14 +23,17 @@ def recipes(json: JsonOption = False) -> None:
 
 
 def eject(
-    stage: Annotated[str, typer.Argument(help="the stage to copy: tokenize, pretrain, sft, …")],
+    stage: Annotated[
+        str, typer.Argument(help="the stage to copy: tokenize, pretrain, sft, …", autocompletion=completion.types)
+    ],
     to: Annotated[Path, typer.Option("--to", help="folder, best the recipe's own")] = Path("."),
     force: Annotated[bool, typer.Option("--force", help="overwrite the file that is there")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Copy a stage's file beside the recipe, as the place to start changing it."""
     from pipeline.cli.show import eject_stage
 
-    eject_stage(stage, to, force=force)
+    eject_stage(stage, to, force=force, as_json=json)
 
 
 def config_show(
@@ -46,8 +50,8 @@ def config_show(
     show_config(open_session(recipe, run=run, artifacts=artifacts, overrides=set_ or []), as_json=json)
 
 
-def config_schema() -> None:
-    """JSON Schema of a recipe, for editors."""
+def config_schema(json: JsonOption = True) -> None:
+    """JSON Schema of a recipe, for editors: JSON in any case."""
     from pipeline.cli.show import show_schema
 
     show_schema()

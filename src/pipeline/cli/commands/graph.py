@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli import completion
 from pipeline.cli.options import (
     ArtifactsOption,
     DryRunOption,
@@ -23,7 +24,10 @@ from pipeline.cli.options import (
 
 def run(
     recipe: RecipeArgument = "demo",
-    until: Annotated[str | None, typer.Option("--until", help="stop after this stage and what it needs")] = None,
+    until: Annotated[
+        str | None,
+        typer.Option("--until", help="stop after this stage and what it needs", autocompletion=completion.stages),
+    ] = None,
     run: RunOption = None,
     artifacts: ArtifactsOption = None,
     set_: SetOption = None,
@@ -51,7 +55,12 @@ def stage_command(name: str) -> Callable[..., None]:
     def command(
         recipe: RecipeArgument = "demo",
         only: Annotated[
-            str | None, typer.Option("--stage", help="which stage of this type, where the recipe has several")
+            str | None,
+            typer.Option(
+                "--stage",
+                help="which stage of this type, where the recipe has several",
+                autocompletion=completion.stages,
+            ),
         ] = None,
         run: RunOption = None,
         artifacts: ArtifactsOption = None,
@@ -76,7 +85,10 @@ def stage_command(name: str) -> Callable[..., None]:
 
 
 def status(
-    target: Annotated[str, typer.Argument(help="a recipe, or one artifact as run/stage")] = "demo",
+    target: Annotated[
+        str,
+        typer.Argument(help="a recipe, or one artifact as run/stage", autocompletion=completion.recipes_or_references),
+    ] = "demo",
     verify: Annotated[bool, typer.Option("--verify", help="read every byte again and compare the hashes")] = False,
     run: RunOption = None,
     artifacts: ArtifactsOption = None,
@@ -102,7 +114,12 @@ def plan(
         str | None, typer.Option("--on", help="a device that is not here: h100, h200x8, a100, 4090, …")
     ] = None,
     fit: Annotated[
-        list[str] | None, typer.Option("--fit", help="run/stage of a pretrained model, or a run; three or more")
+        list[str] | None,
+        typer.Option(
+            "--fit",
+            help="run/stage of a pretrained model, or a run; three or more",
+            autocompletion=completion.references,
+        ),
     ] = None,
     run: RunOption = None,
     artifacts: ArtifactsOption = None,
@@ -137,8 +154,12 @@ def gc(
 
 
 def report(
-    run: Annotated[str, typer.Argument(help="a run of the artifacts, or its folder as ./path")],
-    other: Annotated[str | None, typer.Argument(help="a second run, to be compared with the first")] = None,
+    run: Annotated[
+        str, typer.Argument(help="a run of the artifacts, or its folder as ./path", autocompletion=completion.runs)
+    ],
+    other: Annotated[
+        str | None, typer.Argument(help="a second run, to be compared with the first", autocompletion=completion.runs)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="file to write [default: report.html in the run's folder]")
     ] = None,

@@ -5,15 +5,21 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli import completion
 from pipeline.cli.options import (
     ArtifactsOption,
     JsonOption,
+    ReferenceArgument,
 )
 
 
 def chat(
     references: Annotated[
-        list[str], typer.Argument(help="run/stage, ./folder or hub:org/name; two of them answer side by side")
+        list[str],
+        typer.Argument(
+            help="run/stage, ./folder or hub:org/name; two of them answer side by side",
+            autocompletion=completion.references,
+        ),
     ],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="answer this and end")] = None,
     system: Annotated[str | None, typer.Option("--system", help="system message")] = None,
@@ -41,7 +47,7 @@ def chat(
 
 
 def blame(
-    reference: Annotated[str, typer.Argument(help="run/stage, ./folder or hub:org/name")],
+    reference: ReferenceArgument,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="what is asked; else stdin")] = None,
     answer: Annotated[str | None, typer.Option("--answer", help="blame this, not its own greedy one")] = None,
     system: Annotated[str | None, typer.Option("--system", help="system message")] = None,
@@ -68,13 +74,18 @@ def blame(
 
 
 def export(
-    reference: Annotated[str, typer.Argument(help="run/stage, ./folder (peft's adapters too) or hub:org/name")],
+    reference: ReferenceArgument,
     out: Annotated[Path, typer.Option("--out", help="the folder or the .gguf file to write, which is not there yet")],
     to: Annotated[
         str, typer.Option("--to", help="hf: with a model card; merged: the plain folder; gguf: one file for llama.cpp")
     ] = "merged",
     base: Annotated[
-        str | None, typer.Option("--base", help="what an adapter stands on, unless it is where its config says")
+        str | None,
+        typer.Option(
+            "--base",
+            help="what an adapter stands on, unless it is where its config says",
+            autocompletion=completion.references,
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="of a GGUF: f32, bf16, f16 or q8_0")] = "f32",
     push: Annotated[
@@ -103,7 +114,7 @@ def export(
 
 
 def serve(
-    reference: Annotated[str, typer.Argument(help="run/stage, ./folder or hub:org/name")],
+    reference: ReferenceArgument,
     port: Annotated[int, typer.Option("--port", help="0 takes a free one", min=0, max=65535)] = 8000,
     host: Annotated[str, typer.Option("--host", help="address to listen on; this machine alone unless set")] = (
         "127.0.0.1"

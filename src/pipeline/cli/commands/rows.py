@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli import completion
 from pipeline.cli.options import (
     ArtifactsOption,
     AsOption,
@@ -24,13 +25,26 @@ from pipeline.cli.options import (
 
 
 def sample(
-    target: Annotated[str, typer.Argument(help="a model (run/stage, ./folder or hub:org/name), or a recipe")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="a model (run/stage, ./folder or hub:org/name), or a recipe",
+            autocompletion=completion.recipes_or_references,
+        ),
+    ],
     data: DataOption = None,
     reward: Annotated[
-        str | None, typer.Option("--reward", help="what scores the answers: run/stage, or ./rewards.py:exact")
+        str | None,
+        typer.Option(
+            "--reward",
+            help="what scores the answers: run/stage, or ./rewards.py:exact",
+            autocompletion=completion.references,
+        ),
     ] = None,
     as_: AsOption = None,
-    only: Annotated[str | None, typer.Option("--stage", help="of a recipe: which sample stage")] = None,
+    only: Annotated[
+        str | None, typer.Option("--stage", help="of a recipe: which sample stage", autocompletion=completion.stages)
+    ] = None,
     run: RunOption = None,
     artifacts: ArtifactsOption = None,
     set_: Annotated[
@@ -72,8 +86,17 @@ def sample(
 
 
 def label(
-    target: Annotated[str, typer.Argument(help="a model or rows (run/stage, ./folder or hub:org/name), or a recipe")],
-    other: Annotated[str | None, typer.Argument(help="a second one, to be compared with the first")] = None,
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="a model or rows (run/stage, ./folder or hub:org/name), or a recipe",
+            autocompletion=completion.recipes_or_references,
+        ),
+    ],
+    other: Annotated[
+        str | None,
+        typer.Argument(help="a second one, to be compared with the first", autocompletion=completion.references),
+    ] = None,
     data: DataOption = None,
     prompts: Annotated[int, typer.Option("--prompts", help="of a model: how many it answers", min=1)] = 50,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="of a model's answers", min=0)] = 1.0,
@@ -87,7 +110,9 @@ def label(
     seed: Annotated[int, typer.Option("--seed", help="of the answers, of which pair is shown, and of the sides")] = 0,
     labels: Annotated[Path | None, typer.Option("--labels", help="the file that grows by every label")] = None,
     as_: AsOption = None,
-    only: Annotated[str | None, typer.Option("--stage", help="of a recipe: which label stage")] = None,
+    only: Annotated[
+        str | None, typer.Option("--stage", help="of a recipe: which label stage", autocompletion=completion.stages)
+    ] = None,
     run: RunOption = None,
     artifacts: ArtifactsOption = None,
     set_: SetOption = None,
@@ -132,7 +157,7 @@ def label(
 
 def preview(
     recipe: RecipeArgument,
-    stage: Annotated[str, typer.Argument(help="a stage of the recipe")],
+    stage: Annotated[str, typer.Argument(help="a stage of the recipe", autocompletion=completion.stages)],
     rows: Annotated[int, typer.Option("--rows", "-n", help="how many", min=1)] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="print each token's id behind it")] = False,
     stats: Annotated[

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli import completion
 from pipeline.cli.options import ArtifactsOption, JsonOption
 
 
@@ -15,7 +16,12 @@ def init(
         None
     ),
     base: Annotated[
-        str | None, typer.Option("--base", help="a model to start from: run/stage, ./folder or hub:org/name")
+        str | None,
+        typer.Option(
+            "--base",
+            help="a model to start from: run/stage, ./folder or hub:org/name",
+            autocompletion=completion.references,
+        ),
     ] = None,
     hours: Annotated[float, typer.Option("--hours", help="hours of work that the recipe is for")] = 1.0,
     out: Annotated[Path, typer.Option("--out", help="the recipe to write")] = Path("recipe.yaml"),
