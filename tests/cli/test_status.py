@@ -168,3 +168,17 @@ def test_recipes_that_ship(warm: Any):
     assert found["smoke"]["hub"] == []
     assert found["gpt2-124m"]["hub"][0].startswith("hub:")
     assert warm("config", "show", "smoke", "--json").code == 0
+
+
+@pytest.mark.slow
+def test_the_graph_its_sizes_and_where_to_go(warm: Any, trained: Path):
+    found = json.loads(warm("status", "tiny.yaml", "--json").stdout)
+    assert [row["parents"] for row in found["stages"]] == [[], ["tokenize"]]
+    assert found["next"] == ["llmpipe report tiny"]  # nothing that can be talked to
+    files = [path for path in (warm.folder / "artifacts").rglob("*") if path.is_file() and path.name[0] != "."]
+    whole = sum(path.stat().st_size for path in files if path.name != "manifest.json")
+    assert sum(row["bytes"] for row in found["stages"]) == whole
+    printed = warm("status", "tiny.yaml").stdout
+    assert "└─ pretrain" in printed
+    assert "2 of 2 stand" in printed
+    assert "next: llmpipe report tiny" in printed

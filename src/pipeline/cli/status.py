@@ -5,75 +5,139 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Artifact, Store, changed_files
 from pipeline.cli.session import Session, artifacts_root, open_session
+from pipeline.cli.tree import tree
 from pipeline.errors import ArtifactError
-from pipeline.lineage import Standing, brief, survey
+from pipeline.lineage import Standing, survey
 from pipeline.progress import clock
+
+KEY_FIGURES = {
+    "tokenize": ("vocab_size", "train_tokens", "bytes_per_token"),
+    "pretrain": ("bits_per_byte", "parameters", "epochs"),
+    "sft": ("held_out_loss_before", "held_out_loss", "rows"),
+    "reward": ("accuracy", "ece", "length_only"),
+    "ppo": ("reward_first", "reward", "kl", "ended"),
+    "dpo": ("accuracy", "kl_per_token", "greedy_length"),
+    "sample": ("rows", "score", "score_best", "ended"),
+}
+"""Stage -> the figures that fit beside it; of a stage without a line here, the first three."""
+
+
+SHOWN_INPUTS = 3
 
 
 def show_recipe(
     recipe: str, run: str | None, artifacts: Path | None, overrides: Sequence[str], *, verify: bool, as_json: bool
 ) -> None:
-    """One line a stage: its state, why, its figures; then the next command. Broken bytes exit with 1."""
+    """The graph, a line a stage: its state, why, its figures; then the next commands. Broken bytes exit with 1."""
     session = open_session(recipe, run=run, artifacts=artifacts, overrides=overrides)
     standings = survey(session.recipe, session.store)
-    rows = [_row(standing, verify) for standing in standings.values()]
+    rows = [_row(session, standing, verify) for standing in standings.values()]
+    commands = _next(session, rows)
     if as_json:
-        print(json.dumps({"run": session.recipe.run, "artifacts": str(session.store.root), "stages": rows}, indent=1))
+        fields = {"run": session.recipe.run, "artifacts": str(session.store.root), "stages": rows, "next": commands}
+        print(json.dumps(fields, indent=1))
     else:
-        _print_rows(session, rows)
+        _print_rows(session, {row["stage"]: row for row in rows}, commands)
     broken = [f"{row['stage']}/{file}" for row in rows for file in row["broken"]]
     if broken:
         raise ArtifactError("; ".join(broken), where=str(session.store.root), mend=f"llmpipe run {recipe} --force")
 
 
-def _row(standing: Standing, check: bool) -> dict[str, Any]:
-    artifact = standing.artifact
+def _row(session: Session, standing: Standing, check: bool) -> dict[str, Any]:
+    artifact, node = standing.artifact, standing.node
+    is_begun = standing.is_begun and standing.state != "stands"
     return {
-        "stage": standing.node.name,
-        "type": standing.node.stage.type,
+        "stage": node.name,
+        "type": node.stage.type,
         "state": standing.state,
         "reasons": list(standing.reasons),
-        "unfinished": standing.is_begun and standing.state != "stands",
+        "unfinished": is_begun,
+        "step": _step(session, standing) if is_begun else None,
+        "parents": node.parents(session.recipe.nodes),
         "fingerprint": standing.fingerprint,
         "path": str(artifact.path) if artifact else None,
         "seconds": artifact.manifest["seconds"] if artifact else None,
+        "bytes": sum(file["bytes"] for file in artifact.manifest["files"].values()) if artifact else None,
         "metrics": artifact.manifest["metrics"] if artifact else {},
         "kept": bool(artifact and artifact.manifest.get("blessed")),
         "broken": changed_files(artifact) if check and artifact else [],
     }
 
 
-def _print_rows(session: Session, rows: list[dict[str, Any]]) -> None:
+def _step(session: Session, standing: Standing) -> int | None:
+    """The last step that an unfinished stage wrote of; None before the first."""
+    folder = session.store.partial(session.recipe.run, standing.node.name, standing.planned)
+    file = folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    try:
+        return int(json.loads(lines[-1])["step"]) if lines else None
+    except ValueError:  # it is being written
+        return None
+
+
+def _next(session: Session, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The commands that lead on, the first first."""
+    if any(row["state"] != "stands" for row in rows):
+        return [f"llmpipe run{session.shown_recipe}"]
+    run = session.recipe.run
+    models = [row["stage"] for row in rows if row["type"] in ("dpo", "ppo", "sft")]
+    return [*(f"llmpipe chat {run}/{name}" for name in models[-1:]), f"llmpipe report {run}"]
+
+
+def _note(row: Mapping[str, Any]) -> str:
+    """Why a stage does not stand, or the figures of one that does."""
+    code = [reason for reason in row["reasons"] if reason.startswith("code: ")]
+    shown = [reason for reason in row["reasons"] if reason not in code[1:]]
+    if len(code) > 1:
+        shown = [f"{reason} and {len(code) - 1} more" if reason == code[0] else reason for reason in shown]
+    if shown:
+        return "; ".join(shown)
+    if row["unfinished"]:
+        return "unfinished, would be resumed" + (f" (at step {row['step']:,})" if row["step"] is not None else "")
+    metrics = row["metrics"]
+    keys = [key for key in KEY_FIGURES.get(row["type"], ()) if key in metrics]
+    if row["type"] == "eval":
+        return f"{len(metrics):,} figures" if metrics else ""
+    return "  ".join(f"{key} {_number(metrics[key])}" for key in keys or [k for k in metrics if k != "flops"][:3])
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _print_rows(session: Session, rows: Mapping[str, Mapping[str, Any]], commands: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)  # no folding in a pipe
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(width=160, highlight=False)  # no folding in a pipe
     table = Table(title=f"{session.recipe.run} in {session.store.root}", box=None, title_justify="left", pad_edge=False)
     for column in ("stage", "state", "time", "why, or its figures"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "state")
     colours = {"stands": "green", "stale": "yellow", "missing": "dim"}
-    for row in rows:
-        figures = "  ".join(f"{k} {v:.4g}" for k, v in list(row["metrics"].items())[:3] if k != "flops")
-        note = brief(row["reasons"]) or ("unfinished, would be resumed" if row["unfinished"] else figures)
+    for line in tree(session.recipe.nodes):
+        row = rows[line.stage]
+        name = Text(line.drawn, style="dim").append(line.stage, style="not dim bold")
+        if line.others:
+            more = f" +{len(line.others) - SHOWN_INPUTS}" if len(line.others) > SHOWN_INPUTS else ""
+            name.append(f" ◀ {', '.join(line.others[:SHOWN_INPUTS])}{more}", style="dim")
         state = row["state"] + (" (kept)" if row["kept"] and row["state"] == "stands" else "")
         seconds = clock(row["seconds"]) if row["seconds"] is not None else ""
-        table.add_row(row["stage"], Text(state, colours[row["state"]]), seconds, Text(note))
+        table.add_row(name, Text(state, colours[row["state"]]), seconds, Text(_note(row)))
     console.print(table)
-    left = [row["stage"] for row in rows if row["state"] != "stands"]
-    if left:
-        console.print(f"next: llmpipe run{session.shown_recipe}   ({', '.join(left)})", highlight=False)
-    else:
-        models = [row["stage"] for row in rows if row["type"] in ("dpo", "ppo", "sft")]
-        talk = f"llmpipe chat {session.recipe.run}/{models[-1]}" if models else "everything stands"
-        console.print(f"next: {talk}", highlight=False)
+    left = [name for name, row in rows.items() if row["state"] != "stands"]
+    work, size = (sum(row[part] or 0 for row in rows.values()) for part in ("seconds", "bytes"))
+    console.print(f"{len(rows) - len(left)} of {len(rows)} stand; {clock(work)} of work, {size / 1e6:,.1f} MB")
+    for command in commands:
+        waiting = f"   ({', '.join(left)})" if left else ""
+        console.print(f"next: {command}{waiting}", soft_wrap=True)
 
 
 def show_artifact(reference: str, artifacts: Path | None, *, verify: bool, as_json: bool) -> None:
