@@ -6,10 +6,15 @@ another one gets the harness's standard error twice, or none where that has none
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError, MachineError
 from pipeline.evals import statistics
@@ -22,15 +27,31 @@ WHOLE = "whole"
 """The item that holds what the harness says of all samples."""
 
 
-def score(subject: Subject, task: Task, seed: int) -> list[Item]:
-    """An item a sample with its figures, and one with the harness's own; MachineError where lm-eval is missing."""
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
+def need_harness(task: Task) -> None:
+    """MachineError where lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
         what = f"the task {task.name} needs lm-eval, which is not installed"
-        raise MachineError(what, where="eval.tasks", mend="pip install 'llmpipe[eval]'") from error
+        raise MachineError(what, where="eval.tasks", mend="pip install 'llmpipe[eval]'")
+
+
+def with_start(tokenizer: PreTrainedTokenizerFast, start: int) -> PreTrainedTokenizerFast:
+    """The tokenizer, or a copy, that begins every text with the token `start`: what the harness asks tokenizers for,
+    and what documents begin with here."""
+    if tokenizer.encode("a")[:1] == [start]:
+        return tokenizer
+    own = copy.deepcopy(tokenizer)
+    token = own.convert_ids_to_tokens(start)
+    begins = TemplateProcessing(single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 $B:0", special_tokens=[(token, start)])
+    own.backend_tokenizer.post_processor = begins
+    return own
+
+
+def score(subject: Subject, task: Task, seed: int) -> list[Item]:
+    """An item a sample with its figures, and one with the harness's own."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     name = task.task.removeprefix(LM_EVAL)
     folder = str(Path(task.data).parent) if task.data is not None else None
     manager = TaskManager(include_path=folder)
@@ -38,7 +59,7 @@ def score(subject: Subject, task: Task, seed: int) -> list[Item]:
         raise ConfigError(f"lm-eval has no task `{name}`", where="eval.tasks", mend="lm-eval ls tasks lists them")
     model = HFLM(
         pretrained=subject.model,
-        tokenizer=subject.tokenizer,
+        tokenizer=with_start(subject.tokenizer, subject.start_token),
         backend="causal",
         batch_size=max(1, subject.token_budget // subject.max_length),
         max_length=subject.max_length,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pipeline.data.files import file_rows, kind, read_text
 from pipeline.data.sources import text_of
 from pipeline.errors import ConfigError, DataError
-from pipeline.evals import bits_per_byte, choices, exercises, win_rate
+from pipeline.evals import bits_per_byte, choices, exercises, lm_eval_tasks, win_rate
 from pipeline.evals.exercises import Rules
 from pipeline.evals.fewshot import Shown, shown_for
 from pipeline.evals.layouts import Exercise, Question, read_file
@@ -51,6 +51,7 @@ class OwnTask:
 def read_own(task: Task, say: Callable[[str], None]) -> OwnTask:
     """The task with its rows and examples; DataError (file, line, reason) for a row that does not fit."""
     if task.is_lm_eval:
+        lm_eval_tasks.need_harness(task)
         return OwnTask(task.name, "lm_eval", task)
     assert task.data is not None, "the graph has put it there"
     if task.kind == "perplexity" or (task.kind is None and kind(task.data) in TEXTS):
