@@ -100,6 +100,7 @@ def run(config: EvalConfig, inputs: dict[str, Any], out: Path, runtime: Runtime)
     import math
     from dataclasses import asdict
 
+    from pipeline.evals.contamination import note
     from pipeline.evals.export import lines_of, write_csv, write_latex
     from pipeline.evals.results import write_jsonl
     from pipeline.evals.runner import evaluate
@@ -108,6 +109,9 @@ def run(config: EvalConfig, inputs: dict[str, Any], out: Path, runtime: Runtime)
 
     # 1. what is measured, and on what
     plan = _plan(config, inputs, runtime)
+
+    asked = list(plan.own.values()) if runtime.is_main else []
+    noted = note(asked, [model.artifact for model in plan.models], runtime.say)
 
     # 2. every task over every model, a resumable unit each
     results, items, per_item = evaluate(plan, runtime.checkpoints.folder / "units", runtime)
@@ -124,6 +128,8 @@ def run(config: EvalConfig, inputs: dict[str, Any], out: Path, runtime: Runtime)
         write_latex(out / "table.tex", lines)
         write_jsonl(out / "results.jsonl", map(asdict, results))
         write_jsonl(out / "samples.jsonl", items)
+        if noted:
+            write_jsonl(out / "contamination.jsonl", noted)
     figures = {f"{row.model}.{row.task}.{row.metric}": row.value for row in results}
     runtime.metrics.log(len(items), None, **figures)
     return {name: value for name, value in figures.items() if math.isfinite(value)}

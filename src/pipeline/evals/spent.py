@@ -8,6 +8,7 @@ does a model from outside, whose training nobody here knows.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.artifacts import Artifact, read_artifact
@@ -27,37 +28,36 @@ def spent_on(artifact: Artifact) -> Spent:
 
     `cumulative` is not known where an ancestor is gone, or has been made anew since.
     """
+    found, is_whole = lineage(artifact)
     own = float(artifact.manifest.get("flops") or math.nan)
-    known: dict[str, float] = {}
-    try:
-        _walk(artifact, known)
-    except _Gone:
-        return Spent(own, math.nan)
-    return Spent(own, sum(known.values()) or math.nan)
+    every = sum(float(each.manifest.get("flops") or 0.0) for each in found)
+    return Spent(own, every or math.nan if is_whole else math.nan)
 
 
-class _Gone(Exception):
-    """An ancestor that is not there as it was."""
+def lineage(artifact: Artifact) -> tuple[list[Artifact], bool]:
+    """(the artifact and all that it goes back to, each once; whether none of them is gone or was made anew since)."""
+    found: dict[str, Artifact] = {artifact.fingerprint: artifact}
+    queue, is_whole = [artifact], True
+    while queue:
+        for parent in _parents(queue.pop()):
+            if parent is None:
+                is_whole = False
+            elif parent.fingerprint not in found:
+                found[parent.fingerprint] = parent
+                queue.append(parent)
+    return list(found.values()), is_whole
 
 
-def _walk(artifact: Artifact, known: dict[str, float]) -> None:
-    """Adds fingerprint -> FLOPs of the artifact and of all that it goes back to."""
-    if artifact.fingerprint in known:
-        return
-    known[artifact.fingerprint] = float(artifact.manifest.get("flops") or 0.0)
-    for parents in artifact.manifest.get("inputs", {}).values():
-        for parent in parents:
-            run, slash, stage = parent["reference"].partition("/")
-            if not slash or not run or parent["reference"].startswith("hub:"):
-                continue  # a folder or a model of the hub
-            folder = artifact.path.parent.parent / run / stage
-            if parent["fingerprint"] in known:
-                continue
-            try:
-                found = read_artifact(folder, parent["reference"])
-            except (PipelineError, OSError) as error:
-                raise _Gone from error
-            blessed = [record["fingerprint"] for record in found.manifest.get("blessed", [])]
-            if parent["fingerprint"] not in (found.fingerprint, *blessed):
-                raise _Gone
-            _walk(found, known)
+def _parents(artifact: Artifact) -> Iterator[Artifact | None]:
+    """What the artifact took; None for one that is not there as it was. A folder, or a model of the hub, is none."""
+    for parent in (each for role in artifact.manifest.get("inputs", {}).values() for each in role):
+        run, slash, stage = parent["reference"].partition("/")
+        if not slash or not run or run.startswith(("hub:", ".")):
+            continue
+        try:
+            found = read_artifact(artifact.path.parent.parent / run / stage, parent["reference"])
+        except (PipelineError, OSError):
+            yield None
+            continue
+        blessed = [record["fingerprint"] for record in found.manifest.get("blessed", [])]
+        yield found if parent["fingerprint"] in (found.fingerprint, *blessed) else None
