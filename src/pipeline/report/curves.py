@@ -104,9 +104,11 @@ SHAPES = (
             "rewards/accuracies": "pairs",
             "accuracy": "pairs",
             "mean_token_accuracy": "tokens",
-            "eval_win_rate": "wins over the start, held out",
         },
         factor=100,
+    ),
+    Shape(
+        "Wins over the start", "%", {"eval_win_rate": "held out"}, factor=100, note="of the reward; a tie counts half"
     ),
     Shape(
         "Length", "tokens", {"length": "answer", "eval_length": "answer, held out", "row_length": "prompt and answer"}

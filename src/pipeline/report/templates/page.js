@@ -57,7 +57,8 @@
       if (kind !== "points") mark("line", { x1: px(first), x2: px(first), y1: top, y2: top + height }, "stroke:var(--soft);stroke-width:.8");
       line(tip, 0, true, `${xlabel} ${shown(first)}`);
       for (const { curve, i, k } of found.slice(0, 9)) {
-        const more = curve.more ? ` · ${curve.more[k]}` : "";
+        const apart = curve.x[k] !== first ? ` (${xlabel} ${shown(curve.x[k])})` : "";
+        const more = curve.more ? ` · ${curve.more[k]}` : apart;
         line(tip, colours[i], false, `${curve.label} ${shown(curve.y[k])}${more}`);
         if (kind !== "stack") mark("circle", { cx: px(curve.x[k]), cy: py(curve.y[k]), r: 3.6 }, `fill:var(--c${colours[i]});stroke:var(--card)`);
       }
@@ -66,7 +67,6 @@
       const place = event.clientX - figure.getBoundingClientRect().left;
       const room = figure.clientWidth - tip.offsetWidth - 6;
       tip.style.left = `${Math.max(6, Math.min(room, place > figure.clientWidth / 2 ? place - tip.offsetWidth - 14 : place + 14))}px`;
-      tip.style.top = `${svg.offsetTop ?? rect.top - figure.getBoundingClientRect().top + 6}px`;
       tip.style.top = `${rect.top - figure.getBoundingClientRect().top + 6}px`;
     };
     svg.addEventListener("pointermove", show);
