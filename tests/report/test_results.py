@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.artifacts import Store
 from pipeline.report import noise
+from pipeline.report.answers import exchanges
 from pipeline.report.records import read_run
 from pipeline.report.results import Line, items_of, tables_of
 from tests.report.written_run import answer, result, write_evaluation
@@ -95,11 +96,32 @@ def test_less_is_better_of_bits_and_lengths_are_not_judged(tmp_path: Path):
 
 
 def test_choices_are_worth_what_the_evaluation_says():
-    item = {"answer": 1, "named": [-10.0, -12.0], "nameless": [-10.5, -14.0], "bytes": [10, 20]}
-    worth = {metric: noise.values_of([item], "multiple_choice", metric)[0] for metric in ("acc", "acc_norm", "pmi")}
+    item = {"item": "f", "answer": 1, "named": [-10.0, -12.0], "nameless": [-10.5, -14.0], "bytes": [10, 20]}
+    worth = {metric: noise.values_of([item], "multiple_choice", metric)["f"] for metric in ("acc", "acc_norm", "pmi")}
     # likeliest: the first; by byte −1.0 and −0.6: the second; gain over nameless 0.5 and 2.0: the second
     assert worth == {"acc": (0.0, 1.0), "acc_norm": (1.0, 1.0), "pmi": (1.0, 1.0)}
     assert noise.values_of([{"item": 7, "correct": 1.0}], "exact_match", "accuracy") == {7: (1.0, 1.0)}
+    own = {"item": 3, "answer": 0, "named": [-4.0, -6.0], "nameless": [-4.0, -6.0], "characters": [2, 4]}
+    assert noise.values_of([own], "mine", "acc_norm") == {3: (0.0, 1.0)}  # −2 and −1.5 a character
+    sampled = {"item": 1, "correct": [1.0, 0.0, 1.0, 1.0], "lengths": [4, 8, 4, 4], "ended": [True, True, True, False]}
+    for metric, value in (("accuracy", 0.75), ("length", 5.0), ("ended", 0.75)):
+        assert noise.values_of([sampled], "mine", metric) == {1: (value, 1.0)}
+    assert noise.values_of([{"item": 2, "win": 0.5}], "win_rate", "win_rate") == {2: (0.5, 1.0)}
+    harness = [{"item": 0, "figures": {"acc": 1.0}, "task_of": "arc"}, {"item": 1, "whole": {}}]
+    assert noise.values_of(harness, "lm_eval:arc", "acc") == {0: (1.0, 1.0)}
+
+
+def test_answers_of_a_users_own_task_stand_beside_each_other():
+    rows = {
+        model: [{"item": 0, "question": "1 + 1?", "reference": "2", "answers": [text, "9"], "correct": [right, 0.0]}]
+        for model, text, right in (("sft", "3", 0.0), ("ppo", "2", 1.0))
+    }
+    task, shown = exchanges({(model, "mine"): found for model, found in rows.items()} | {("ppo", "win_rate"): []}, 5)
+    assert (task, len(shown), shown[0].turns, shown[0].reference) == ("mine", 1, (("", "1 + 1?"),), "2")
+    assert [(each.model, each.text, each.figures) for each in shown[0].answers] == [
+        ("sft", "3", (("correct", 0.0),)),
+        ("ppo", "2", (("correct", 1.0),)),
+    ]
 
 
 def test_models_without_a_common_task_have_tables_of_their_own(tmp_path: Path):

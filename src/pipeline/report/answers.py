@@ -11,7 +11,10 @@ from pipeline.report.results import Items
 
 LONGEST = 700
 """Characters of a text that are shown."""
-TASKS = ("greedy", "exact_match", "sampled")
+FIRST, LAST = ("greedy", "exact_match"), ("sampled",)
+"""Tasks whose answers are shown where there are any; a user's own come between."""
+OTHERS = ("win_rate",)
+"""Its items hold answers of another task again."""
 FIGURES = ("correct", "gold", "reward", "length")
 
 
@@ -36,15 +39,27 @@ class Exchange:
 
 def exchanges(items: Items, count: int) -> tuple[str, list[Exchange]]:
     """(the task they are of, so many prompts spread evenly over its items); greedy answers where there are any."""
-    for task in TASKS:
-        by_model = {model: {row["item"]: row for row in rows if "answer" in row and "prompt" in row}
-                    for (model, kind), rows in items.items() if kind == task}  # fmt: skip
+    tasks = dict.fromkeys(task for _, task in items if task not in (*FIRST, *LAST, *OTHERS))
+    for task in (*FIRST, *tasks, *LAST):
+        by_model = {
+            model: {row["item"]: row for row in map(plain, rows) if "answer" in row and "prompt" in row}
+            for (model, kind), rows in items.items()
+            if kind == task
+        }
         by_model = {model: rows for model, rows in by_model.items() if rows}
         if by_model:
             keys = list(dict.fromkeys(key for rows in by_model.values() for key in rows))
             shown = [keys[i * len(keys) // count] for i in range(count)] if len(keys) > count else keys
             return task, [_exchange(key, by_model) for key in shown]
     return "", []
+
+
+def plain(row: Row) -> Row:
+    """An item of a user's own task as the built-in tasks write theirs: the prompt, and of several answers the first."""
+    if "question" not in row or not row.get("answers"):
+        return row
+    firsts = {"correct": "correct", "length": "lengths", "ended": "ended", "answer": "answers"}
+    return {**row, "prompt": row["question"], **{name: row[key][0] for name, key in firsts.items() if row.get(key)}}
 
 
 def _exchange(key: Any, by_model: Mapping[str, Mapping[Any, Row]]) -> Exchange:

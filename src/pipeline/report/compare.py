@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.evals.table import HEADLINES
+from pipeline.evals.table import headlines, style
 from pipeline.report import noise
 from pipeline.report.answers import exchanges
 from pipeline.report.curves import panels_of
 from pipeline.report.differences import Differing, differing
 from pipeline.report.page import DETAIL, LARGEST, Counter, Group, cost, data_of, environments, render, totals
 from pipeline.report.records import Row, RunRecord, StageRecord, read_rows
-from pipeline.report.results import Items, items_of, style_of
+from pipeline.report.results import Items, items_of, own_label
 
 
 @dataclass(frozen=True)
@@ -141,17 +141,19 @@ def _results(run: RunRecord) -> dict[tuple[str, str, str], Row]:
 def _changes(ours: RunRecord, theirs: RunRecord, items: Sequence[Items]) -> dict[str, list[Change]]:
     """Model -> its figures that both runs have, headlines first."""
     a, b = _results(ours), _results(theirs)
-    order = {key: number for number, key in enumerate(HEADLINES)}
-    keys = sorted((key for key in a if key in b), key=lambda key: order.get(key[1:], len(order)))
+    shared = [key for key in a if key in b]
+    first = headlines(dict.fromkeys(key[1:] for key in shared))
+    order = {key: number for number, key in enumerate(first)}
+    keys = sorted(shared, key=lambda key: order.get(key[1:], len(order)))
     found: dict[str, list[Change]] = {model: [] for model, _, _ in a}
     for key in keys:
-        found[key[0]].append(_change(key, a[key], b[key], items))
+        found[key[0]].append(_change(key, a[key], b[key], items, key[1:] in order))
     return {model: changes for model, changes in found.items() if changes}
 
 
-def _change(key: tuple[str, str, str], a: Row, b: Row, items: Sequence[Items]) -> Change:
+def _change(key: tuple[str, str, str], a: Row, b: Row, items: Sequence[Items], is_headline: bool) -> Change:
     model, task, metric = key
-    label, digits, factor = style_of(task, metric)
+    label, digits, factor = style(task, metric)
     sides = [found.get((model, task), []) for found in items]
     values = [noise.values_of(rows, task, metric) for rows in sides]
     found = None
@@ -169,11 +171,12 @@ def _change(key: tuple[str, str, str], a: Row, b: Row, items: Sequence[Items]) -
     if found is not None and noise.is_clear(found):
         sign = noise.direction(metric) * (1 if found.value > 0 else -1)
         verdict = {1: "better", 0: "differs", -1: "worse"}[sign]
-    is_headline = (task, metric) in HEADLINES
-    return Change(model, task, metric, label, is_headline, (a["value"], b["value"]), shown, how, verdict)
+    return Change(
+        model, task, metric, own_label(task, label), is_headline, (a["value"], b["value"]), shown, how, verdict
+    )
 
 
-QUESTION = ("prompt", "reference", "answer", "bytes", "chosen_chars", "rejected_chars")
+QUESTION = ("prompt", "question", "reference", "answer", "bytes", "chosen_chars", "rejected_chars")
 """What an item asks, where it says so; `answer` only of a choice, whose answer is the right candidate's number."""
 
 

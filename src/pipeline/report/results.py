@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.evals.table import HEADLINES
+from pipeline.evals.table import headlines, style
 from pipeline.report import noise
 from pipeline.report.records import Row, StageRecord, read_rows
 
@@ -69,11 +69,12 @@ def tables_of(stage: StageRecord, items: Items) -> list[Table]:
     by_key: dict[tuple[str, str], dict[str, Row]] = {}
     for row in results:
         by_key.setdefault((row["task"], row["metric"]), {})[row["model"]] = row
-    order = [key for key in HEADLINES if key in by_key] + [key for key in by_key if key not in HEADLINES]
+    first = headlines(by_key)
+    order = first + [key for key in by_key if key not in first]
     tables = []
     for models in _sharing(results):
         keys = [key for key in order if {*models} & {*by_key[key]}]
-        tables.append(Table(models, tuple(_line(key, by_key[key], models, items) for key in keys)))
+        tables.append(Table(models, tuple(_line(key, by_key[key], models, items, key in first) for key in keys)))
     return tables
 
 
@@ -88,9 +89,11 @@ def _sharing(results: Sequence[Row]) -> list[tuple[str, ...]]:
     return [tuple(models) for models, _ in groups]
 
 
-def _line(key: tuple[str, str], rows: Mapping[str, Row], models: Sequence[str], items: Items) -> Line:
+def _line(
+    key: tuple[str, str], rows: Mapping[str, Row], models: Sequence[str], items: Items, is_headline: bool
+) -> Line:
     task, metric = key
-    label, digits, factor = style_of(task, metric)
+    label, digits, factor = style(task, metric)
     best, verdict = _best(task, metric, rows, items, digits, factor)
     ends = [row[end] for row in rows.values() for end in ("low", "high", "value") if row[end] is not None]
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
@@ -100,20 +103,13 @@ def _line(key: tuple[str, str], rows: Mapping[str, Row], models: Sequence[str], 
         _cell(rows[model], model == best, digits, factor, low, scale) if model in rows else None for model in models
     )
     better = {1: "more", 0: "", -1: "less"}[noise.direction(metric)]
-    is_under = HEADLINES.get(key, ("", 0, 0))[0].startswith(" ")
-    return Line(task, metric, label, key in HEADLINES, is_under, cells, verdict, better)
+    is_under = label.startswith(" ")
+    return Line(task, metric, own_label(task, label), is_headline, is_under, cells, verdict, better)
 
 
-def style_of(task: str, metric: str) -> tuple[str, int, int]:
-    """(label, digits, factor) of a figure; of a kind (`accuracy/other`) as the figure it is of."""
-    if (task, metric) in HEADLINES:
-        label, digits, factor = HEADLINES[task, metric]
-        return label.strip(), digits, factor
-    name, _, kind = metric.partition("/")
-    if kind and (task, name) in HEADLINES:
-        label, digits, factor = HEADLINES[task, name]
-        return f"{label.strip()}: {kind}", digits, factor
-    return metric.replace("_", " "), 3, 1
+def own_label(task: str, label: str) -> str:
+    """A figure's label where its task stands beside it."""
+    return label.strip().removeprefix(f"{task}: ").removeprefix(f"{task}.")
 
 
 def _cell(row: Row, is_best: bool, digits: int, factor: int, low: float, scale: float) -> Cell:
