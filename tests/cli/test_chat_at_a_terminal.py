@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import json
 import os
 import re
 import select
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two chat models of random weights that write letters for a long time: their context is 4,096."""
+    """Two chat models of random weights. Greedy, the second one writes on until its context of 4,096 is full."""
     tokenizer = train_bpe(iter(["say hello to the world"] * 8), 300)
     assert tokenizer.pad_token_id is not None
     made = []
@@ -80,6 +82,19 @@ class Terminal:
         seen, self.seen = self.seen, ""
         return seen
 
+    def ends_at(self, key: str) -> int:
+        """The exit code, the key pressed again until it comes: one that falls between the prompt and the line editor's
+        start is lost."""
+        end = time.monotonic() + PATIENCE
+        while self.process.poll() is None and time.monotonic() < end:
+            self.type(key)
+            time.sleep(0.5)
+            if select.select([self.master], [], [], 0)[0]:
+                with contextlib.suppress(OSError):
+                    os.read(self.master, 65536)
+        assert self.process.returncode is not None, "it does not end"
+        return self.process.returncode
+
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
@@ -91,13 +106,13 @@ def prompts(text: str) -> bool:
 
 def test_two_models_in_columns_commands_and_ctrl_c(folders: list[Path]) -> None:
     names = [str(folder) for folder in folders]
-    terminal = Terminal("chat", *names, "--max-new-tokens", "4000", "-t", "1")
+    terminal = Terminal("chat", *names, "--max-new-tokens", "4000")
     opening = terminal.read(prompts)
     assert re.search(r"model-0/model +loaded in \d+\.\d s", opening)
     assert "/help lists the commands" in opening
 
     terminal.type("/temperature\n")
-    assert "temperature 1;" in terminal.read(prompts)
+    assert "temperature 0;" in terminal.read(prompts)
 
     terminal.type("say <|im_end|> it\n")
     terminal.read(lambda seen: seen.count("\n") > 60)  # it streams: frame after frame
@@ -112,9 +127,28 @@ def test_two_models_in_columns_commands_and_ctrl_c(folders: list[Path]) -> None:
 
     terminal.type("/reset\n")
     assert "forgotten" in terminal.read(prompts)
-    terminal.type("/quit\n")
-    terminal.read(lambda seen: terminal.process.poll() is not None)
-    assert terminal.process.wait(PATIENCE) == 0
+    assert terminal.ends_at("/quit\n") == 0
+
+
+def test_two_models_in_a_pipe(folders: list[Path]) -> None:
+    """What is piped in is the prompt; the same command says the same again, with its figures where asked for."""
+    names = [str(folder) for folder in folders]
+    command = [sys.executable, "-m", "pipeline", "chat", *names, "--max-new-tokens", "5", "-t", "0.8", "--seed", "3"]
+
+    def piped(*flags: str) -> str:
+        done = subprocess.run(
+            [*command, *flags], input="say\nhello\n", capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    found = json.loads(piped("--json"))
+    assert (found["prompt"], found["temperature"], found["seed"]) == ("say\nhello", 0.8, 3)
+    answers = [each["answer"] for each in found["answers"]]
+    assert [each["model"] for each in found["answers"]] == names
+    assert answers[0] != answers[1]
+    assert all(each["tokens"] == 5 and not each["ended"] for each in found["answers"])
+    assert piped() == f"{names[0]}:\n{answers[0]}\n\n{names[1]}:\n{answers[1]}\n"
 
 
 def test_one_model_streams_and_the_end_of_input_ends_it(folders: list[Path]) -> None:
@@ -125,6 +159,4 @@ def test_one_model_streams_and_the_end_of_input_ends_it(folders: list[Path]) -> 
     echo, _, said = answer.partition("\n")
     assert echo.strip() == "hello"
     assert len(said.strip()) > 0
-    terminal.type("\x04")
-    terminal.read(lambda seen: terminal.process.poll() is not None)
-    assert terminal.process.wait(PATIENCE) == 0
+    assert terminal.ends_at("\x04") == 0

@@ -53,7 +53,7 @@ def test_each_token_belongs_to_the_stage_that_raised_it_most(line: Line):
     """ln(V/2) by sft for the first token; ln(V/4) by sft and ln 3 by dpo for the others; pretrain guesses."""
     found = line.blame()
     assert found["answer"] == "sum of"
-    assert found["generated"] is True
+    assert (found["generated"], found["ended"]) == (True, True)
     assert [token["id"] for token in found["tokens"]] == line.answer
     count, v = len(line.answer), line.vocabulary
     assert found["start_logprob"] == pytest.approx(-math.log(v))
@@ -72,6 +72,12 @@ def test_each_token_belongs_to_the_stage_that_raised_it_most(line: Line):
     assert sft["gain"] + dpo["gain"] == pytest.approx(dpo["logprob"] - pretrain["logprob"])
     assert found["left_out"] == []
     json.dumps(found)
+
+
+def test_an_answer_that_was_cut_off_has_no_stop_token(line: Line):
+    found = line.blame(max_new_tokens=1)
+    assert [token["id"] for token in found["tokens"]] == line.answer[:1]
+    assert found["ended"] is False
 
 
 def test_a_given_answer_and_the_tokens_that_no_stage_raised(line: Line):

@@ -65,7 +65,7 @@ def show(found: dict[str, Any]) -> None:
 
     console = Console(highlight=False, markup=False)
     console = console if console.is_terminal else Console(highlight=False, markup=False, width=120)
-    plain = console.no_color or not console.is_terminal
+    plain = console.no_color or console.color_system is None or not console.is_terminal
     console.print(f"{found['model']}, asked in {found['asked_in']}: every model reads the same tokens", style="bold")
     console.print(answer_in_colours(found, plain=plain), soft_wrap=True)
     console.print()

@@ -89,6 +89,8 @@ class Answered:
     answer_ids: list[int]
     text: str
     is_chat: bool
+    is_ended: bool
+    """Whether the answer's last token ends a turn; otherwise it was cut off, or is a base model's."""
 
 
 def blame(
@@ -135,6 +137,7 @@ def blame(
         "system": question.system,
         "answer": answered.text,
         "generated": question.answer is None,
+        "ended": answered.is_ended,
         "asked_in": "its chat template" if answered.is_chat else "plain text",
         "start_logprob": start,
         "stages": _stages(models, logprobs_ST, found, start),
@@ -184,7 +187,7 @@ def _answer(
         raise ConfigError(what, where=artifact.reference, mend="a shorter text")
     ended = chat and answer[-1] == stop_token_id(tokenizer)
     text = question.answer if question.answer is not None else str(tokenizer.decode(answer[: -1 if ended else None]))
-    return Answered(prompt, answer, text, chat)
+    return Answered(prompt, answer, text, chat, ended)
 
 
 def _written(
