@@ -18,7 +18,7 @@ def even(flops: float) -> tuple[float, float]:
 
 def test_a_budget_is_split_by_the_law():
     """1e15 FLOPs: 2.89 M parameters, 57.7 M tokens; the nearest depth is 3 (2.7 M; 4 would be 6.4 M)."""
-    found = sizes.pretraining(1e15, 1e9, 0, even, cubic)
+    found = sizes.pretraining(1e15, 1e9, [], even, cubic)
     assert found.depth == 3
     assert found.context == 256
     # 1e15 / (6 · 2.7e6) = 61.7 M tokens; over 1500 steps 41,152 a step, over 256 tokens 160.8 rows: 128
@@ -29,16 +29,28 @@ def test_a_budget_is_split_by_the_law():
 
 def test_little_text_makes_the_model_small_and_the_run_short():
     """1 M tokens, four times over: 4 M of the wanted 57.7 M, so 0.2 M parameters, unless the least pays."""
-    found = sizes.pretraining(1e15, 1e6, 0, even, cubic)
+    found = sizes.pretraining(1e15, 1e6, [], even, cubic)
     assert found.is_short_of_text
     assert found.depth == sizes.LEAST_DEPTH  # 4 M tokens are 1,953 steps of 2,048: the demo's depth pays
     assert found.steps * found.batch * found.context == pytest.approx(4e6, rel=0.001)
-    few = sizes.pretraining(1e15, 1e5, 0, even, cubic)  # 195 steps of 2,048: it does not
+    few = sizes.pretraining(1e15, 1e5, [], even, cubic)  # 195 steps of 2,048: it does not
     assert few.depth == 1
 
 
 def test_the_context_holds_the_rows_that_come_later():
-    assert sizes.pretraining(1e15, 1e9, 700, even, cubic).context == 1024
+    """Of 20 rows 19 are of 300 tokens: 512. Of 1,500 it would be 2,048, more than four times 256, but half must fit."""
+    assert sizes.context_for([], 256) == 256
+    assert sizes.context_for([[300] * 19 + [5000]], 256) == 512
+    assert sizes.context_for([[300] * 15 + [1500] * 5], 256) == 1024
+    assert sizes.context_for([[300] * 20, [1500] * 11 + [10] * 9], 256) == 2048
+    assert sizes.pretraining(1e15, 1e9, [[700] * 20], even, cubic).context == 1024
+
+
+def test_few_rows_make_small_steps():
+    """200 rows: 6 steps of 32, 12 of 16, 25 of 8, 50 of 4."""
+    assert sizes.fewer_a_step(200, 32, 2) == 4
+    assert sizes.fewer_a_step(200, 32, 8) == 8
+    assert sizes.fewer_a_step(2000, 32, 2) == 32
 
 
 @pytest.mark.parametrize(("size", "tokens"), [(9e5, 1024), (1e6, 4096), (5e7, 8192), (5e8, 16_384), (1e12, 32_768)])

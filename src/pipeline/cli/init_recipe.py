@@ -47,13 +47,13 @@ class Found:
     vocab: int
 
     @property
-    def longest_row(self) -> int:
-        """Tokens that nineteen of twenty rows don't exceed, the template's included; 0 without rows."""
-        from pipeline.cli.sizes import quantile
-
+    def row_lengths(self) -> list[list[int]]:
+        """Tokens of the rows, about, the template's included; by kind."""
         kinds = [rows for rows in (self.chats, self.preferences) if rows is not None]
-        whole = [a + b for rows in kinds for a, b in zip(rows.prompts, rows.answers, strict=True)]
-        return round(quantile(whole, 0.95) / self.bytes_a_token + 24) if whole else 0
+        return [
+            [round((a + b) / self.bytes_a_token) + 24 for a, b in zip(rows.prompts, rows.answers, strict=True)]
+            for rows in kinds
+        ]
 
 
 @dataclass

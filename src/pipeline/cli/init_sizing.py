@@ -55,11 +55,13 @@ def stages_of_text(stages: Stages, asked: Asked, found: Found, device: Device, s
     from pipeline.model.scaling import CHINCHILLA
 
     stages.set("tokenize", "vocab_size", found.vocab, f"for {found.text.bytes / 1e6:,.3g} MB")
-    most = min(LONGEST_ROW, found.longest_row)
-    plan = sizes.pretraining(flops, tokens, most, CHINCHILLA.best_split, functools.partial(_cost, found.vocab))
+    rows = [[min(LONGEST_ROW, length) for length in kind] for kind in found.row_lengths]
+    plan = sizes.pretraining(flops, tokens, rows, CHINCHILLA.best_split, functools.partial(_cost, found.vocab))
     seen = plan.steps * plan.batch * plan.context
     stages.set("pretrain", "model", {"depth": plan.depth}, "blocks; 64 channels wide for each")
-    stages.set("pretrain", "context_length", plan.context)
+    fitting = [sum(length <= plan.context for length in kind) / len(kind) for kind in found.row_lengths]
+    why = f"tokens; holds about {min(fitting):.0%} of the rows, longer ones are left out" if fitting else "tokens"
+    stages.set("pretrain", "context_length", plan.context, why)
     stages.set("pretrain", "per_device_train_batch_size", plan.batch, "small batches, many steps")
     end = f"the text {seen / tokens:.2g} times"
     if plan.is_short_of_text:
@@ -159,20 +161,27 @@ def _steps(stages: Stages, name: str, found: Found, paid: float) -> None:
     fields = stages.values[name]
     if name == "ppo":
         assert found.chats is not None
-        batch = fields["batch_size"]
-        episodes = min(paid * TRIED_STEPS * batch, 4 * found.chats.count)
+        episodes = min(paid * TRIED_STEPS * fields["batch_size"], 4 * found.chats.count)
+        batch = sizes.fewer_a_step(episodes, fields["batch_size"], 16)
+        stages.set("ppo", "batch_size", batch)
+        stages.set("ppo", "per_device_train_batch_size", min(batch, fields["per_device_train_batch_size"]))
         stages.set("ppo", "total_episodes", batch * max(2, round(episodes / batch)), "answers to learn from")
         return
     rows = found.chats if name == "sft" else found.preferences
     assert rows is not None
-    batch = fields["per_device_train_batch_size"] * fields.get("gradient_accumulation_steps", 1)
-    epochs = paid * TRIED_STEPS * batch / rows.count
+    steps = fields.get("gradient_accumulation_steps", 1)
+    seen = paid * TRIED_STEPS * fields["per_device_train_batch_size"] * steps
     most = 3 if name == "sft" else 1
-    if epochs >= most:
+    if seen >= most * rows.count:
         del fields["max_steps"]
         stages.set(name, "num_train_epochs", float(most))
-    else:
-        stages.set(name, "max_steps", max(2, int(paid * TRIED_STEPS)), f"{epochs:.2g} epochs: what the hours pay for")
+        return
+    if steps == 1:
+        smaller = sizes.fewer_a_step(seen, fields["per_device_train_batch_size"], 4)
+        stages.set(name, "per_device_train_batch_size", smaller)
+    batch = fields["per_device_train_batch_size"] * steps
+    why = f"{seen / rows.count:.2g} epochs: what the hours pay for"
+    stages.set(name, "max_steps", max(2, int(seen / batch)), why)
 
 
 def _fitted(stages: Stages, name: str, asked: Asked, device: Device) -> Estimate:

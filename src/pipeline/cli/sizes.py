@@ -18,6 +18,9 @@ TRAINING = 0.85
 """Share of the hours for them; the rest is for tokenizing, measuring and starting."""
 LEAST_DEPTH, LEAST_STEPS = 3, 300
 DEEPEST = 48
+LEAST_TOKENS, MOST_TOKENS = 1024, 524_288
+"""Of an optimiser step: small batches and many steps, 1,500 of them where the text allows."""
+FEW_STEPS = 30
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,14 @@ def seconds_of(stages: Sequence[str], hours: float) -> dict[str, float]:
 def pretraining(
     flops: float,
     text_tokens: float,
-    longest_row: int,
+    rows: Sequence[Sequence[int]],
     best_split: Callable[[float], tuple[float, float]],
     cost: Callable[[int, int], tuple[float, float]],
 ) -> Pretraining:
     """The model and the steps for a budget of FLOPs and a text of `text_tokens`.
 
     best_split: FLOPs -> (parameters, tokens) of the lowest loss. cost: (depth, context) -> (parameters that count,
-    FLOPs a token to train) of the model that would be built. longest_row: tokens a row of the later stages needs.
+    FLOPs a token to train) of the model that would be built. rows: tokens of the later stages' rows, by kind.
     """
     most = EPOCHS * text_tokens
     wanted, tokens = best_split(flops)
@@ -66,10 +69,10 @@ def pretraining(
     least = cost(LEAST_DEPTH, 256)[1]
     if depth < LEAST_DEPTH and min(flops / least, most) >= LEAST_STEPS * 2048:
         depth = LEAST_DEPTH
-    context = max(context_of(cost(depth, 256)[0]), power_of_two(longest_row, up=True))
+    context = context_for(rows, context_of(cost(depth, 256)[0]))
     there = flops / cost(depth, context)[1]
     seen = min(there, most)
-    batch = max(4, power_of_two(min(seen / 1500, 524_288.0) / context))
+    batch = power_of_two(min(max(seen / 1500, LEAST_TOKENS), MOST_TOKENS) / context)
     return Pretraining(depth, context, batch, max(10, round(seen / batch / context)), there > most)
 
 
@@ -89,6 +92,13 @@ def context_of(parameters: float) -> int:
     return 2048
 
 
+def context_for(rows: Sequence[Sequence[int]], own: int) -> int:
+    """Tokens that hold nineteen of twenty rows, up to four times the model's `own`; but half the rows of each kind."""
+    most = [power_of_two(quantile(kind, 0.95), up=True) for kind in rows]
+    half = [power_of_two(quantile(kind, 0.5), up=True) for kind in rows]
+    return max(own, *half, min(4 * own, max(most))) if rows else own
+
+
 def power_of_two(value: float, up: bool = False) -> int:
     """The largest power of two that is no larger, with `up` the smallest that is no smaller; at least 1."""
     exponent = math.log2(max(1.0, value))
@@ -98,6 +108,13 @@ def power_of_two(value: float, up: bool = False) -> int:
 def rows_a_step(rows: int, most: int) -> int:
     """Rows of an optimiser step: a power of two up to `most`, of few rows so many that an epoch has eight steps."""
     return max(2, min(most, power_of_two(rows / 8)))
+
+
+def fewer_a_step(seen: float, batch: int, least: int) -> int:
+    """The batch, halved down to `least` until `seen` rows make some steps of it."""
+    while batch > least and seen / batch < FEW_STEPS:
+        batch //= 2
+    return batch
 
 
 def learning_rate(parameters: float, is_adapter: bool) -> float:
