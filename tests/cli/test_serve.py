@@ -130,6 +130,25 @@ def test_what_would_be_ignored_or_does_not_fit_is_refused(served: Any):
 
 @needs_extra
 @pytest.mark.slow
+def test_a_signal_ends_it_with_an_answer_under_way(chat_model: Path, tmp_path: Path, warm_server: Any):
+    """SIGINT, after the first piece of a stream: exit code 0, and the client is told."""
+    import openai
+
+    running = Warm(chat_model.parent, tmp_path, warm_server).start("serve", "./model", "--port", "0", "--json")
+    running.wait_for(lambda: "\n" in Path(f"{running.log}.out").read_text())
+    url = json.loads(Path(f"{running.log}.out").read_text())["url"]
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    pieces = client.completions.create(model="./model", prompt="one", stream=True, temperature=2.0)
+    next(iter(pieces))
+    running.signal(signal.SIGINT)
+    assert running.wait().code == 0, running.stderr()
+    assert "Traceback" not in running.stderr()
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()
+
+
+@needs_extra
+@pytest.mark.slow
 def test_text_is_continued_up_to_the_models_reach(served: Any):
     client, name = served
     found = client.completions.create(model=name, prompt="one two", max_tokens=10_000)

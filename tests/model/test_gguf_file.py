@@ -59,6 +59,14 @@ def test_what_is_read_back_says_the_same(tmp_path: Path, architecture: str, opti
         torch.testing.assert_close(read(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_a_qwen3_of_other_heads_says_how_it_is_read(tmp_path: Path):
+    folder = made(tmp_path, "qwen3")
+    write_gguf(folder, tmp_path / "m.gguf", "f32", "m")
+    (note,) = read_back(folder, tmp_path / "m.gguf", "f32")
+    assert "head_dim=16" in note
+    assert gguf.GGUFReader(tmp_path / "m.gguf").fields["qwen3.attention.key_length"].contents() == 16
+
+
 def test_rows_of_a_head_are_paired():
     """Two heads of four channels: 0 1 2 3 becomes 0 2 1 3."""
     rows = np.arange(8, dtype=np.float32)[:, None]

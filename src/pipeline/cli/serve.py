@@ -72,6 +72,8 @@ def serve(artifact: Artifact | Path, reference: str, *, host: str, port: int, en
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn ends on them, and hands them on to what was set before
         signal.signal(number, lambda number, frame: None)
     server.run(sockets=[listening])
+    sys.stdout.flush()
+    os._exit(0)  # nothing is left to save, and taking torch down in order takes seconds
 
 
 def _listen(host: str, port: int) -> socket.socket:

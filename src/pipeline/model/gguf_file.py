@@ -170,7 +170,11 @@ def read_back(folder: Path, file: Path, dtype: str, steps: int = 24) -> list[str
         if texts[0] != texts[1]:
             raise MismatchError("the chat template that is read back writes other text", where=str(file))
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # transformers takes a qwen3's heads for 128 wide, whatever the file says
+    given = {"head_dim": plain.config.head_dim} if plain.config.model_type == "qwen3" else {}
+    if given.get("head_dim", 128) != 128:
+        notes.append(f"transformers reads it with from_pretrained(…, head_dim={given['head_dim']}) alone")
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **given)
     most = reach(plain.config) // 2
     same = [greedy(plain, ids[:most], min(steps, most)) == greedy(read, ids[:most], min(steps, most)) for ids in asked]
     if not all(same):
