@@ -7,7 +7,7 @@ chat model gets every example as a turn of the user and one of the assistant, th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.data.chat import encode_messages, encode_prompt
 from pipeline.data.tokenizers import encode_text
@@ -31,19 +31,36 @@ class Asker:
 
     subject: Subject
     in_template: bool
+    begun: dict[Shown, list[int]] = field(default_factory=dict)
+    """The tokens that questions begin with, once they were written."""
+    last: dict[tuple[Shown, str], tuple[tuple[int, ...], int]] = field(default_factory=dict)
+    """The prompt that was written last: its choices come one after the other."""
 
     def prompt(self, shown: Shown, question: str) -> tuple[tuple[int, ...], int]:
         """(the tokens before an answer, how many of them every question shares)."""
+        if (shown, question) not in self.last:
+            self.last.clear()
+            self.last[shown, question] = self._prompt(shown, question)
+        return self.last[shown, question]
+
+    def _prompt(self, shown: Shown, question: str) -> tuple[tuple[int, ...], int]:
+        tokenizer = self.subject.tokenizer
         if self.in_template:
-            ids = encode_prompt(self.subject.tokenizer, self._turns(shown, question))
-            before = encode_messages(self.subject.tokenizer, self._turns(shown, "")[:-1]).input_ids if (
-                shown.examples
-            ) else []  # fmt: skip
+            ids = encode_prompt(tokenizer, self._turns(shown, question))
         else:
-            start = self.subject.start_token
-            ids = [start, *encode_text(self.subject.tokenizer, self._text(shown) + question)]
-            before = [start, *encode_text(self.subject.tokenizer, self._text(shown))]
-        return tuple(ids), shared_length(ids, before[:-1])  # the last one may be joined to what follows
+            ids = [self.subject.start_token, *encode_text(tokenizer, self._text(shown) + question)]
+        return tuple(ids), shared_length(ids, self._beginning(shown)[:-1])  # the last may be joined to what follows
+
+    def _beginning(self, shown: Shown) -> list[int]:
+        if shown not in self.begun:
+            if not self.in_template:
+                ids = [self.subject.start_token, *encode_text(self.subject.tokenizer, self._text(shown))]
+            elif shown.examples:
+                ids = encode_messages(self.subject.tokenizer, self._turns(shown, "")[:-1]).input_ids
+            else:
+                ids = []
+            self.begun[shown] = ids
+        return self.begun[shown]
 
     def request(self, shown: Shown, question: str, answer: str) -> Request:
         """`answer` begins with a space where the question does not end with one; a template writes its own."""

@@ -34,8 +34,10 @@ _ROW = 256
 """Tokens a row is filled up to with further completions of its prompt."""
 
 
-_LINE = 1024
-"""Tokens behind a shared beginning that go through the model at a time: more of them see each other in vain."""
+_LINE = {"cpu": 256}
+"""Tokens behind a shared beginning that go through the model at a time: more of them see each other in vain, and fewer
+leave a device idle."""
+_LINE_ELSEWHERE = 2048
 _WORTH = 16
 """Tokens that a shared beginning has at least."""
 
@@ -111,7 +113,8 @@ def log_likelihoods(
     beginning = Beginning() if beginning is None else beginning
     for begin, own in _by_beginning(requests, shares).items():
         rows = _rows(own, len(begin), shares)
-        for batch in _lines(rows, min(budget, _LINE)) if begin else _batches(rows, budget):
+        line = min(budget, _LINE.get(model.device.type, _LINE_ELSEWHERE))
+        for batch in _lines(rows, line) if begin else _batches(rows, budget):
             if begin and beginning.ids != begin:
                 _read(model, begin, beginning)
             sums = _score(model, batch, shares, beginning if begin else None)
