@@ -18,7 +18,7 @@ SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")
 LAYERS = [
     {"errors"},
     {"recipe", "hub"},
-    {"artifacts", "roles", "reading", "unroll", "usercode", "progress"}
+    {"artifacts", "adapted", "roles", "reading", "unroll", "usercode", "progress"}
     | {"trainer_config", "trainer_options", "reward_config", "evaluation_config"},
     {"data", "model", "rl", "evals", "checkpoint", "runtime", "trainer", "preference_trainer", "ranked_trainer"}
     | {"schedule", "hardware"},

@@ -43,6 +43,8 @@ class Artifact:
     kind: str
     fingerprint: str
     manifest: Mapping[str, Any]
+    adapter: Path | None = None
+    """A peft folder that is still to be merged into the model (`pipeline.adapted`)."""
 
     @property
     def model(self) -> Path:

@@ -31,7 +31,7 @@ from pipeline.recipe import (
     is_section_list,
     preset_of,
 )
-from pipeline.roles import NO_TOKENIZER, TOKENIZER, fits, input_of, rows_of
+from pipeline.roles import MODEL, NO_TOKENIZER, TOKENIZER, fits, input_of, rows_of
 from pipeline.tracking import Track, read_tracks
 from pipeline.unroll import SEEDS_A_ROUND, meaning
 
@@ -395,5 +395,5 @@ def tokenizer_root(recipe: Recipe, ref: str, store: Store) -> str:
         ref = above[0]
     if ref.startswith("hub:"):
         return ""
-    found = tokenizer_hash(store.resolve(ref).model)
+    found = tokenizer_hash(input_of(store, ref, MODEL).model)
     return f"hash:{found[:12]}" if found else ""

@@ -227,6 +227,7 @@ def execute(
     `last` says that this process does nothing after it, so that the ranks part here.
     """
     from pipeline.data.places import naming_rows
+    from pipeline.model.merging import drop_merged, merged_inputs
     from pipeline.progress import Stop
     from pipeline.runtime import Runtime, default_threads
 
@@ -247,6 +248,7 @@ def execute(
     if runtime.is_main:
         _write_config(partial / "config.yaml", to_jsonable_python(node.config))
     runtime.barrier()
+    inputs = merged_inputs(inputs, partial, runtime.is_main, runtime.barrier)
     folder = store.folder(run, node.name).parent / TRACK / f"{node.name}-{standing.planned[:16]}"
     tracks = launch.tracks if runtime.is_main else ()
     sender = Sender(tracks, folder, run, node.name, to_jsonable_python(node.config))
@@ -254,6 +256,7 @@ def execute(
         figures = node.stage.run(node.config, inputs, partial, runtime)
     runtime.barrier()
     if runtime.is_main:
+        drop_merged(partial)
         runtime.metrics.sync()
         (partial / "metrics.jsonl").touch()
         store.publish(partial, run, node.name, _manifest(standing, inputs, run, partial, figures, runtime))

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.adapted import adapted_model, is_adapter
 from pipeline.artifacts import MANIFEST, Artifact, Store, digest, sha256
 from pipeline.errors import MissingInputError
 from pipeline.hub import hub_folder
 
 TOKENIZER = "tokenizer"
+MODEL = "causal-lm"
 ROWS = "rows.jsonl"
 HOLD_A_TOKENIZER = ("tokens", "causal-lm", "reward-model")
 
@@ -40,10 +42,13 @@ def fits(kind: str, found: str) -> bool:
 def input_of(store: Store, reference: str, kind: str) -> Artifact:
     """What `run/stage`, a path or `hub:org/name` is to a role of `kind`. MissingInputError where it is not there.
 
-    An artifact counts by its own fingerprint, even if it is taken for its tokenizer alone.
+    A language model may be an adapter's folder, with the base that it names. An artifact counts by its own fingerprint,
+    even if it is taken for its tokenizer alone.
     """
     if kind != TOKENIZER:
-        return store.resolve(reference)
+        path = Path(reference).absolute()
+        is_path = reference.startswith(("./", "../", "/"))
+        return adapted_model(path) if is_path and kind == MODEL and is_adapter(path) else store.resolve(reference)
     if reference.startswith("hub:"):
         folder = hub_folder(reference, VOCABULARY, (*VOCABULARY, *SETTINGS, CONFIG))
         return Artifact(reference, folder, TOKENIZER, tokenizer_fingerprint(folder), {})
@@ -55,6 +60,13 @@ def input_of(store: Store, reference: str, kind: str) -> Artifact:
     if fits(kind, found.kind):
         _need_vocabulary(found.model)
     return found
+
+
+def to_talk_to(store: Store, reference: str) -> Artifact | Path:
+    """A language model, which may be an adapter's folder; of a stage that has not finished, the folder it works in."""
+    if reference.startswith(("./", "../", "/")):
+        return input_of(store, reference, MODEL)
+    return store.resolve_or_unfinished(reference)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

@@ -13,6 +13,7 @@ import json
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,9 @@ def chat(
         raise ConfigError(
             "nothing to answer: the prompt is empty", mend='llmpipe chat REF -p "What does `json.loads` do?"'
         )
-    conversations = [load(found, name, system, temperature, max_new_tokens, seed) for name, found in models]
+    with tempfile.TemporaryDirectory() as made:  # for adapters, merged: loaded they need no folder
+        ready = [(name, plain(found, Path(made) / str(place))) for place, (name, found) in enumerate(models)]
+        conversations = [load(found, name, system, temperature, max_new_tokens, seed) for name, found in ready]
     for each in conversations:
         if not each.is_chat:
             say(f"{each.name} is a base model: it was not taught to answer, so it continues the text")
@@ -70,6 +73,15 @@ def chat(
         print(json.dumps(answered(conversations, prompt.rstrip("\n")), indent=1, ensure_ascii=False))
     else:
         answer(conversations, prompt.rstrip("\n"))
+
+
+def plain(found: Artifact | Path, folder: Path) -> Artifact | Path:
+    """The model; of an adapter, what it and its base are merged into `folder`."""
+    if isinstance(found, Path) or found.adapter is None:
+        return found
+    from pipeline.model.merging import merge
+
+    return merge(found, folder)
 
 
 def write(text: str) -> None:

@@ -13,6 +13,7 @@ from pipeline.cli.session import Session, open_stages
 from pipeline.cli.stages import shipped_recipes
 from pipeline.errors import ConfigError
 from pipeline.launch import Launch
+from pipeline.roles import MODEL, input_of
 
 Stages = dict[str, dict[str, Any]]
 OUTSIDE = "answers"
@@ -56,7 +57,7 @@ def sample_reference(
 
 def sample_fields(reference: str, store: Store, data: Sequence[Any]) -> dict[str, Any]:
     """The sample stage's `init` and `data` for a model; of an artifact the data that it was trained on unless given."""
-    artifact = store.resolve(reference)
+    artifact = input_of(store, reference, MODEL)
     if artifact.kind != "causal-lm":
         raise ConfigError(f"a {artifact.kind} does not answer", where=reference, mend="name a language model")
     return {"stage": "sample", "init": reference, "data": list(data) or _own_data(artifact)}
@@ -103,6 +104,6 @@ def refuse_another_model(session: Session) -> None:
             continue
         for before in standing.manifest["inputs"].get("init", ()):
             is_same = before["reference"] == refs[0]
-            if not is_same and before["fingerprint"] != session.store.resolve(refs[0]).fingerprint:
+            if not is_same and before["fingerprint"] != input_of(session.store, refs[0], MODEL).fingerprint:
                 what = f"{standing.reference} is of another model, {before['reference']}"
                 raise ConfigError(what, where=refs[0], mend="--run NAME for a run of its own")

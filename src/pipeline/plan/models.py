@@ -14,13 +14,13 @@ from pipeline.data.tokenizers import SMALLEST_VOCAB, SPECIALS, complete, load_to
 from pipeline.errors import MissingInputError
 from pipeline.graph import Node, Recipe
 from pipeline.model.presets import build_model, shape_of
-from pipeline.roles import TOKENIZER, input_of
+from pipeline.roles import MODEL, TOKENIZER, input_of
 
 
 def model_of(recipe: Recipe, store: Store, ref: str) -> PreTrainedModel | None:
     """The model that `ref` is or will be, without weights; None where it cannot be told."""
     if ref not in recipe.nodes:
-        return empty_model(store.resolve(ref).model)
+        return empty_model(input_of(store, ref, MODEL).model)
     node = recipe.nodes[ref]
     if node.stage.type == "pretrain" and not node.inputs.get("init"):
         given = node.config.model  # type: ignore[attr-defined]

@@ -33,10 +33,11 @@ def chat(
     from pipeline.artifacts import Store
     from pipeline.cli.chat import chat as talk
     from pipeline.cli.session import artifacts_root
+    from pipeline.roles import to_talk_to
 
     store = Store(artifacts_root(artifacts))
     talk(
-        [(reference, store.resolve_or_unfinished(reference)) for reference in references],
+        [(reference, to_talk_to(store, reference)) for reference in references],
         prompt=prompt,
         system=system,
         temperature=temperature,
