@@ -64,6 +64,7 @@ def test_the_graph_is_ordered_parents_first(folder: Path):
         "tokens": ("tokenize",),
         "reward": ("reward",),
         "baseline": ("sft",),
+        "judge": (),
     }
 
 
