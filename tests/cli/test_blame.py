@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.artifacts import Store
 from pipeline.cli.blame import answer_in_colours, blame_answer
 from pipeline.data.tokenizers import train_bpe
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.report.blamed import blamed
+from pipeline.report.records import RunRecord, StageRecord
 from tests.evals.lines import Line
 
 
@@ -30,7 +33,7 @@ def line(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 
 def run(line: Line, reference: str = "tiny/dpo", **settings: Any) -> None:
     defaults = {"prompt": "open the door", "system": None, "answer": None, "max_new_tokens": 12, "rows": 3}
-    blame_answer(line.store, reference, **({"as_json": False} | defaults | settings))
+    blame_answer(line.store, reference, **({"keep": False, "as_json": False} | defaults | settings))
 
 
 def test_json_is_what_the_function_returns(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +53,47 @@ def test_a_pipe_gets_brackets_figures_rows_and_the_caution(line: Line, capsys: p
     assert "rows.jsonl:2, answer, shares “sum of”" in out
     assert "add → sum of" in out
     assert "Correlation, not cause" in out
+
+
+def test_what_is_kept_is_in_the_report_of_the_run(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once a question; in the colours of the stages, with their figures; gone when the model is made again."""
+    folder = line.store.root / "tiny"
+    for _ in range(2):
+        run(line, keep=True, as_json=True)
+    run(line, keep=True, answer="close the door")
+    kept = [json.loads(row) for row in (folder / "blame.jsonl").read_text().splitlines()]
+    assert [row["generated"] for row in kept] == [True, False]
+    assert kept[0] == json.loads(json.dumps(line.blame()))
+    first, second = blamed(RunRecord("tiny", folder, (_standing(kept[0]["fingerprint"]),)))
+    assert [piece.text for piece in first.pieces] == [token["text"] for token in kept[0]["tokens"]]
+    owners = [token["owner"] for token in kept[0]["tokens"]]
+    assert [piece.colour for piece in first.pieces] == [0 if owner is None else owner + 1 for owner in owners]
+    gain = kept[0]["tokens"][0]["gains"][1]
+    assert f"tiny/sft: log p {kept[0]['tokens'][0]['logprobs'][1]:.2f} ({gain:+.2f})" in first.pieces[0].title
+    assert [stage[:2] for stage in first.stages] == [("tiny/pretrain", 1), ("tiny/sft", 2), ("tiny/dpo", 3)]
+    assert ("tiny/sft", "sum of") in {(stage, shared) for stage, _, shared, _ in first.rows}
+    assert second.prompt == "open the door"
+    assert blamed(RunRecord("tiny", folder, (_standing("another"),))) == ()
+    capsys.readouterr()
+
+
+def _standing(fingerprint: str) -> StageRecord:
+    return StageRecord("dpo", "dpo", Path("dpo"), {"fingerprint": fingerprint}, {}, (), ())
+
+
+def test_what_belongs_to_no_run_is_not_kept(line: Line, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="belongs to no run"):
+        blame_answer(
+            Store(tmp_path),
+            str(line.store.folder("tiny", "dpo")),
+            prompt="open",
+            system=None,
+            answer=None,
+            max_new_tokens=4,
+            rows=0,
+            keep=True,
+            as_json=False,
+        )
 
 
 def test_colours_or_numbers() -> None:

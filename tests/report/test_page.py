@@ -168,3 +168,39 @@ def test_the_rounds_of_a_repeat_are_drawn_over_the_rounds(tmp_path: Path):
     data = json.loads(re.findall(r'id="data">(.*?)</script>', page_text(root))[0])
     assert [(each["title"], each["xlabel"]) for each in data] == [("score", "round")]  # rows are the same in each
     assert data[0]["curves"] == [{"label": "score", "x": [1, 2, 3], "y": [0.5, 1, 1.5]}]
+
+
+def test_a_kept_blame_is_shown_in_colours_and_escaped(root: Path):
+    manifest = json.loads((root / "demo" / "dpo" / "manifest.json").read_text())
+    row = {
+        "model": "demo/dpo",
+        "fingerprint": manifest["fingerprint"],
+        "prompt": HOSTILE,
+        "system": None,
+        "answer": "a b",
+        "generated": True,
+        "asked_in": "its chat template",
+        "stages": [
+            {"reference": name, "tokens": count, "gain": gain}
+            for name, count, gain in (("demo/sft", 1, 2.25), ("demo/dpo", 0, -0.5))
+        ],
+        "tokens": [
+            {"text": "a", "owner": 0, "logprobs": [-1.0, -1.5], "gains": [2.25, -0.5]},
+            {"text": HOSTILE, "owner": None, "logprobs": [-3.0, -4.0], "gains": [-1.0, -1.0]},
+        ],
+        "nearest": [{"stage": "demo/sft", "notes": [], "rows": [{"where": "x:1", "shared": "a", "text": HOSTILE}]}],
+        "caution": "Correlation, not cause.",
+    }
+    (root / "demo" / "blame.jsonl").write_text(json.dumps(row) + "\n")
+    text = page_text(root)
+    found = Page(text)
+    assert "<script>alert" not in text
+    assert "demo/sft: 1 token, +2.2 nats" in found.text
+    assert "demo/dpo: 0 tokens, -0.5 nats" in found.text
+    pieces = [
+        attributes for tag, attributes in found.tags if tag == "span" and "log p" in (attributes.get("title") or "")
+    ]
+    assert [piece.get("style") for piece in pieces] == ["--k: var(--c1)", None]
+    assert pieces[0]["title"] == "demo/sft: log p -1.00 (+2.25)\ndemo/dpo: log p -1.50 (-0.50)"
+    assert 'href="#blame"' in text
+    assert "Correlation, not cause." in found.text

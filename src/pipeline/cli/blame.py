@@ -32,9 +32,11 @@ def blame_answer(
     answer: str | None,
     max_new_tokens: int,
     rows: int,
+    keep: bool,
     as_json: bool,
 ) -> None:
-    """Score the answer to `prompt` (what is piped in without one) under every ancestor, and print what came of it."""
+    """Score the answer to `prompt` (what is piped in without one) under every ancestor, and print what came of it.
+    `keep`: for the report of the model's run too."""
     if max_new_tokens < 1 or rows < 0:
         raise ConfigError("max_new_tokens is at least 1, and rows at least 0")
     if prompt is None:
@@ -42,6 +44,9 @@ def blame_answer(
             raise ConfigError("nothing was asked", mend=f'llmpipe blame {reference} -p "What does `json.loads` do?"')
         prompt = sys.stdin.read().rstrip("\n")
     artifact = store.resolve(reference)
+    if keep and artifact.path.parent.parent != store.root:
+        what = "it belongs to no run of these artifacts, whose report could show it"
+        raise ConfigError(what, where=reference, mend="leave out --keep, or name it as run/stage")
     from transformers.utils import logging
 
     from pipeline.evals.blame import Question, blame
@@ -49,6 +54,10 @@ def blame_answer(
     logging.disable_progress_bar()
     question = Question(prompt, system, answer, max_new_tokens, rows)
     found = blame(artifact, store, question, device=best_device(), say=_say)
+    if keep:
+        from pipeline.report import blamed
+
+        blamed.keep(artifact.path.parent, found)
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from pipeline.report import formats, layout
 from pipeline.report.answers import Exchange, exchanges, written_while_training
+from pipeline.report.blamed import blamed
 from pipeline.report.curves import Panel, over_rounds, panels
 from pipeline.report.differences import within
 from pipeline.report.drawing import Figured, draw_all, draw_reliability
@@ -83,6 +84,7 @@ def _page(run: RunRecord, price: float, points: int, prompts: int) -> str:
         wide=layout.lay_out(run.stages, is_upright=False),
         tall=layout.lay_out(run.stages, is_upright=True),
         evaluations=evaluations,
+        blamed=blamed(run),
         groups=shown,
         linked={group.stages[0].base for group in shown},
         figures=data_of([*figures_in(evaluations), *(each for group in shown for each in group.all_figures)]),

@@ -80,6 +80,7 @@ class RunRecord:
     """A run; `stages` in an order in which they can have run."""
 
     name: str
+    folder: Path
     stages: tuple[StageRecord, ...]
 
     def stage(self, name: str) -> StageRecord:
@@ -110,7 +111,7 @@ def read_run(store: Store, run: str) -> RunRecord:
             found.append(_unfinished(path, name, folder, types, {*whole, *begun}))
     if not found:
         raise MissingInputError("the run has no stage yet", where=str(folder), mend="llmpipe run")
-    return RunRecord(run, _ordered(found))
+    return RunRecord(run, folder, _ordered(found))
 
 
 def _whole(store: Store, run: str, name: str, is_again: bool) -> StageRecord:

@@ -54,6 +54,7 @@ def blame(
     system: Annotated[str | None, typer.Option("--system", help="system message")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="longest answer, in tokens")] = 128,
     rows: Annotated[int, typer.Option("--rows", help="training rows shown of each stage")] = 3,
+    keep: Annotated[bool, typer.Option("--keep", help="show it in the report of the model's run too")] = False,
     artifacts: ArtifactsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -70,6 +71,7 @@ def blame(
         answer=answer,
         max_new_tokens=max_new_tokens,
         rows=rows,
+        keep=keep,
         as_json=json,
     )
 
