@@ -40,11 +40,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ]
     named = {"fingerprint": "f" * 64, "value": 0.6, "low": 0.5, "high": 0.7, "n": 50}
     rows = [
-        {"model": "ppo", "task": "greedy", "metric": "gold", **named},
+        *({"model": f"ppo{i or ''}", "task": "greedy", "metric": "gold", **named} for i in range(12)),
         {"model": "reward", "task": "reward_accuracy", "metric": "accuracy", **named},
     ]
     write_evaluation(root, rows, items, name="second")
-    for seed in range(5):
+    for seed in range(8):
         sides = {"rewards/chosen": lambda i: i, "rewards/rejected": lambda i: -i}
         parents, rows = {"init": ["demo/sft"]}, training(loss=lambda i: i, **sides)
         write_stage(root, f"many@seed={seed}", type_="dpo", inputs=parents, config={"seed": seed}, metrics=rows)

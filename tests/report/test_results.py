@@ -10,6 +10,7 @@ import pytest
 from pipeline.artifacts import Store
 from pipeline.report import noise
 from pipeline.report.answers import exchanges
+from pipeline.report.page import page_of
 from pipeline.report.records import read_run
 from pipeline.report.results import Line, items_of, tables_of
 from tests.report.written_run import answer, result, write_evaluation
@@ -142,3 +143,17 @@ def test_an_undefined_figure_is_a_dash(tmp_path: Path):
     cells = lines(root)["greedy", "gold"].cells
     assert [(cell.shown, cell.half) for cell in cells if cell is not None] == [("0.500", "0.100"), ("–", "")]
     assert json.dumps([cell.value for cell in cells if cell is not None]) == "[0.5, null]"
+
+
+def test_samples_of_a_users_own_stage_need_name_no_task(tmp_path: Path):
+    root = tmp_path / "artifacts"
+    items = [{"model": m, "prompt": f"{i}?", "answer": f"{m} {i}"} for m in ("sft", "ppo") for i in range(3)]
+    write_evaluation(root, [result("sft", "frontier", "gold", 0.5, 0.1)], items)
+    found = items_of(read_run(Store(root), "demo").stage("eval"))
+    assert {key: [row["item"] for row in rows] for key, rows in found.items()} == {
+        ("sft", ""): [0, 1, 2],
+        ("ppo", ""): [0, 1, 2],
+    }
+    _, shown = exchanges(found, 5)
+    assert [[answer.text for answer in each.answers] for each in shown] == [[f"sft {i}", f"ppo {i}"] for i in range(3)]
+    assert "ppo 2" in page_of(read_run(Store(root), "demo"), 2.5)

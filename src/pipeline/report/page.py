@@ -16,7 +16,7 @@ from pipeline.report.answers import Exchange, exchanges, written_while_training
 from pipeline.report.blamed import blamed
 from pipeline.report.curves import Panel, over_rounds, panels
 from pipeline.report.differences import within
-from pipeline.report.drawing import Figured, draw_all, draw_reliability
+from pipeline.report.drawing import COLOURS, Figured, draw_all, draw_reliability
 from pipeline.report.recipe_of import as_yaml, command, missing_parts, recipe_of
 from pipeline.report.records import RunRecord, StageRecord
 from pipeline.report.reliability import reliabilities
@@ -54,8 +54,15 @@ class Evaluation:
     tables: tuple[Table, ...]
     task: str
     exchanges: tuple[Exchange, ...]
-    reliability: tuple[Any, ...]
+    reliability: tuple[Figured, ...]
     compared: int
+
+    @property
+    def colours(self) -> dict[str, int]:
+        """Of each model, of its answers."""
+        of_tables = [model for table in self.tables for model in table.models]
+        of_answers = [answer.model for each in self.exchanges for answer in each.answers]
+        return {model: i % COLOURS + 1 for i, model in enumerate(dict.fromkeys([*of_tables, *of_answers]))}
 
 
 def page_of(run: RunRecord, price: float) -> str:

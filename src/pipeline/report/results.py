@@ -56,10 +56,11 @@ class Table:
 
 
 def items_of(stage: StageRecord) -> dict[tuple[str, str], list[Row]]:
-    """The evaluation's items by model and task."""
+    """The evaluation's items by model and task; a user's own stage may name neither task nor item."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in read_rows(stage.path / "samples.jsonl"):
-        found.setdefault((str(row["model"]), str(row["task"])), []).append(row)
+        known = found.setdefault((str(row.get("model", "")), str(row.get("task", ""))), [])
+        known.append({"item": len(known), **row})
     return found
 
 
