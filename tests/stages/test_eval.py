@@ -29,6 +29,7 @@ from pipeline.model.build import save_model
 from pipeline.model.presets import Shape, build_config
 from pipeline.model.reward import build_reward_model, save_reward_model
 from pipeline.recipe import DataEntry
+from pipeline.rl.comparing import Compared
 from pipeline.runtime import Runtime
 from stages import eval as stage
 
@@ -100,7 +101,7 @@ def measure(house: dict[str, Artifact], out: Path, halt: Any = None, **fields: A
     out.mkdir(exist_ok=True)
     config = stage.EvalConfig(**({"models": ("pretrain", "sft", "ppo")} | SMALL | fields))
     inputs: dict[str, Any] = {"models": [house[name] for name in config.models]}
-    for role in ("tokens", "reward", "baseline"):
+    for role in ("tokens", "reward", "baseline", "judge"):
         name = getattr(config, role)
         inputs[role] = None if name is None else house[name]
     runtime = Runtime.start(out, seed=config.seed, threads=1, quiet=True)
@@ -322,6 +323,57 @@ def test_a_task_that_cannot_be_done_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         measure(house, tmp_path, **fields)
+
+
+def test_win_rates_by_the_reward_model(house: dict[str, Artifact], tmp_path: Path) -> None:
+    """A model against its like is a half; turned round, wins are losses and the scores change sides. Without a judge it
+    is measured where it is asked for alone."""
+    twin = house | {"twin": replace(house["sft"], fingerprint="twin")}
+    found = measure(twin, tmp_path / "twin", models=("twin",), tasks=("win_rate",))
+    assert found == {"twin.win_rate.win_rate": 0.5}
+    won = {}
+    for ours, theirs in (("ppo", "sft"), ("sft", "ppo")):
+        out = tmp_path / ours
+        rate = measure(house, out, models=(ours, theirs), baseline=theirs, tasks=("win_rate",))
+        won[ours] = rows(out, "samples")
+        assert rate == {f"{ours}.win_rate.win_rate": pytest.approx(sum(item["win"] for item in won[ours]) / 5)}
+    for item, turned in zip(won["ppo"], won["sft"], strict=True):
+        assert (item["prompt"], item["answer"], item["against"]) == (
+            turned["prompt"],
+            turned["against"],
+            turned["answer"],
+        )
+        assert (item["score"], item["score_against"]) == pytest.approx((turned["score_against"], turned["score"]))
+        assert item["win"] == float(item["score"] > item["score_against"]) == 1 - turned["win"]
+    with pytest.raises(ConfigError, match="win_rate needs `judge`"):
+        measure(house, tmp_path / "none", models=("ppo",), reward=None, tasks=("win_rate",))
+
+
+class FirstIsBetter:
+    """A judge in this process that sees the place alone."""
+
+    def compare(self, prompts: Any, pairs: Any) -> list[Compared]:
+        return [Compared(0.5, True) for _ in pairs]
+
+
+def test_win_rates_by_a_judge(house: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = tmp_path / "rules.txt"
+    rules.write_text("Short is good.")
+    seen = []
+
+    def load(artifact: Artifact, constitution: str, **options: Any) -> FirstIsBetter:
+        seen.append((artifact.reference, constitution))
+        return FirstIsBetter()
+
+    monkeypatch.setattr(scorers, "load_comparer", load)
+    found = measure(
+        house, tmp_path / "out", models=("ppo",), judge="pretrain", constitution=rules, reward=None, tasks=("win_rate",)
+    )
+    assert found == {"ppo.win_rate.win_rate": 0.5, "ppo.win_rate.swayed": 1.0, "ppo.win_rate.unread": 0.0}
+    assert seen == [("tiny/pretrain", "Short is good.")], "loaded once"
+    for fields in ({"judge": "pretrain"}, {"constitution": rules}, {"judge_url": "http://127.0.0.1/v1"}):
+        with pytest.raises(ValueError, match="go together"):
+            stage.EvalConfig(models=("ppo",), **fields)
 
 
 def test_exact_match_is_measured_where_it_is_told_how(house: dict[str, Artifact], tmp_path: Path) -> None:
