@@ -101,6 +101,8 @@ def test_colours_or_numbers() -> None:
     found = {"tokens": [{"text": text, "owner": owner} for text, owner in pairs]}
     shown = answer_in_colours(found, plain=False)
     assert shown.plain == "sum file⏎\nend"
+    evil = {"tokens": [{"text": "a\x1b[31m", "owner": 0}]}
+    assert answer_in_colours(evil, plain=True).plain == "1[a[31m]"
     styles = [str(span.style) for span in shown.spans]
     assert styles == ["yellow", "yellow", "dim", "cyan", "cyan"]
     assert answer_in_colours(found, plain=True).plain == "2[sum]0[ file]1[⏎\nend]"
@@ -133,8 +135,6 @@ def test_stdin_is_the_prompt_where_it_is_no_terminal(
     ("settings", "named"),
     [
         ({"prompt": " "}, "prompt is empty"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"rows": -1}, "rows"),
         ({"reference": "tiny/tokenize"}, "tokens is no language model"),
         ({"reference": "tiny/none"}, "no artifact tiny/none"),
         ({"reference": "none"}, "'none' is no reference"),

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from pipeline.artifacts import Artifact
 from pipeline.cli import chat as module
+from pipeline.cli.app import app
 from pipeline.cli.conversation import load, pieces
 from pipeline.data.chat import encode_prompt, stop_token_id
 from pipeline.data.tokenizers import encode_text, train_bpe
@@ -225,11 +227,28 @@ def test_characters_that_never_become_whole(tokenizer: PreTrainedTokenizerFast) 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"prompt": " \n"}, "empty"), ({"temperature": -1.0}, "temperature"), ({"max_new_tokens": 0}, "max_new_tokens")],
+    [
+        ({"prompt": " \n"}, "empty"),
+        *(({"temperature": value}, "no temperature") for value in (-1.0, float("nan"), float("inf"), 1e-320)),
+    ],
 )
 def test_bad_settings(chatting: Artifact, settings: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         ask(chatting, **({"prompt": "hello"} | settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "low"),
+    [
+        (("chat", "a/b", "--max-new-tokens", "0"), "0 is not in the range x>=1"),
+        (("blame", "a/b", "--max-new-tokens", "0"), "0 is not in the range x>=1"),
+        (("blame", "a/b", "--rows", "-1"), "-1 is not in the range x>=0"),
+    ],
+)
+def test_options_name_their_bounds(words: tuple[str, ...], low: str) -> None:
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert low in done.output
 
 
 def test_typed_control_tokens_stay_letters(chatting: Artifact, script: Script) -> None:
@@ -238,6 +257,18 @@ def test_typed_control_tokens_stay_letters(chatting: Artifact, script: Script) -
     stop = stop_token_id(script.tokenizer)
     assert script.prompts[0].count(stop) == 1
     assert script.tokenizer.decode(script.prompts[0]).count("<|im_end|>") == 2
+
+
+def test_an_answer_drives_no_terminal(
+    chatting: Artifact, script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Written to a terminal it has no control characters but new lines; into a pipe it goes as it is."""
+    script.answers[:2] = ["\x1b[31mred\x1b]0;title\x07\n"] * 2
+    ask(chatting, "say it", max_new_tokens=40)
+    assert capsys.readouterr().out == "\x1b[31mred\x1b]0;title\x07\n\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    ask(chatting, "say it", max_new_tokens=40)
+    assert capsys.readouterr().out == "[31mred]0;title\n\n"
 
 
 def test_the_commands(
@@ -262,7 +293,7 @@ def test_the_commands(
     asked += [[user | {"content": " /help"}], [user | {"content": "/hello/world"}]]
     assert script.prompts == [encode_prompt(script.tokenizer, messages) for messages in asked]
     assert drawn == [0.0, 0.5, 0.5, 0.5]
-    assert captured.err.count("temperature 0.5; a number of at least 0 sets it") == 2
+    assert captured.err.count("temperature 0.5; 0 is greedy; else a number from 0.001 on") == 2
     assert "no command /rest; did you mean `/reset`?" in captured.err
     assert all(name in captured.err for name in module.COMMANDS)
 

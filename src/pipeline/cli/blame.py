@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import Store
+from pipeline.cli.columns import legible
 from pipeline.cli.conversation import best_device
 from pipeline.errors import ConfigError
 
@@ -37,8 +38,6 @@ def blame_answer(
 ) -> None:
     """Score the answer to `prompt` (what is piped in without one) under every ancestor, and print what came of it.
     `keep`: for the report of the model's run too."""
-    if max_new_tokens < 1 or rows < 0:
-        raise ConfigError("max_new_tokens is at least 1, and rows at least 0")
     if prompt is None:
         if sys.stdin.isatty():
             raise ConfigError("nothing was asked", mend=f'llmpipe blame {reference} -p "What does `json.loads` do?"')
@@ -101,7 +100,7 @@ def answer_in_colours(found: dict[str, Any], *, plain: bool) -> Text:
         ends = place + 1 == len(tokens) or tokens[place + 1]["owner"] != owner
         if plain and begins:
             text.append(f"{0 if owner is None else owner + 1}[")
-        shown = token["text"] if token["text"] != "\n" else "⏎\n"
+        shown = legible(token["text"]) if token["text"] != "\n" else "⏎\n"
         text.append(shown, style="" if plain else colour(owner))
         text.append("]" if plain and ends else "")
     return text
@@ -165,5 +164,6 @@ def show_rows(console: Console, found: dict[str, Any], each: dict[str, Any]) -> 
     for row in each["rows"]:
         head = f"  {row['where']}, {row['side']}, shares “{row['shared']}” ({row['score']:.1f})"
         asked = f"{row['prompt']} → " if row["prompt"] else ""
-        lines = (Text(" ".join(head.split("\n"))), Text(f"    {asked}{row['text']}".replace("\n", " "), style="dim"))
+        body = legible(f"    {asked}{row['text']}").replace("\n", " ")
+        lines = (Text(legible(head).replace("\n", " ")), Text(body, style="dim"))
         console.print(*lines, sep="\n", soft_wrap=not console.is_terminal)

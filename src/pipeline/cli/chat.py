@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.artifacts import Artifact
+from pipeline.cli.columns import legible
 from pipeline.cli.conversation import Conversation, load, say
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.reading import meant
@@ -31,6 +32,8 @@ COMMANDS = {
     "/quit": "end (/exit and the end of input too)",
 }
 COMMAND = re.compile(r"/[a-z]+")
+LEAST_TEMPERATURE = 1e-3
+TEMPERATURES = f"0 is greedy; else a number from {LEAST_TEMPERATURE} on"
 
 
 def chat(
@@ -47,8 +50,8 @@ def chat(
 
     temperature 0 is greedy. Raises ConfigError for what is no language model and for an empty prompt.
     """
-    if temperature < 0 or max_new_tokens < 1:
-        raise ConfigError("temperature is at least 0, and max_new_tokens at least 1")
+    if not is_temperature(temperature):
+        raise ConfigError(f"no temperature: {temperature:g}", where="--temperature", mend=TEMPERATURES)
     if len(models) > 2:
         raise ConfigError("one model to talk to, or two side by side", mend="llmpipe eval compares more of them")
     if prompt is None and not sys.stdin.isatty():
@@ -84,9 +87,14 @@ def plain(found: Artifact | Path, folder: Path) -> Artifact | Path:
     return merge(found, folder)
 
 
+def is_temperature(value: float) -> bool:
+    """0, or a number that logits can be divided by."""
+    return value == 0 or LEAST_TEMPERATURE <= value < float("inf")
+
+
 def write(text: str) -> None:
-    """On stdout, at once."""
-    sys.stdout.write(text)
+    """On stdout, at once; on a terminal without what would drive it."""
+    sys.stdout.write(legible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
@@ -192,8 +200,8 @@ def set_temperature(conversations: Sequence[Conversation], given: str) -> None:
         value = float(given)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        say(f"temperature {conversations[0].sampling.temperature:g}; a number of at least 0 sets it")
+    if not is_temperature(value):
+        say(f"temperature {conversations[0].sampling.temperature:g}; {TEMPERATURES}")
         return
     for each in conversations:
         each.sampling = replace(each.sampling, temperature=value)
