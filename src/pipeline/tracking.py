@@ -165,7 +165,7 @@ class Sender:
 
 def _before(file: Path, line: Row) -> list[Row]:
     """The lines of the same step that stand before the last one, which is `line`."""
-    rows = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()[:-1]]
+    rows = [json.loads(text) for text in file.read_bytes().splitlines()[:-1]]
     return [row for row in rows if row["step"] >= line["step"]]
 
 

@@ -1,9 +1,10 @@
 """The best is marked where its difference to the next is larger than noise, over the same items if they are known."""
 
+import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -13,7 +14,7 @@ from pipeline.report.answers import exchanges
 from pipeline.report.page import page_of
 from pipeline.report.records import read_run
 from pipeline.report.results import Line, items_of, tables_of
-from tests.report.written_run import answer, result, write_evaluation
+from tests.report.written_run import answer, jsonl, result, write_evaluation, write_stage
 
 
 def lines(root: Path) -> dict[tuple[str, str], Line]:
@@ -157,3 +158,39 @@ def test_samples_of_a_users_own_stage_need_name_no_task(tmp_path: Path):
     _, shown = exchanges(found, 5)
     assert [[answer.text for answer in each.answers] for each in shown] == [[f"sft {i}", f"ppo {i}"] for i in range(3)]
     assert "ppo 2" in page_of(read_run(Store(root), "demo"), 2.5)
+
+
+SEPARATORS = "one\u2028two\x85three"
+
+
+def test_an_answer_may_hold_any_separator_of_lines(tmp_path: Path):
+    root = tmp_path / "artifacts"
+    write_evaluation(root, [result("sft", "greedy", "gold", 0.5, 0.1)], [answer("sft", 0, SEPARATORS, 0.5)])
+    assert SEPARATORS in page_of(read_run(Store(root), "demo"), 2.5)
+
+
+def _closing_table(folder: Path) -> str:
+    from types import SimpleNamespace
+
+    from rich.console import Console
+
+    from pipeline.cli.closing import _print_table
+
+    console = Console(width=120, record=True, file=io.StringIO())
+    _print_table(cast("Any", SimpleNamespace(artifact=SimpleNamespace(path=folder))), console)
+    return console.export_text()
+
+
+def test_lines_are_those_of_bytes(tmp_path: Path):
+    from pipeline.cli.card import measured
+    from pipeline.tracking import _before
+
+    root = tmp_path / "artifacts"
+    write_evaluation(root, [result("sft", "greedy", "gold", 0.5, 0.1) | {"note": SEPARATORS}], [])
+    write_stage(root, "sft", more={"fingerprint": "f" * 64})
+    assert [row["note"] for row in measured(Store(root).artifact("demo", "sft"))] == [SEPARATORS]
+    assert _closing_table(root / "demo" / "eval").count("gold") == 1
+    lines_of = [{"step": 5, "sample": SEPARATORS}, {"step": 10, "loss": 1}, {"step": 10, "sample": SEPARATORS}]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(jsonl(lines_of), encoding="utf-8")
+    assert _before(file, lines_of[2]) == [lines_of[1]]

@@ -12,7 +12,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def jsonl(rows: Rows) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_stage(
@@ -105,8 +105,8 @@ def write_evaluation(root: Path, results: Rows, items: Rows, *, run: str = "demo
         inputs={"models": models},
         config={"models": [model.partition("/")[2] for model in models]},
     )
-    (folder / "results.jsonl").write_text(jsonl(results))
-    (folder / "samples.jsonl").write_text(jsonl(items))
+    (folder / "results.jsonl").write_text(jsonl(results), encoding="utf-8")
+    (folder / "samples.jsonl").write_text(jsonl(items), encoding="utf-8")
 
 
 def write_demo(root: Path) -> None:

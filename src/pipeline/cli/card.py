@@ -126,7 +126,7 @@ def measured(artifact: Artifact) -> list[dict[str, Any]]:
     for manifest in sorted(artifact.path.parent.glob("*/manifest.json")) if artifact.manifest else []:
         results = manifest.with_name("results.jsonl")
         if results.exists() and json.loads(manifest.read_text(encoding="utf-8"))["kind"] == "evaluation":
-            rows = map(json.loads, results.read_text(encoding="utf-8").splitlines())
+            rows = map(json.loads, results.read_bytes().splitlines())
             of_it = [row for row in rows if row["fingerprint"] == artifact.fingerprint and _is_number(row)]
             found += [row | {"by": manifest.parent.name} for row in of_it]
     return found

@@ -37,7 +37,7 @@ def _print_table(standing: Standing, console: Console) -> None:
 
     assert standing.artifact is not None
     folder = standing.artifact.path
-    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "results.jsonl").read_bytes().splitlines()
     table = (
         read_csv(folder / "table.csv") if (folder / "table.csv").exists() else []
     )  # a stage of one's own writes none

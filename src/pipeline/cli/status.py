@@ -74,7 +74,7 @@ def _step(session: Session, standing: Standing) -> int | None:
     """The last step that an unfinished stage wrote of; None before the first."""
     folder = session.store.partial(session.recipe.run, standing.node.name, standing.planned)
     file = folder / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    lines = file.read_bytes().splitlines() if file.exists() else []
     try:
         return int(json.loads(lines[-1])["step"]) if lines else None
     except ValueError:  # it is being written

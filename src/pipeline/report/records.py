@@ -162,7 +162,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl, none where it is missing. A last line that is being written is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()  # a text would be cut at U+2028 as well
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
