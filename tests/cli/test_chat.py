@@ -238,17 +238,17 @@ def test_bad_settings(chatting: Artifact, settings: dict[str, object], named: st
 
 
 @pytest.mark.parametrize(
-    ("words", "low"),
+    ("words", "named"),
     [
-        (("chat", "a/b", "--max-new-tokens", "0"), "0 is not in the range x>=1"),
-        (("blame", "a/b", "--max-new-tokens", "0"), "0 is not in the range x>=1"),
-        (("blame", "a/b", "--rows", "-1"), "-1 is not in the range x>=0"),
+        (("chat", "a/b", "--max-new-tokens", "0"), "--max-new-tokens"),
+        (("blame", "a/b", "--max-new-tokens", "0"), "--max-new-tokens"),
+        (("blame", "a/b", "--rows", "-1"), "--rows"),
     ],
 )
-def test_options_name_their_bounds(words: tuple[str, ...], low: str) -> None:
+def test_options_name_their_bounds(words: tuple[str, ...], named: str) -> None:
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 2
-    assert low in done.output
+    assert f"Invalid value for '{named}'" in done.output
 
 
 def test_typed_control_tokens_stay_letters(chatting: Artifact, script: Script) -> None:
