@@ -105,7 +105,7 @@ def run(config: RewardConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
     from pipeline import trainer as adapter
     from pipeline.model.reward import member_folder
     from pipeline.schedule import schedule
-    from pipeline.trainer import checkpoint_step
+    from pipeline.trainer_watch import checkpoint_step
 
     adapter.quieten()
     checkpoint = runtime.checkpoints.latest()

@@ -20,8 +20,8 @@ LAYERS = [
     {"recipe", "hub"},
     {"artifacts", "adapted", "roles", "reading", "unroll", "usercode", "progress"}
     | {"trainer_config", "trainer_options", "reward_config", "evaluation_config"},
-    {"data", "model", "rl", "evals", "checkpoint", "runtime", "trainer", "preference_trainer", "ranked_trainer"}
-    | {"schedule", "hardware"},
+    {"data", "model", "rl", "evals", "checkpoint", "runtime", "schedule", "hardware"}
+    | {"trainer", "trainer_watch", "preference_trainer", "ranked_trainer"},
     {"stages"},
     {"graph", "paths", "fingerprint", "lineage", "launch", "plan", "report", "tracking"},
     {"cli"},
