@@ -1,6 +1,7 @@
 """A plain folder of a model; adapters merged into their base."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifacts import Store, outside_model
-from pipeline.cli.export import export, push
+from pipeline.cli.export import export, push, say_exported
 from pipeline.errors import ConfigError, MismatchError, MissingInputError
 from pipeline.model.adapters import lora
 from pipeline.model.build import load_causal_lm
@@ -195,7 +196,40 @@ def test_forms_and_names_go_together(base: Path, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
 
-def test_a_gguf_is_written_and_compared(base: Path, tmp_path: Path) -> None:
+def test_a_gguf_is_written_and_compared(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gguf", reason="the extra gguf is not installed")
-    assert export(Store(tmp_path), str(base), to="gguf", out=tmp_path / "m.gguf", base=None) == []
+    notes = export(Store(tmp_path), str(base), to="gguf", out=tmp_path / "m.gguf", base=None)
+    assert notes == ["read back: the same greedy tokens on 3 texts"]
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    assert "it/s" not in capfd.readouterr().err  # a bar is for a terminal
+
+
+def test_a_reward_model_is_no_gguf(base: Path, tmp_path: Path) -> None:
+    """By its folder's architecture; as a plain folder it can be had."""
+    scorer = tmp_path / "scorer"
+    shutil.copytree(base, scorer)
+    config = json.loads((scorer / "config.json").read_text())
+    (scorer / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
+    with pytest.raises(ConfigError, match="is a LlamaForSequenceClassification, and a GGUF holds a language") as caught:
+        export(Store(tmp_path), str(scorer), to="gguf", out=tmp_path / "m.gguf", base=None)
+    assert caught.value.exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["scorer"]
+    export(Store(tmp_path), str(scorer), to="merged", out=tmp_path / "copy", base=None)
+    assert (tmp_path / "copy" / "config.json").exists()
+
+
+def test_where_nothing_can_be_written(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("a")
+    with pytest.raises(ConfigError, match=r"t\.txt is a file, no folder"):
+        export(Store(tmp_path), str(base), to="merged", out=tmp_path / "t.txt" / "foo", base=None)
+
+
+def test_pushing_is_looked_at_before_anything_is_written(base: Path, tmp_path: Path) -> None:
+    for repository, really, where in (("bad name!!/x", False, "--push"), ("x", True, "--push"), (None, True, "--yes")):
+        with pytest.raises(ConfigError) as caught:
+            say_exported(
+                Store(tmp_path), str(base), to="hf", out=tmp_path / "hf", base=None, dtype="f32", repository=repository,
+                really=really, as_json=False,
+            )  # fmt: skip
+        assert caught.value.where == where
+    assert not [*tmp_path.iterdir()]

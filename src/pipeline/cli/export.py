@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Artifact, Store, need_disk, outside_model
+from pipeline.cli.outputs import check_out, make_parent
 from pipeline.errors import ArtifactError, ConfigError, MissingInputError
 from pipeline.hub import hub_folder
 
@@ -31,25 +32,17 @@ def export(
     """Write `out`, whole or not at all; what is to be known of it. `base`: what an adapter stands on, unless its own
     config's word is taken. `dtype` is of a GGUF, `name` of a card and a GGUF. Raises ConfigError where `out` is there
     already, ArtifactError for what is no model."""
-    if to not in FORMS:
-        raise ConfigError(f"no such form: {to!r}", where="--to", mend=f"one of {', '.join(FORMS)}")
-    if dtype != "f32" and to != "gguf":
-        raise ConfigError("a GGUF alone has it", where="--dtype", mend="--to gguf, or leave it out")
-    if (to == "gguf") != (out.suffix == SUFFIX):
-        mend = "--out model.gguf" if to == "gguf" else "--to gguf, or --out with another name"
-        raise ConfigError(f"a GGUF is a file that ends in {SUFFIX}, anything else a folder", where=str(out), mend=mend)
-    if out.exists():
-        raise ConfigError("there is something already", where=str(out), mend="--out with a new name")
     is_adapter = reference.startswith(("./", "../", "/")) and (Path(reference) / ADAPTER).exists()
+    _check(reference, to, out, dtype)
     if base is not None and not is_adapter:
         raise ConfigError(f"{reference} is no adapter: it has no {ADAPTER}", where="--base", mend="leave it out")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         folder = partial / "model"
-        artifact = _plain_folder(store, reference, base, is_adapter, folder)
+        artifact = _plain_folder(store, reference, base, is_adapter, folder, to)
         named = name or _short(reference)
         notes = []
         if to == "hf":
@@ -67,6 +60,29 @@ def export(
     return notes
 
 
+def _check(reference: str, to: str, out: Path, dtype: str) -> None:
+    """Raises ConfigError for what needs no look at the model."""
+    if to not in FORMS:
+        raise ConfigError(f"no such form: {to!r}", where="--to", mend=f"one of {', '.join(FORMS)}")
+    if dtype != "f32" and to != "gguf":
+        raise ConfigError("a GGUF alone has it", where="--dtype", mend="--to gguf, or leave it out")
+    if (to == "gguf") != (out.suffix == SUFFIX):
+        mend = "--out model.gguf" if to == "gguf" else "--to gguf, or --out with another name"
+        raise ConfigError(f"a GGUF is a file that ends in {SUFFIX}, anything else a folder", where=str(out), mend=mend)
+    if out.exists():
+        raise ConfigError("there is something already", where=str(out), mend="--out with a new name")
+    check_out(out)
+
+
+def _check_speaks(model: Path, reference: str) -> None:
+    """ConfigError where the folder's model is no language model: a GGUF would be its body without its head."""
+    named = json.loads((model / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    wrong = [name for name in named if not name.endswith(("ForCausalLM", "LMHeadModel"))]
+    if wrong:
+        what = f"{reference} is a {wrong[0]}, and a GGUF holds a language model"
+        raise ConfigError(what, where="--to gguf", mend="--to hf or --to merged")
+
+
 def _short(reference: str) -> str:
     """A name for what the reference is of: `demo-dpo`, a folder's own name, a hub model's."""
     if reference.startswith(("./", "../", "/")):
@@ -74,16 +90,22 @@ def _short(reference: str) -> str:
     return reference.removeprefix("hub:").partition("@")[0].replace("/", "-")
 
 
-def _plain_folder(store: Store, reference: str, base: str | None, is_adapter: bool, folder: Path) -> Artifact:
+def _plain_folder(
+    store: Store, reference: str, base: str | None, is_adapter: bool, folder: Path, to: str
+) -> Artifact:  # fmt: skip
     """Write the model as a plain folder; the artifact it is of, an adapter's being the folder itself."""
     if is_adapter:
         from pipeline.model.adapters import merge_folder
 
         merge_folder(Path(reference), _base(store, Path(reference), base), folder)
+        if to == "gguf":
+            _check_speaks(folder, reference)
         return outside_model(folder)
     artifact = store.resolve(reference)
     if artifact.kind not in ("causal-lm", "reward-model"):
         raise ArtifactError(f"{reference} holds no model, but {artifact.kind}", mend="llmpipe status")
+    if to == "gguf":
+        _check_speaks(artifact.model, reference)
     files = [path for path in artifact.model.iterdir() if path.is_file()]
     need_disk(folder.parent, sum(path.stat().st_size for path in files), "the model's folder")
     folder.mkdir()
@@ -92,12 +114,9 @@ def _plain_folder(store: Store, reference: str, base: str | None, is_adapter: bo
     return artifact
 
 
-def push(folder: Path, repository: str, *, really: bool) -> str:
-    """Upload the folder to the hub, private, with the user's own token; unless `really`, only say what would be done.
-    The repository's address, or what would be. ConfigError for a name that is none, MissingInputError where the hub
-    refuses."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+def check_repository(repository: str) -> None:
+    """ConfigError for what is no name of a model on the hub."""
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
     try:
@@ -106,6 +125,16 @@ def push(folder: Path, repository: str, *, really: bool) -> str:
         raise ConfigError(str(error).partition(". ")[0], where="--push", mend="--push org/name") from error
     if repository.count("/") != 1:
         raise ConfigError(f"{repository!r} is no name on the hub", where="--push", mend="--push org/name")
+
+
+def push(folder: Path, repository: str, *, really: bool) -> str:
+    """Upload the folder to the hub, private, with the user's own token; unless `really`, only say what would be done.
+    The repository's address, or what would be. ConfigError for a name that is none, MissingInputError where the hub
+    refuses."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    check_repository(repository)
     if not really:
         return f"would upload to {repository} (a private repository); --yes does"
     api = HfApi()
@@ -126,6 +155,10 @@ def say_exported(
     """The command: export, then push where that is asked for."""
     if repository is not None and to != "hf":
         raise ConfigError("a folder with a model card is pushed, and nothing else", where="--push", mend="--to hf")
+    if really and repository is None:
+        raise ConfigError("there is nothing to upload", where="--yes", mend="--push org/name, or leave it out")
+    if repository is not None:
+        check_repository(repository)
     name = repository.rpartition("/")[2] if repository else ""
     notes = export(store, reference, to=to, out=out, base=base, dtype=dtype, name=name)
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir() if out.is_dir() else [out])}

@@ -6,6 +6,7 @@ channels that lie beside each other, where transformers has them half a head apa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.utils import logging
 
 from pipeline.data.gguf_tokens import Vocabulary, plain_template, vocabulary
@@ -154,7 +162,8 @@ def paired(rows: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]
 @torch.no_grad()
 def read_back(folder: Path, file: Path, dtype: str, steps: int = 24) -> list[str]:
     """Load the file with transformers and compare it with the folder: tokens of texts, the chat template's rendering,
-    and greedy tokens after each text. What differs where that is no fault of the file; MismatchError where it is."""
+    and greedy tokens after each text. What was found the same, and what differs where that is no fault of the file;
+    MismatchError where it is."""
     tokenizer = load_tokenizer(folder)
     again = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     notes = []
@@ -174,6 +183,7 @@ def read_back(folder: Path, file: Path, dtype: str, steps: int = 24) -> list[str
     given = {"head_dim": plain.config.head_dim} if plain.config.model_type == "qwen3" else {}
     if given.get("head_dim", 128) != 128:
         notes.append(f"transformers reads it with from_pretrained(…, head_dim={given['head_dim']}) alone")
+    _hush()
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **given)
     most = reach(plain.config) // 2
     same = [greedy(plain, ids[:most], min(steps, most)) == greedy(read, ids[:most], min(steps, most)) for ids in asked]
@@ -181,7 +191,12 @@ def read_back(folder: Path, file: Path, dtype: str, steps: int = 24) -> list[str
         if dtype == "f32":
             raise MismatchError(f"greedy tokens differ after {same.count(False)} of {len(same)} texts", where=str(file))
         notes.append(f"{dtype} rounds: greedy tokens differ after {same.count(False)} of {len(same)} texts")
-    return notes
+    return [*([f"read back: the same greedy tokens on {same.count(True)} texts"] if any(same) else []), *notes]
+
+
+def _hush() -> None:
+    """No bar of transformers' GGUF reader where stderr is no terminal (`disable=None`); it has no switch for it."""
+    modeling_gguf_pytorch_utils.tqdm = functools.partial(tqdm, disable=None)
 
 
 def greedy(model: PreTrainedModel, ids: list[int], steps: int) -> list[int]:
