@@ -116,6 +116,24 @@ def test_a_base_is_tuned_and_taught_text_only_where_there_is_some(warm: Any):
     assert ran.code == 0, ran.stderr
 
 
+@pytest.mark.slow
+def test_lone_answers_are_learnt_from_and_their_prompts_evaluated_on(warm: Any):
+    make_model(warm.folder)
+    rows = [{"prompt": said(n), "completion": invented_text(2000 + n, 6), "label": n % 2 == 0} for n in range(ROWS)]
+    written(warm.folder / "kto.jsonl", rows)
+    done = warm("init", "--base", "./model", "--preferences", "kto.jsonl", "--hours", "0.002", "--json")
+    assert done.code == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert [*shown["stages"]] == ["dpo", "eval"]
+    assert shown["stages"]["dpo"]["objective"] == "kto"
+    assert shown["stages"]["eval"]["data"] == [str(warm.folder / "kto.jsonl")]
+    ran = warm("run", shown["recipe"], "--json")
+    assert ran.code == 0, ran.stderr
+    (results,) = (warm.folder / "artifacts").glob("*/eval/results.jsonl")
+    measured = {(row["model"], row["task"]) for row in map(json.loads, results.read_text().splitlines())}
+    assert ("dpo", "greedy") in measured
+
+
 def test_what_is_refused(warm: Any):
     for options, words in (
         ((), "neither --data nor --base"),

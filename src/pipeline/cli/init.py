@@ -190,8 +190,12 @@ def _add_eval(asked: Asked, found: Found, stages: Stages, trained: list[str], st
         stages.set("eval", "reward", None)
     if "sft" not in trained:
         stages.set("eval", "baseline", outside[0] if outside and trained else None)
-    stages.set("eval", "data", [str(asked.chats)] if found.chats else None)
-    is_pairs = found.preferences is not None and found.preferences.format != "unpaired"
+    is_unpaired = found.preferences is not None and found.preferences.format == "unpaired"
+    is_pairs = found.preferences is not None and not is_unpaired
+    if found.chats is None and is_unpaired:  # else there may be nothing that eval could measure
+        stages.set("eval", "data", [str(asked.preferences)], "the prompts, and the desirable answers to them")
+    else:
+        stages.set("eval", "data", [str(asked.chats)] if found.chats else None)
     stages.set("eval", "preferences", [str(asked.preferences)] if is_pairs else None)
     if trained:
         stages.set("eval", "held_out", held)
