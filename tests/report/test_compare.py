@@ -74,3 +74,24 @@ def test_runs_of_one_name_and_hostile_text(tmp_path: Path):
     assert "a (2)" in found.text
     assert [tag for tag, _ in found.tags].count("script") == 2
     assert "img" not in [tag for tag, _ in found.tags]
+
+
+def test_answers_meet_by_their_prompts_and_not_by_their_numbers(tmp_path: Path):
+    def prompt(i: int) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"question {i}"}]
+
+    for run, first in (("a", 0), ("b", 3), ("c", 100)):
+        items = [answer("dpo", i, f"{run} says {first + i}", 0.5, prompt(first + i)) for i in range(5)]
+        write_evaluation(tmp_path, [result("dpo", "greedy", "gold", 0.5, 0.2, 5)], items, run=run)
+    answers = compared(tmp_path).split('id="answers"')[1].split('id="curves"')[0]
+    assert re.findall(r"(\w) says (\d)", answers) == [("a", "3"), ("b", "3"), ("a", "4"), ("b", "4")]
+    assert "no prompt that models of both runs have answered" in Page(compared(tmp_path, "a", "c")).text
+
+
+def test_a_difference_of_one_item_has_no_interval(tmp_path: Path):
+    for run, gold in (("a", 0.3), ("b", 0.8)):
+        items = [answer("dpo", 0, run, gold)]
+        write_evaluation(tmp_path, [result("dpo", "greedy", "gold", gold, 0.0, 1)], items, run=run)
+    text = compared(tmp_path)
+    assert "[" not in text.split('data-metric="gold"')[1].split("</tr>")[0]
+    assert "better" not in [value for value in Page(text).values("class") if value]

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -194,3 +195,70 @@ def test_lines_are_those_of_bytes(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(jsonl(lines_of), encoding="utf-8")
     assert _before(file, lines_of[2]) == [lines_of[1]]
+
+
+def pair(model: str, item: int, chosen: float, rejected: float, kind: str) -> dict[str, Any]:
+    found = {"model": model, "task": "preference_accuracy", "item": item, "kind": kind}
+    return found | {"chosen": chosen, "rejected": rejected}
+
+
+def test_pairs_are_right_where_the_margin_is_above_the_baselines():
+    sft = [pair("sft", i, -5.0, -7.0, kind) for i, kind in enumerate("aabb")]  # margins of 2
+    margins = zip((3, 2, 1, 4), "aabb", strict=True)
+    dpo = [pair("dpo", i, -5.0, -5.0 - margin, kind) for i, (margin, kind) in enumerate(margins)]
+    worth = noise.values_of(dpo, "preference_accuracy", "accuracy", sft)
+    assert worth == {0: (1.0, 1.0), 1: (0.5, 1.0), 2: (0.0, 1.0), 3: (1.0, 1.0)}
+    assert noise.values_of(dpo, "preference_accuracy", "accuracy/b", sft) == {2: (0.0, 1.0), 3: (1.0, 1.0)}
+    assert noise.values_of(dpo, "preference_accuracy", "accuracy", []) == {}
+    listed = [each | {"row": each["item"] // 2} for each in dpo]  # two pairs of a list are one item
+    assert noise.values_of(listed, "preference_accuracy", "accuracy", sft) == {0: (1.5, 2.0), 1: (1.0, 2.0)}
+    of_reward = noise.values_of(dpo, "reward_accuracy", "accuracy")
+    assert of_reward == dict.fromkeys(range(4), (1.0, 1.0))  # its own scores: all margins are above 0
+
+
+def test_figures_against_the_baseline_item_by_item():
+    ours, theirs = (
+        [{"item": i, "gold": gold, "correct": correct} for i, (gold, correct) in enumerate(rows)]
+        for rows in (((0.5, 1), (0.2, 0), (0.3, 1)), ((0.1, 0), (0.2, 0), (0.4, 1)))
+    )
+    assert noise.values_of(ours, "greedy", "gold_win_rate", theirs) == {0: (1.0, 1.0), 1: (0.5, 1.0), 2: (0.0, 1.0)}
+    differences = noise.values_of(ours, "greedy", "gold_difference", theirs)
+    assert [value for value, _ in differences.values()] == pytest.approx([0.4, 0.0, -0.1])
+    assert noise.values_of(ours, "exact_match", "difference", theirs) == {0: (1.0, 1.0), 1: (0.0, 1.0), 2: (0.0, 1.0)}
+    sampled = [{"item": 4, "logprob": -3.0, "baseline_logprob": -5.5}]
+    assert noise.values_of(sampled, "sampled", "kl") == {4: (2.5, 1.0)}
+
+
+def test_what_is_measured_against_the_baseline_is_paired(tmp_path: Path):
+    root = tmp_path / "artifacts"
+    count = 40
+    rows = [result("dpo", "preference_accuracy", "accuracy", 0.75, 0.2, count)]
+    rows += [result("ppo", "preference_accuracy", "accuracy", 0.5, 0.2, count)]
+    items = [pair("sft", i, 0.0, 0.0, "a") for i in range(count)]
+    items += [pair("dpo", i, 1.0 if i % 4 else -1.0, 0.0, "a") for i in range(count)]
+    items += [pair("ppo", i, 1.0 if i % 4 in (1, 2) else -1.0, 0.0, "a") for i in range(count)]
+    # rewards of the baseline 0 and 2 in turns: sd √(40 / 39); 3 and 1 above it are 2.962 and 0.987 of them
+    spread = math.sqrt(count / (count - 1))
+    rows += [result(m, "sampled", "reward_sd", above / spread, 3, count) for m, above in (("ppo", 3), ("dpo", 1))]
+    for model, above in (("sft", 0), ("ppo", 3), ("dpo", 1)):
+        rewards = [above + 2.0 * (i % 2) for i in range(count)]
+        items += [{"model": model, "task": "sampled", "item": i, "reward": reward} for i, reward in enumerate(rewards)]
+    write_evaluation(root, rows, items, baseline="sft")
+    found = lines(root)
+    # one item in four differs, by 1: 0.25 ± 1.96 √(0.25 · 0.75 / 40) = 0.134
+    ends = found["preference_accuracy", "accuracy"].verdict
+    assert re.fullmatch(r"dpo − ppo: \+25\.0 \[\+1[0-3]\.\d, \+(3[7-9]|40)\.\d\], paired", ends)
+    assert best(found["preference_accuracy", "accuracy"]) == ["dpo"]
+    ends = found["sampled", "reward_sd"].verdict
+    assert re.fullmatch(r"ppo − dpo: \+1\.97 \[\+1\.9\d, \+2\.\d\d\], paired", ends)  # 2 / √(40 / 39) = 1.975
+
+
+def test_one_item_tells_no_noise(tmp_path: Path):
+    line = evaluated(tmp_path, {"sft": [0.3], "ppo": [0.8]}, half=0.0)
+    assert best(line) == []
+    assert line.verdict == ""
+    assert [(cell.shown, cell.half) for cell in line.cells if cell is not None] == [("0.300", "–"), ("0.800", "–")]
+    nothing = {"low": None, "high": None}  # as an evaluation writes it that knows this itself
+    rows = [result(m, "greedy", "gold", 0.5, 0.0, 1) | nothing for m in ("sft", "ppo")]
+    write_evaluation(tmp_path / "other", rows, [])
+    assert [cell.half for cell in lines(tmp_path / "other")["greedy", "gold"].cells if cell is not None] == ["–", "–"]

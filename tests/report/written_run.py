@@ -94,7 +94,15 @@ def answer(model: str, item: int, text: str, gold: float, prompt: Any = PROMPT) 
     }  # fmt: skip
 
 
-def write_evaluation(root: Path, results: Rows, items: Rows, *, run: str = "demo", name: str = "eval") -> None:
+def write_evaluation(
+    root: Path,
+    results: Rows,
+    items: Rows,
+    *,
+    run: str = "demo",
+    name: str = "eval",
+    baseline: str | None = None,
+) -> None:
     models = list(dict.fromkeys(f"{run}/{row['model']}" for row in results))
     folder = write_stage(
         root,
@@ -103,7 +111,7 @@ def write_evaluation(root: Path, results: Rows, items: Rows, *, run: str = "demo
         type_="eval",
         kind="evaluation",
         inputs={"models": models},
-        config={"models": [model.partition("/")[2] for model in models]},
+        config={"models": [model.partition("/")[2] for model in models], "baseline": baseline},
     )
     (folder / "results.jsonl").write_text(jsonl(results), encoding="utf-8")
     (folder / "samples.jsonl").write_text(jsonl(items), encoding="utf-8")

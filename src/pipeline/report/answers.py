@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,21 +38,38 @@ class Exchange:
     answers: tuple[Answer, ...]
 
 
-def exchanges(items: Items, count: int) -> tuple[str, list[Exchange]]:
-    """(the task they are of, so many prompts spread evenly over its items); greedy answers where there are any."""
+def exchanges(items: Items, count: int, sides: Sequence[Collection[str]] = ()) -> tuple[str, list[Exchange]]:
+    """(the task they are of, so many prompts spread evenly over its items); greedy answers where there are any.
+
+    sides: of two runs the models of each; then only the prompts that some model of each has answered.
+    """
     tasks = dict.fromkeys(task for _, task in items if task not in (*FIRST, *LAST, *OTHERS))
     for task in (*FIRST, *tasks, *LAST):
         by_model = {
-            model: {row["item"]: row for row in map(plain, rows) if "answer" in row and "prompt" in row}
+            model: _by_prompt([row for row in map(plain, rows) if "answer" in row and "prompt" in row])
             for (model, kind), rows in items.items()
             if kind == task
         }
         by_model = {model: rows for model, rows in by_model.items() if rows}
-        if by_model:
-            keys = list(dict.fromkeys(key for rows in by_model.values() for key in rows))
+        keys = list(dict.fromkeys(key for rows in by_model.values() for key in rows))
+        for side in sides:
+            answered = {key for model, rows in by_model.items() if model in side for key in rows}
+            keys = [key for key in keys if key in answered]
+        if keys:
             shown = [keys[i * len(keys) // count] for i in range(count)] if len(keys) > count else keys
             return task, [_exchange(key, by_model) for key in shown]
     return "", []
+
+
+def _by_prompt(rows: Sequence[Row]) -> dict[Any, Row]:
+    """(prompt, how often it came before) -> item: two runs number other prompts alike, or the same ones differently."""
+    found: dict[Any, Row] = {}
+    for row in rows:
+        prompt, before = json.dumps(row["prompt"], sort_keys=True), 0
+        while (prompt, before) in found:
+            before += 1
+        found[prompt, before] = row
+    return found
 
 
 def plain(row: Row) -> Row:
@@ -65,7 +83,6 @@ def plain(row: Row) -> Row:
 def _exchange(key: Any, by_model: Mapping[str, Mapping[Any, Row]]) -> Exchange:
     rows = {model: found[key] for model, found in by_model.items() if key in found}
     first = next(iter(rows.values()))
-    rows = {model: row for model, row in rows.items() if row["prompt"] == first["prompt"]}  # two runs may differ
     answers = tuple(
         Answer(model, cut(str(row["answer"])), bool(row.get("ended", True)), _figures(row))
         for model, row in rows.items()

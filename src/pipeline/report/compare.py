@@ -13,7 +13,7 @@ from pipeline.report.curves import panels_of
 from pipeline.report.differences import Differing, differing
 from pipeline.report.page import DETAIL, LARGEST, Counter, Group, cost, data_of, environments, render, totals
 from pipeline.report.records import Row, RunRecord, StageRecord, read_rows
-from pipeline.report.results import Items, items_of, own_label
+from pipeline.report.results import Items, baseline_of, items_of, own_label
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,14 @@ def _page(names: tuple[str, str], ours: RunRecord, theirs: RunRecord, price: flo
     counter = Counter()
     pairs = [_pair(name, ours, theirs, names) for name in _in_order(ours, theirs)]
     groups = _groups(names, ours, theirs, points, counter)
-    items = [_items(run) for run in (ours, theirs)]
+    items, bases = zip(*(_items(run) for run in (ours, theirs)), strict=True)
     merged = {
         (f"{name} · {model}", task): rows
         for name, found in zip(names, items, strict=True)
         for (model, task), rows in found.items()
     }
-    task, shown = exchanges(merged, prompts)
+    sides = [{f"{name} · {model}" for model, _ in found} for name, found in zip(names, items, strict=True)]
+    task, shown = exchanges(merged, prompts, sides)
     return render(
         "compare.html",
         title=" and ".join(names),
@@ -75,9 +76,10 @@ def _page(names: tuple[str, str], ours: RunRecord, theirs: RunRecord, price: flo
         totals=[totals(run, price) for run in (ours, theirs)],
         pairs=pairs,
         costs=lambda stage: cost(stage, price),
-        changes=_changes(ours, theirs, items),
+        changes=_changes(ours, theirs, items, bases),
         task=task,
         exchanges=shown,
+        has_answers=any("answer" in row for rows in merged.values() for row in rows),
         colours={model: 1 if model.startswith(f"{names[0]} · ") else 2 for model, _ in merged},
         groups=groups,
         figures=data_of([each for group in groups for each in group.all_figures]),
@@ -121,12 +123,16 @@ def _groups(names: tuple[str, str], ours: RunRecord, theirs: RunRecord, points: 
     return groups
 
 
-def _items(run: RunRecord) -> dict[tuple[str, str], list[Row]]:
+def _items(run: RunRecord) -> tuple[dict[tuple[str, str], list[Row]], dict[tuple[str, str], list[Row]]]:
+    """(model and task -> items, the same -> the baseline's items of that task)."""
     found: dict[tuple[str, str], list[Row]] = {}
+    bases: dict[tuple[str, str], list[Row]] = {}
     for stage in run.evaluations():
-        for key, rows in items_of(stage).items():
-            found.setdefault(key, rows)  # of two evaluations of one model the first
-    return found
+        items, baseline = items_of(stage), baseline_of(stage)
+        for key, rows in items.items():
+            if key not in found:  # of two evaluations of one model the first
+                found[key], bases[key] = rows, items.get((baseline, key[1]), [])
+    return found, bases
 
 
 def _results(run: RunRecord) -> dict[tuple[str, str, str], Row]:
@@ -138,7 +144,9 @@ def _results(run: RunRecord) -> dict[tuple[str, str, str], Row]:
     return found
 
 
-def _changes(ours: RunRecord, theirs: RunRecord, items: Sequence[Items]) -> dict[str, list[Change]]:
+def _changes(
+    ours: RunRecord, theirs: RunRecord, items: Sequence[Items], bases: Sequence[Items]
+) -> dict[str, list[Change]]:
     """Model -> its figures that both runs have, headlines first."""
     a, b = _results(ours), _results(theirs)
     shared = [key for key in a if key in b]
@@ -147,21 +155,22 @@ def _changes(ours: RunRecord, theirs: RunRecord, items: Sequence[Items]) -> dict
     keys = sorted(shared, key=lambda key: order.get(key[1:], len(order)))
     found: dict[str, list[Change]] = {model: [] for model, _, _ in a}
     for key in keys:
-        found[key[0]].append(_change(key, a[key], b[key], items, key[1:] in order))
+        found[key[0]].append(_change(key, a[key], b[key], items, bases, key[1:] in order))
     return {model: changes for model, changes in found.items() if changes}
 
 
-def _change(key: tuple[str, str, str], a: Row, b: Row, items: Sequence[Items], is_headline: bool) -> Change:
+def _change(
+    key: tuple[str, str, str], a: Row, b: Row, items: Sequence[Items], bases: Sequence[Items], is_headline: bool
+) -> Change:
     model, task, metric = key
     label, digits, factor = style(task, metric)
     sides = [found.get((model, task), []) for found in items]
-    values = [noise.values_of(rows, task, metric) for rows in sides]
-    found = None
-    if _are_alike(sides) and all(noise.gives(v, row["value"]) for v, row in zip(values, (a, b), strict=True)):
-        found = noise.paired(values[1], values[0])
-    how = "paired" if found else "unpaired"
-    known = all(row[end] is not None for row in (a, b) for end in ("low", "high"))
-    found = found or (noise.unpaired(b, a) if known else None)
+    if not _are_alike(sides):
+        sides = [[], []]
+    known = [
+        noise.Side(row, own, base.get((model, task), ())) for row, own, base in zip((a, b), sides, bases, strict=True)
+    ]
+    found, how = noise.compared(task, metric, known[1], known[0])
     difference = "–"
     if found is not None:
         ends = (f"{factor * end:+.{digits}f}" for end in (found.value, found.low, found.high))

@@ -55,6 +55,18 @@ class Table:
     lines: tuple[Line, ...]
 
 
+@dataclass(frozen=True)
+class _Items:
+    """All items, and the model that is the baseline."""
+
+    items: Items
+    baseline: str
+
+    def side(self, row: Row, task: str) -> noise.Side:
+        theirs = () if row["model"] == self.baseline else self.items.get((self.baseline, task), ())
+        return noise.Side(row, self.items.get((row["model"], task), ()), theirs)
+
+
 def items_of(stage: StageRecord) -> dict[tuple[str, str], list[Row]]:
     """The evaluation's items by model and task; a user's own stage may name neither task nor item."""
     found: dict[tuple[str, str], list[Row]] = {}
@@ -64,6 +76,11 @@ def items_of(stage: StageRecord) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
+def baseline_of(stage: StageRecord) -> str:
+    """The model against which the evaluation compares, as its items call it; empty where there is none."""
+    return str(stage.config.get("baseline") or "")
+
+
 def tables_of(stage: StageRecord, items: Items) -> list[Table]:
     """A table for the policies, another for the reward model: for models that have no task in common."""
     results = read_rows(stage.path / "results.jsonl")
@@ -71,11 +88,12 @@ def tables_of(stage: StageRecord, items: Items) -> list[Table]:
     for row in results:
         by_key.setdefault((row["task"], row["metric"]), {})[row["model"]] = row
     first = headlines(by_key)
+    sides = _Items(items, baseline_of(stage))
     order = first + [key for key in by_key if key not in first]
     tables = []
     for models in _sharing(results):
         keys = [key for key in order if {*models} & {*by_key[key]}]
-        tables.append(Table(models, tuple(_line(key, by_key[key], models, items, key in first) for key in keys)))
+        tables.append(Table(models, tuple(_line(key, by_key[key], models, sides, key in first) for key in keys)))
     return tables
 
 
@@ -91,7 +109,7 @@ def _sharing(results: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def _line(
-    key: tuple[str, str], rows: Mapping[str, Row], models: Sequence[str], items: Items, is_headline: bool
+    key: tuple[str, str], rows: Mapping[str, Row], models: Sequence[str], items: _Items, is_headline: bool
 ) -> Line:
     task, metric = key
     label, digits, factor = style(task, metric)
@@ -119,12 +137,13 @@ def _cell(row: Row, is_best: bool, digits: int, factor: int, low: float, scale: 
         return Cell(row["model"], None, "–", "", row["n"], False, 0, 0, 0)
     ends = [value if row[end] is None else row[end] for end in ("low", "high")]
     half = f"{factor * (ends[1] - ends[0]) / 2:.{digits}f}" if row["low"] is not None else ""
+    half = "–" if row["n"] < 2 else half  # one item tells no noise
     left, right, at = (round((end - low) * scale, 1) for end in (*ends, value))
     return Cell(row["model"], value, f"{factor * value:.{digits}f}", half, row["n"], is_best, left, right - left, at)
 
 
 def _best(
-    task: str, metric: str, rows: Mapping[str, Row], items: Items, digits: int, factor: int
+    task: str, metric: str, rows: Mapping[str, Row], items: _Items, digits: int, factor: int
 ) -> tuple[str | None, str]:
     """(the model whose figure is better than the next by more than noise, or None; in words)."""
     sign = noise.direction(metric)
@@ -132,15 +151,9 @@ def _best(
     if not sign or len(known) < 2:
         return None, ""
     first, second = sorted(known, key=lambda row: -sign * row["value"])[:2]
-    values = [noise.values_of(items.get((row["model"], task), []), task, metric) for row in (first, second)]
-    found = None
-    if all(noise.gives(v, row["value"]) for v, row in zip(values, (first, second), strict=True)):
-        found = noise.paired(*values)
-    how = "paired" if found else "unpaired"
+    found, how = noise.compared(task, metric, items.side(first, task), items.side(second, task))
     if found is None:
-        if any(row[end] is None for row in (first, second) for end in ("low", "high")):
-            return None, ""
-        found = noise.unpaired(first, second)
+        return None, ""
     ends = f"{factor * found.value:+.{digits}f} [{factor * found.low:+.{digits}f}, {factor * found.high:+.{digits}f}]"
     words = f"{first['model']} − {second['model']}: {ends}, {how}"
     return (str(first["model"]), words) if noise.is_clear(found) else (None, f"tie: {words}")
