@@ -339,5 +339,6 @@ def _held_out(
     ends = {
         f"{name}_{end}": getattr(found[name], end) for name in WITH_INTERVAL if name in found for end in ("low", "high")
     }
+    ends = {name: end for name, end in ends.items() if math.isfinite(end)}  # one held-out row has no interval
     first = {name: found[name].value for name in SHOWN if name in found}
     return first | {name: each.value for name, each in found.items()} | ends

@@ -107,11 +107,13 @@ def test_an_adapter_of_another_shape_is_refused(adapter: tuple[Path, torch.Tenso
 
 
 def evaluated(folder: Path, fingerprint: str, value: float) -> None:
-    """An evaluation of a run that measured one model."""
+    """An evaluation of a run that measured one model on two tasks, and could say nothing of a third."""
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({"kind": "evaluation"}))
     row = {"model": "m", "fingerprint": fingerprint, "task": "bits_per_byte", "metric": "bits_per_byte", "value": value}
-    lines = [row | {"low": value - 0.1, "high": value + 0.1, "n": 50}, row | {"low": None, "high": None, "n": 0}]
+    alone = {"task": "greedy", "metric": "length", "value": 3 * value, "low": 3 * value, "high": 3 * value, "n": 1}
+    unknown = {"task": "sampled", "value": None, "low": None, "high": None, "n": 0}
+    lines = [row | {"low": value - 0.1, "high": value + 0.1, "n": 50}, row | alone, row | unknown]
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -130,8 +132,13 @@ def test_a_card_says_what_was_measured_on_this_very_model(trained: Path, tmp_pat
     assert header["library_name"] == "transformers"
     assert header["pipeline_tag"] == "text-generation"
     assert (header["license"], header["license_name"]) == ("other", "not-yet-chosen")
-    (result,) = card.data.eval_results
-    assert (result.metric_type, result.metric_value) == ("bits_per_byte", 2.5)
+    read = [(each.metric_type, each.metric_value, each.dataset_name) for each in card.data.eval_results]
+    assert read == [
+        ("bits_per_byte", 2.5, "held out (eval, bits_per_byte)"),
+        ("length", 7.5, "held out (eval, greedy)"),
+    ]
+    assert card.data.eval_results[1].metric_name == "greedy length"
+    assert "| greedy | length | 7.5 | – | 1 |" in card.text
     assert "2.4 to 2.6" in card.text
     assert "| bits_per_byte | bits_per_byte | 2.5 | 2.4 to 2.6 | 50 |" in card.text
     assert "9.5" not in card.text

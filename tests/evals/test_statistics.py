@@ -39,6 +39,13 @@ def test_equal_items_leave_no_interval() -> None:
     assert (found.value, found.low, found.high) == (2.5, 2.5, 2.5)
 
 
+def test_one_item_has_no_interval() -> None:
+    for found in (statistics.mean([2.5]), statistics.ratio([5.0], [2.0])):
+        assert (found.value, found.n) == (2.5, 1)
+        assert math.isnan(found.low)
+        assert math.isnan(found.high)
+
+
 def test_ratio_is_sum_over_sum_not_mean_of_ratios() -> None:
     found = statistics.ratio([1.0, 9.0], [1.0, 3.0])
     assert found.value == pytest.approx(10 / 4)

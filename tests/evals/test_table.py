@@ -44,6 +44,15 @@ def test_details_hold_the_rest_too() -> None:
     assert ["multiple_choice.acc", "0.400 ± 0.030"] in shown(details=True)
 
 
+def test_one_item_shows_no_interval() -> None:
+    """Neither as it is written (null), nor with the width of 0 of an earlier version."""
+    row = {"fingerprint": "aa", "task": "bits_per_byte", "metric": "bits_per_byte", "value": 2.608, "n": 1}
+    rows = [row | {"model": "a", "low": None, "high": None}, row | {"model": "b", "low": 2.608, "high": 2.608}]
+    out = StringIO()
+    Console(file=out, width=200).print(render_table(rows))
+    assert out.getvalue().splitlines()[1].split() == ["bits", "per", "byte", *["2.608", "±", "–"] * 2]
+
+
 def test_jsonl_has_null_for_what_is_not_a_number(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "results.jsonl", map(asdict, RESULTS))
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -282,6 +282,12 @@ def test_the_csv_by_hand(tmp_path: Path) -> None:
     assert len(read) == len(text) - 1
 
 
+def test_latex_of_a_figure_without_an_interval(tmp_path: Path) -> None:
+    lone = Result("sft", "aa", "exact_match", "accuracy", 0.5, math.nan, math.nan, 1)
+    write_latex(tmp_path / "table.tex", lines_of([lone], [], [], {}))
+    assert r"\texttt{sft} & $50.0$ \\" in (tmp_path / "table.tex").read_text().splitlines()
+
+
 def test_the_latex_by_hand(tmp_path: Path) -> None:
     write_latex(tmp_path / "table.tex", lines())
     text = (tmp_path / "table.tex").read_text()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.artifacts import Artifact, Store
 from pipeline.data.sources import BUILT_IN, HUB, short_name
 from pipeline.errors import PipelineError
+from pipeline.evals.table import has_interval
 from pipeline.progress import clock
 
 if TYPE_CHECKING:
@@ -133,24 +134,32 @@ def measured(artifact: Artifact) -> list[dict[str, Any]]:
 
 
 def _is_number(row: dict[str, Any]) -> bool:
-    """Whether value and interval are there; a figure that nothing could be said of has none."""
-    return all(row[name] is not None and math.isfinite(row[name]) for name in ("value", "low", "high"))
+    """Whether there is a value; a figure that nothing could be said of has none."""
+    return row["value"] is not None and math.isfinite(row["value"])
 
 
 def _eval_results(results: list[dict[str, Any]], is_reward: bool) -> list[EvalResult] | None:
+    """The header's figures, a data set a task: the hub groups them by the data set's type and configuration, and names
+    a group as the first in it."""
     from huggingface_hub import EvalResult
 
     return [
         EvalResult(
             task_type="text-classification" if is_reward else "text-generation",
             dataset_type="llmpipe",
+            dataset_config=f"{row['by']}/{row['task']}",
             dataset_name=f"held out ({row['by']}, {row['task']})",
             metric_type=row["metric"],
             metric_value=row["value"],
-            metric_name=f"{row['task']} {row['metric']}, 95 % interval {row['low']:.4g} to {row['high']:.4g}",
+            metric_name=f"{row['task']} {row['metric']}"
+            + (f", 95 % interval {_interval(row)}" if has_interval(row) else ""),
         )
         for row in results
     ] or None
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return f"{row['low']:.4g} to {row['high']:.4g}" if has_interval(row) else "–"
 
 
 def _body(
@@ -200,8 +209,7 @@ def _table(results: list[dict[str, Any]]) -> Iterator[str]:
     yield "| task | metric | value | interval | n |"
     yield "| --- | --- | --- | --- | --- |"
     for row in results[:SHOWN_RESULTS]:
-        interval = f"{row['low']:.4g} to {row['high']:.4g}"
-        yield f"| {row['task']} | {row['metric']} | {row['value']:.4g} | {interval} | {row['n']:,} |"
+        yield f"| {row['task']} | {row['metric']} | {row['value']:.4g} | {_interval(row)} | {row['n']:,} |"
     if len(results) > SHOWN_RESULTS:
         yield f"\n{len(results) - SHOWN_RESULTS} more are in the header."
 

@@ -123,6 +123,8 @@ def _cell(line: Line, digits: int, factor: int) -> str:
     low, high = (line["seeds_low"], line["seeds_high"])
     if low == "" or _is_not_finite(low):
         low, high = line["low"], line["high"]
+    if low == "" or _is_not_finite(low):
+        return f"${factor * line['value']:.{digits}f}$"
     star = "^{*}" if line["beyond_noise"] not in ("", None) and line["beyond_noise"] else ""
     return f"${factor * line['value']:.{digits}f} \\pm {factor * (high - low) / 2:.{digits}f}{star}$"
 

@@ -49,7 +49,7 @@ def bootstrap(
     """`statistic` of the items, with its percentile interval.
 
     statistic: takes as many arrays [R, N] as there are `items_N`, gives [R]; items at one index are drawn together.
-    With no items every number is NaN and n is 0.
+    With no items every number is NaN and n is 0; one item tells no noise, and both ends are NaN.
     """
     arrays = [np.asarray(item, dtype=np.float64) for item in items_N]
     n = len(arrays[0])
@@ -57,6 +57,8 @@ def bootstrap(
     if n == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
     value = statistic(*(array[None, :] for array in arrays))[0]
+    if n == 1:  # every resample is the item itself: a width of 0 would read as certainty
+        return Estimate(float(value), math.nan, math.nan, 1)
     rng = np.random.default_rng(seed)
     rounds = []
     left = resamples

@@ -235,12 +235,17 @@ def is_beyond(low: float, high: float, n: int, nothing: float = 0.0) -> bool:
     return (low > nothing or high < nothing) and (low < high or n >= FEWEST)
 
 
+def has_interval(result: Row) -> bool:
+    """Whether the row of results.jsonl has one; results of an earlier version give one item a width of 0."""
+    return result["low"] is not None and result["high"] is not None and result["n"] > 1
+
+
 def _cell(result: Row, digits: int, factor: int) -> str:
-    """`54.3 ± 2.8`; a dash where there is no figure; a star where a comparison is larger than noise."""
+    """`54.3 ± 2.8`; a dash where there is no figure or no interval; a star where a comparison is larger than noise."""
     if result["value"] is None:
         return "–"
-    if result["low"] is None:
-        return f"{factor * result['value']:.{digits}f}"
+    if not has_interval(result):
+        return f"{factor * result['value']:.{digits}f} ± –"
     half, nothing = (result["high"] - result["low"]) / 2, no_difference(result["metric"])
     star = STAR if nothing is not None and is_beyond(result["low"], result["high"], result["n"], nothing) else ""
     return f"{factor * result['value']:.{digits}f} ± {factor * half:.{digits}f}{star}"
