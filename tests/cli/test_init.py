@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.cli.init_recipe import Asked, shown_path
 from pipeline.data.looking import look_at_rows, look_at_text
 from pipeline.errors import ConfigError, DataError
 from tests.conftest import invented_text
@@ -139,8 +140,53 @@ def test_what_is_refused(warm: Any):
         ((), "neither --data nor --base"),
         (("--base", "./model"), "nothing to teach the base"),
         (("--data", "nowhere"), "nothing there"),
-        (("--data", ".", "--hours", "0"), "more than none"),
+        (("--data", ".", "--hours", "0"), "a number above 0"),
+        (("--data", ".", "--hours", "nan"), "a number above 0"),
+        (("--data", ".", "--hours", "inf"), "a number above 0"),
+        (("--data", ".", "--out", ".", "--force"), "a folder is there"),
+        (("--data", ".", "--out", "t.txt/recipe.yaml"), "t.txt is a file, no folder"),
     ):
+        warm.write("t.txt", "a")
         done = warm("init", *options)
         assert done.code == 2, done.stderr
         assert words in done.stderr
+        assert "mend: " in done.stderr
+
+
+def asked(**named: Any) -> Asked:
+    rest: dict[str, Any] = {"data": None, "chats": None, "preferences": None, "base": None}
+    return Asked(**rest | {"hours": 1.0, "out": Path("/w/recipe.yaml"), "artifacts": Path("/w/artifacts")} | named)
+
+
+def test_the_run_is_named_after_what_it_learns_from():
+    assert asked(data=Path("/w/my texts"), base="./model").run == "my-texts"
+    assert asked(base="demo/sft", chats=Path("/w/chats.jsonl")).run == "demo-sft"
+    assert asked(base="hub:org/name@main").run == "org-name"
+    assert asked(base="/w/model").run == "model"
+    assert asked(data=Path("/w/データ"), base="/w/model").run == "model"
+    assert asked(data=Path("/w/texts"), out=Path("/w/tuned.yaml")).run == "tuned"
+
+
+def test_paths_are_written_from_the_recipe():
+    assert shown_path("/w/a/texts", Path("/w/a")) == "./texts"
+    assert shown_path("/w/texts", Path("/w/a")) == "../texts"
+    assert shown_path("/far/texts", Path("/w/a")) == "/far/texts"
+    assert shown_path("hub:org/name", Path("/w/a")) == "hub:org/name"
+
+
+@pytest.mark.slow
+def test_a_folder_beside_and_a_name_with_blanks(warm: Any):
+    """`../texts` is written as it was named, the command that is next can be pasted, and one text is one."""
+    here = warm.folder / "my work"
+    for folder in (here, warm.folder / "texts"):
+        folder.mkdir()
+    (warm.folder / "texts" / "a.txt").write_text("".join(invented_text(n, 150) for n in range(60)))
+    warm.folder = here
+    done = warm("init", "--data", "../texts", "--hours", "0.002")
+    assert done.code == 0, done.stderr
+    assert f"next: llmpipe run '{here}/recipe.yaml'" in done.stdout
+    text = (here / "recipe.yaml").read_text()
+    values = YAML(typ="safe").load(text)
+    assert values["stages"]["tokenize"]["data"] == ["../texts"]
+    assert values["run"] == "texts"
+    assert "(1 document)" in text

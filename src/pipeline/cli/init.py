@@ -7,12 +7,15 @@ says of it with a hundred steps, and its steps are then those that its share of 
 from __future__ import annotations
 
 import json
+import math
+import shlex
 import sys
 
 from pipeline.artifacts import Store, template_hash
 from pipeline.cli import sizes
-from pipeline.cli.init_recipe import Asked, Found, Stages, left_over, render
+from pipeline.cli.init_recipe import DEFAULT_OUT, Asked, Found, Stages, left_over, render
 from pipeline.cli.init_sizing import size
+from pipeline.cli.outputs import check_out, make_parent
 from pipeline.cli.session import open_session
 from pipeline.errors import ConfigError, DataError, MissingInputError
 
@@ -27,7 +30,7 @@ def init(asked: Asked, *, force: bool, as_json: bool) -> None:
     stages = _stages(asked, found)
     size(stages, asked, found)
     text = render(stages, asked.run, _head(asked, found), asked.out)
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(asked.out)
     asked.out.write_text(text, encoding="utf-8")
     session = open_session(str(asked.out), artifacts=asked.artifacts)
     if as_json:
@@ -37,7 +40,7 @@ def init(asked: Asked, *, force: bool, as_json: bool) -> None:
     from pipeline.cli.plan import show_plan
 
     show_plan(session, budget=None, price=2.5, on=None, fit=[], as_json=False)
-    print(f"wrote {asked.out}\nnext: llmpipe run {asked.out}")
+    print(f"wrote {asked.out}\nnext: llmpipe run {shlex.quote(str(asked.out))}")
 
 
 def _check(asked: Asked, force: bool) -> None:
@@ -46,13 +49,18 @@ def _check(asked: Asked, force: bool) -> None:
         raise ConfigError("nothing to start from: neither --data nor --base", mend=example)
     if asked.data is None and asked.chats is None and asked.preferences is None:
         raise ConfigError("nothing to teach the base: no --data, --chats or --preferences", mend=example)
-    if asked.hours <= 0:
-        raise ConfigError(f"--hours {asked.hours:g}: more than none", mend="--hours 0.5 is half an hour")
+    if not (asked.hours > 0 and math.isfinite(asked.hours)):
+        raise ConfigError(f"--hours {asked.hours:g}: a number above 0", mend="--hours 0.5 is half an hour")
     for flag, path in (("--data", asked.data), ("--chats", asked.chats), ("--preferences", asked.preferences)):
         if path is not None and not path.exists():
-            raise MissingInputError("nothing there", where=f"{flag} {path}")
+            raise MissingInputError("nothing there", where=f"{flag} {path}", mend=f"{flag} with {_wanted(flag)}")
+    check_out(asked.out, name=DEFAULT_OUT)
     if asked.out.exists() and not force:
         raise ConfigError("there is a recipe already", where=str(asked.out), mend="--force, or --out with a new name")
+
+
+def _wanted(flag: str) -> str:
+    return "a folder or a file of text" if flag == "--data" else "a file of rows (docs/data.md has their formats)"
 
 
 def look(asked: Asked) -> Found:
@@ -95,7 +103,8 @@ def describe(asked: Asked, found: Found) -> list[str]:
         about = "about " if text.is_guessed else ""
         files = ", ".join(f"{count:,} {suffix or 'nameless'}" for suffix, count in text.kinds.items())
         scripts = ", ".join(f"{name} {share:.0%}" for name, share in text.scripts.items() if share >= 0.005)
-        read = f"{text.documents:,} {'read of more' if text.is_guessed else 'documents'}"
+        documents = "document" if text.documents == 1 else "documents"
+        read = f"{text.documents:,} {'read of more' if text.is_guessed else documents}"
         lines.append(f"text: {about}{text.bytes / 1e6:,.4g} MB in {files} ({read}); letters: {scripts or 'none'}")
         lines.append(
             f"about {found.bytes_a_token:.2f} bytes a token of {found.vocab:,}: "

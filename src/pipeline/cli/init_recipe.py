@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from pipeline.data.looking import Rows, Text
 
 
+DEFAULT_OUT = "recipe.yaml"
+HIGHEST = 2
+"""Folders up that a path in a recipe goes; what lies further off is written whole."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """What the user named: absolute paths, a reference, hours of work, where the recipe goes."""
@@ -30,8 +35,16 @@ class Asked:
 
     @property
     def run(self) -> str:
-        """The run's name: the file's, as far as it makes one."""
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.out.stem).strip("-._")[:64] or "mine"
+        """The run's name: the file's where it has one of its own, else that of the data, the base or the rows, so that
+        two recipes of the usual name share no run."""
+        base = self.base.removeprefix("hub:").partition("@")[0] if self.base else ""
+        base = Path(base).name if base.startswith("/") else base
+        rows = self.chats or self.preferences
+        names = [self.data.stem if self.data else "", base, rows.stem if rows else ""]
+        if self.out.name != DEFAULT_OUT:
+            names = [self.out.stem, *names]
+        legal = (re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:64] for name in names)
+        return next((name for name in legal if name), "mine")
 
 
 @dataclass(frozen=True)
@@ -99,11 +112,14 @@ def _text(value: str) -> str:
 
 
 def shown_path(value: str, folder: Path) -> str:
-    """An absolute path below `folder` as `./…`; anything else as it is."""
-    path = Path(value)
-    if value.startswith("/") and path.is_relative_to(folder):
-        return f".{os.sep}{path.relative_to(folder)}"
-    return value
+    """An absolute path below `folder` as `./…`, one beside it as `../…`; anything else as it is."""
+    if not value.startswith("/"):
+        return value
+    relative = os.path.relpath(value, folder)
+    ups = Path(relative).parts.count("..")
+    if not ups:
+        return f".{os.sep}{relative}"
+    return relative if ups <= HIGHEST and len(Path(os.path.commonpath([value, folder])).parts) > 1 else value
 
 
 def left_over(sources: Path, others: list[Path]) -> Iterator[str]:

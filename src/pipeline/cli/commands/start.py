@@ -40,14 +40,20 @@ def init(
         preferences=_whole(preferences),
         base=str(_whole(Path(base))) if base and base.startswith(("./", "../", "/")) else base,
         hours=hours,
-        out=out.expanduser().absolute(),
+        out=_absolute(out),
         artifacts=artifacts_root(artifacts),
     )
     write(asked, force=force, as_json=json)
 
 
 def _whole(path: Path | None) -> Path | None:
-    return None if path is None else path.expanduser().absolute()
+    return None if path is None else _absolute(path)
+
+
+def _absolute(path: Path) -> Path:
+    """Without `..`, which a recipe's own paths could not be counted from; links stay what they are called."""
+    path = path.expanduser()
+    return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def doctor(artifacts: ArtifactsOption = None, json: JsonOption = False) -> None:
