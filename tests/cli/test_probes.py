@@ -59,6 +59,24 @@ def test_places_that_cannot_be_written_are_broken(tmp_path: Path, monkeypatch: p
     assert (found.state, found.found) == ("broken", f"{tmp_path}: Permission denied")
 
 
+def test_a_file_system_without_blocks_is_no_disk():
+    disk = next(iter(probes.places(Path("/proc/foo"))))
+    assert (disk.state, disk.found) == ("broken", "/proc is no disk")
+    assert "gc" not in disk.mend
+
+
+def test_threads_that_the_environment_holds_back_are_slow(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(probes.os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert next(iter(probes.processor())) == Check("cores", "slow", "2, torch uses 1", "unset OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert next(iter(probes.processor())) == Check("cores", "ok", "2, torch uses 1")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert next(iter(probes.processor())).state == "ok"
+
+
 def test_only_what_is_required_and_broken_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     well = [Check("a", "ok", "1"), Check("b", "slow", "2"), Check("c", "missing", "3", "pip install c")]
     monkeypatch.setattr(examination, "examine", lambda artifacts: iter(well))

@@ -89,9 +89,11 @@ def extras() -> Iterator[Check]:
 def places(artifacts: Path) -> Iterator[Check]:
     """Room, writing and locks where the artifacts go."""
     there = next(path for path in (artifacts.absolute(), *artifacts.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    room = f"{free / GIB:,.1f} GiB free at {there}"
-    if free < ENOUGH_DISK:
+    disk = shutil.disk_usage(there)
+    room = f"{disk.free / GIB:,.1f} GiB free at {there}"
+    if not disk.total:  # /proc, /sys: nothing that could be freed would make room
+        yield Check("disk", "broken", f"{there} is no disk", "--artifacts (or LLMPIPE_ARTIFACTS) with a folder on one")
+    elif disk.free < ENOUGH_DISK:
         yield Check("disk", "slow", room, "llmpipe gc, or --artifacts on another disk")
     else:
         yield Check("disk", "ok", room)
@@ -110,7 +112,10 @@ def processor() -> Iterator[Check]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
-    yield Check("cores", "ok", f"{cores}, torch uses {threads}", "unset OMP_NUM_THREADS" if threads < cores else "")
+    # unless it is told, torch may leave out the second threads of cores, which is no loss
+    held = threads < cores and "OMP_NUM_THREADS" in os.environ
+    found = f"{cores}, torch uses {threads}"
+    yield Check("cores", "slow", found, "unset OMP_NUM_THREADS") if held else Check("cores", "ok", found)
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set[str]()
     there = [name for name in CPU_FEATURES if name in flags]
