@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from pipeline.tracking import PACKAGES, Track, check_packages, flat, resuming
+from pipeline.tracking import PACKAGES, Sender, Track, check_packages, flat, resuming
 from tests.written import line, recipe, refused
 
 STAND_IN = '''
@@ -86,7 +86,8 @@ def test_a_tracker_gets_what_is_measured_and_goes_on_after_a_kill(warm: Any, tok
     assert {step for step, _ in before + after} == {step for step, _ in measured(artifact)}
     kinds = [each[0] for each in said(warm.folder)]
     assert (kinds.count("start"), kinds.count("config"), kinds.count("finish")) == (2, 1, 1)  # its config once
-    assert {each[1] for each in said(warm.folder) if each[0] == "start"} == {"tiny"}
+    names = {each[1] for each in said(warm.folder) if each[0] == "start"}
+    assert [name.partition("-")[0] for name in names] == ["pretrain"]  # the stage, at its one fingerprint
     config = next(each[1] for each in said(warm.folder) if each[0] == "config")
     assert (config["max_steps"], config["model.depth"]) == (30, 2)
     theirs = made / "artifacts" / "tiny" / "pretrain"
@@ -171,7 +172,60 @@ def test_a_package_that_is_missing_is_told_before_anything_runs(warm: Any, tiny:
     assert not (warm.folder / "artifacts").exists()
     gone = warm("run", "tiny.yaml", "--set", "track=./gone.py:Tracker")
     assert (gone.code, "no file" in gone.stderr) == (2, True)
+    warm.write("lines.py", STAND_IN)
+    wrong = warm("run", "tiny.yaml", "--set", "track={./lines.py:Line: {}}")
+    assert (wrong.code, "defines no `Line`; did you mean `Lines`?" in wrong.stderr) == (2, True), wrong.stderr
+    assert not (warm.folder / "artifacts").exists()
     check_packages((Track("/folder/file.py:Own"),))  # needs none
+
+
+@pytest.mark.parametrize(
+    ("text", "is_there"),
+    [
+        ("class Nope:\n    pass\n", True),
+        ("try:\n    from wandb import Nope\nexcept ImportError:\n    Nope = None\n", True),
+        ("from other import That as Nope\n", True),
+        ("from other import *\n", True),
+        ("A, Nope = 1, 2\n", True),
+        ("def f():\n    class Nope: ...\n", False),
+        ("print(Nope)\n", False),
+        ("", False),
+        ("class Nope(:\n", False),
+    ],
+)
+def test_a_class_is_looked_for_without_running_its_file(tmp_path: Path, text: str, is_there: bool):
+    (tmp_path / "own.py").write_text(text)
+    said = f"run: r\ntrack: {tmp_path}/own.py:Nope\n" + BASE.removeprefix("run: r\n")
+    if is_there:
+        assert recipe(tmp_path, said).tracks == (Track(f"{tmp_path}/own.py:Nope"),)
+    else:
+        error = refused(tmp_path, said)
+        assert line(error) == 2
+        assert ("is no Python" if "(:" in text else "defines no `Nope`") in str(error)
+
+
+@pytest.mark.parametrize("name", sorted({*PACKAGES, "own"}))
+def test_the_stages_of_a_run_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    made: list[tuple[Any, ...]] = []
+
+    class Recorded:
+        requires_logging_directory = name in ("tensorboard", "aim", "mlflow")
+
+        def __init__(self, first: str, /, **options: Any) -> None:
+            made.append((first, options))
+
+        def start(self) -> None: ...
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None: ...
+
+    monkeypatch.setattr("pipeline.tracking._class_of", lambda name: Recorded)
+    monkeypatch.setattr("pipeline.tracking._run_id", lambda name, tracker: "")
+    track = Track("/folder/own.py:Own" if name == "own" else name)
+    for stage in ("sft-01", "dpo-02"):
+        Sender((track,), tmp_path / ".track" / stage, "demo", stage, {})._started(track, 5)
+    assert made[0] != made[1]
+    if name not in ("comet_ml", "wandb"):  # of these a key alone, or beside the name
+        assert [("sft-01" in str(each), "dpo-02" in str(each)) for each in made] == [(True, False), (False, True)]
 
 
 def test_the_trackers_are_accelerates():

@@ -9,6 +9,7 @@ out from then on; it never ends the stage.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import importlib.util
@@ -39,6 +40,8 @@ PACKAGES = {
     "wandb": ("wandb",),
 }
 """Tracker of accelerate -> the packages of which it needs one."""
+PROJECTS = ("clearml", "comet_ml", "mlflow", "swanlab", "trackio", "wandb")
+"""Trackers that are made with the name of a project, which is the run's; the others with the stage's."""
 Row = Mapping[str, Any]
 TRACK, STARTED = ".track", "started.json"
 
@@ -73,11 +76,39 @@ def _known(name: str, document: Document, where: str) -> str:
         path = ((Path.cwd() if document.is_set("track") else document.base) / file).resolve()
         if not path.is_file():
             raise MissingInputError(f"`track`: no file {path}", where=where)
+        _check_class(path, member, where)
         return f"{path}:{member}"
     if name not in PACKAGES:
         mend = "or ./file.py:Class, a GeneralTracker of accelerate's of your own"
         raise RecipeError(f"`track`: no tracker `{name}`{meant(name, PACKAGES)}", where=where, mend=mend)
     return name
+
+
+def _check_class(path: Path, name: str, where: str) -> None:
+    """RecipeError where the file, which is read and not run, can't be read or gives nothing of that name."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None) or 1
+        raise RecipeError(f"`track`: {path}:{line} is no Python ({error})", where=where) from error
+    names = list(dict.fromkeys(_names(tree.body)))
+    if name not in names and "*" not in names:
+        classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+        mend = f"classes there: {', '.join(classes)}" if classes else "name a class of the file"
+        raise RecipeError(f"`track`: {path} defines no `{name}`{meant(name, classes)}", where=where, mend=mend)
+
+
+def _names(body: Sequence[ast.AST]) -> Iterator[str]:
+    """What statements bind, those of an `if`, `try` or `with` too; `*` for what only an import would tell."""
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (each.asname or each.name for each in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif not isinstance(node, ast.expr) or isinstance(node, ast.Tuple):
+            yield from _names(list(ast.iter_child_nodes(node)))
 
 
 def check_packages(tracks: Sequence[Track]) -> None:
@@ -142,7 +173,9 @@ class Sender:
         options = {**resuming(track.name, self.run, self.folder.name, step, before), **track.options}
         if kind.requires_logging_directory:
             options.setdefault("logging_dir", str(self.folder.parent))
-        first = self.folder.name if track.name in ("tensorboard", "aim") else self.run
+        if track.name == "dvclive":  # which knows no names: a folder of its own, in which it goes on
+            options = {"dir": str(self.folder / "dvclive"), "resume": True, **options}
+        first = self.run if track.name in PROJECTS else self.folder.name
         tracker: GeneralTracker = kind(first, **options)
         tracker.start()
         if track.name not in before:
@@ -197,6 +230,10 @@ def resuming(name: str, run: str, stage: str, step: int, before: Mapping[str, An
         return {"experiment_key": unique}
     if name == "mlflow":
         return {"run_id": before[name]} if before.get(name) else {"run_name": stage}
+    if name == "clearml":
+        return {"project_name": run, "task_name": stage}
+    if name == "swanlab":
+        return {"experiment_name": stage}
     return {}
 
 

@@ -46,6 +46,12 @@ def test_what_is_refused(warm: Any, trained: Path):
         (["tiny", "tiny"], "tiny and tiny are one run"),
         (["tiny", "--out", "artifacts"], "a folder is there"),
         (["tiny", "--price", "-1"], "--price"),
+        (["tiny", "--out", "/proc/x/y.html"], "--out in a folder that is yours"),
+        (["tiny", "--out", "/proc/y.html"], "--out in a folder that is yours"),
+        (["tiny/pretrain"], "tiny/pretrain is a stage, and a report is of a run"),
+        (["./artifacts/tiny/pretrain"], "tiny/pretrain is a stage, and a report is of a run"),
+        (["tiny/pretrain"], "llmpipe report tiny\n"),
+        (["./nope"], "llmpipe run, or --artifacts"),  # folders that hold no stage are no runs
     ):
         done = warm("report", *args)
         assert done.code == 2, (args, done)

@@ -56,6 +56,14 @@ def test_what_differs(tmp_path: Path):
     assert text == compared(tmp_path)
 
 
+def test_two_runs_on_cpus_have_no_cost(tmp_path: Path):
+    write(tmp_path, "a", 0.1, 0.30)
+    write(tmp_path, "b", 0.1, 0.30)
+    runs = [read_run(Store(tmp_path), name) for name in "ab"]
+    assert "cost" not in comparison_of(*runs, None).split("<main>")[1]
+    assert comparison_of(*runs, 2.0).count('data-label="cost, ') == 6  # three stages of each
+
+
 def test_other_questions_are_not_paired(tmp_path: Path):
     write(tmp_path, "a", 0.1, 0.30)
     write(tmp_path, "b", 0.1, 0.33, prompt=[{"role": "user", "content": "And `g`?"}])

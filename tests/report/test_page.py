@@ -57,10 +57,26 @@ def test_the_numbers_are_the_manifests(root: Path):
     assert costs["ppo"] == 4.0
     assert costs["pretrain"] == pytest.approx(90.5 / 3600 * 2)
     assert found.values("data-value", data_total="seconds") == [str(10 + 90.5 * 4 + 3600.0)]
+    assert found.values("data-value", data_total="tokens") == [
+        "5000"
+    ]  # five stages of 1000; tokenize's are no training
     assert found.values("data-value", data_total="flops") == ["10000000000000.0"]
     assert found.values("data-value", data_final="ppo", data_metric="parameters") == ["1234567.0"]
     results = {row["model"]: row["value"] for row in map(json.loads, (root / "demo/eval/results.jsonl").open())}
     assert {model: float(found.values("data-value", data_model=model)[0] or 0) for model in results} == results
+
+
+def test_a_cpu_has_no_price_but_one_that_is_given(root: Path):
+    text = page_of(read_run(Store(root), "demo"), None)
+    assert "an hour" not in text
+    assert "cost" not in Page(text).values("data-label")
+    file = root / "demo" / "ppo" / "manifest.json"  # an hour on two devices
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"device": "NVIDIA H100 80GB HBM3"}))
+    found = Page(page_of(read_run(Store(root), "demo"), None))
+    assert found.values("data-value", data_total="cost") == ["5.0"]
+    costs = dict(zip(found.values("data-stage"), found.values("data-cost"), strict=True))
+    assert (costs["ppo"], costs["sft"]) == ("5.0", "")
+    assert "at €2.50 an hour" in found.text
 
 
 def test_every_stage_is_drawn_once_in_each_graph(root: Path):

@@ -11,7 +11,7 @@ from pipeline.report import noise
 from pipeline.report.answers import exchanges
 from pipeline.report.curves import panels_of
 from pipeline.report.differences import Differing, differing
-from pipeline.report.page import DETAIL, LARGEST, Counter, Group, cost, data_of, environments, render, totals
+from pipeline.report.page import DETAIL, LARGEST, PRICE, Counter, Group, costs, data_of, environments, render, totals
 from pipeline.report.records import Row, RunRecord, StageRecord, read_rows
 from pipeline.report.results import Items, baseline_of, items_of, own_label
 
@@ -46,8 +46,8 @@ class Change:
     """`better`, `worse`, `differs`, or empty where the difference is not larger than noise."""
 
 
-def comparison_of(ours: RunRecord, theirs: RunRecord, price: float) -> str:
-    """The page of two runs."""
+def comparison_of(ours: RunRecord, theirs: RunRecord, price: float | None) -> str:
+    """The page of two runs. `price`: as `page_of`'s."""
     names = (ours.name, theirs.name) if ours.name != theirs.name else (f"{ours.name} (1)", f"{theirs.name} (2)")
     for points, prompts in DETAIL:
         page = _page(names, ours, theirs, price, points, prompts)
@@ -56,7 +56,9 @@ def comparison_of(ours: RunRecord, theirs: RunRecord, price: float) -> str:
     return page
 
 
-def _page(names: tuple[str, str], ours: RunRecord, theirs: RunRecord, price: float, points: int, prompts: int) -> str:
+def _page(
+    names: tuple[str, str], ours: RunRecord, theirs: RunRecord, price: float | None, points: int, prompts: int
+) -> str:
     counter = Counter()
     pairs = [_pair(name, ours, theirs, names) for name in _in_order(ours, theirs)]
     groups = _groups(names, ours, theirs, points, counter)
@@ -72,10 +74,10 @@ def _page(names: tuple[str, str], ours: RunRecord, theirs: RunRecord, price: flo
         "compare.html",
         title=" and ".join(names),
         names=names,
-        price=price,
+        price=PRICE if price is None else price,
         totals=[totals(run, price) for run in (ours, theirs)],
         pairs=pairs,
-        costs=lambda stage: cost(stage, price),
+        costs=[costs(run, price) for run in (ours, theirs)],
         changes=_changes(ours, theirs, items, bases),
         task=task,
         exchanges=shown,

@@ -24,6 +24,8 @@ from pipeline.report.results import Table, comparisons, items_of, tables_of
 
 LARGEST = 3_000_000
 """Bytes of a page, which it stays below."""
+PRICE = 2.5
+"""Euros an hour of a rented GPU, as `plan --price`."""
 DETAIL = ((240, 10), (100, 6), (40, 3), (16, 1))
 """(points a curve, prompts whose answers are shown): the first with which the page is small enough."""
 
@@ -65,8 +67,8 @@ class Evaluation:
         return {model: i % COLOURS + 1 for i, model in enumerate(dict.fromkeys([*of_tables, *of_answers]))}
 
 
-def page_of(run: RunRecord, price: float) -> str:
-    """The report of a run. `price`: euros an hour and device."""
+def page_of(run: RunRecord, price: float | None) -> str:
+    """The report of a run. `price`: euros an hour and device; None for `PRICE` of a GPU and none of a CPU."""
     for points, prompts in DETAIL:
         page = _page(run, price, points, prompts)
         if len(page.encode()) < LARGEST:
@@ -74,7 +76,7 @@ def page_of(run: RunRecord, price: float) -> str:
     return page
 
 
-def _page(run: RunRecord, price: float, points: int, prompts: int) -> str:
+def _page(run: RunRecord, price: float | None, points: int, prompts: int) -> str:
     counter = Counter()
     evaluations = [evaluation_of(stage, prompts, counter) for stage in run.evaluations()]
     groups = [_group(members, points, counter) for members in grouped(run.stages)]
@@ -84,9 +86,10 @@ def _page(run: RunRecord, price: float, points: int, prompts: int) -> str:
         "report.html",
         title=run.name,
         run=run,
-        price=price,
+        price=PRICE if price is None else price,
         totals=totals(run, price),
-        costs={stage.name: cost(stage, price) for stage in run.stages},
+        costs=costs(run, price),
+        has_shards=any(map(is_tokens, run.stages)),
         shares=layout.shares({stage.name: stage.seconds for stage in run.stages}),
         wide=layout.lay_out(run.stages, is_upright=False),
         tall=layout.lay_out(run.stages, is_upright=True),
@@ -151,23 +154,37 @@ def figures_in(evaluations: Sequence[Evaluation]) -> list[Figured]:
     return [figure for each in evaluations for figure in each.reliability]
 
 
-def cost(stage: StageRecord, price: float) -> float:
-    """Euros."""
-    return stage.seconds / 3600 * price * stage.processes
+def costs(run: RunRecord, price: float | None) -> dict[str, float | None]:
+    """Stage -> euros; None without a price of one's own where it ran on a CPU, or where nothing tells on what."""
+    devices = [str(each.manifest["device"]) for each in run.stages if each.is_done]
+    found: dict[str, float | None] = {}
+    for stage in run.stages:
+        device = str(stage.manifest["device"]) if stage.is_done else (devices or ["cpu"])[-1]  # as what was before it
+        own = None if device.startswith(("cpu", "mps")) else PRICE
+        each = own if price is None else price
+        found[stage.name] = None if each is None else stage.seconds / 3600 * each * stage.processes
+    return found
 
 
-def totals(run: RunRecord, price: float) -> dict[str, Any]:
-    """Sums over all stages, and what is left."""
+def totals(run: RunRecord, price: float | None) -> dict[str, Any]:
+    """Sums over all stages, and what is left. Tokens are those that models were trained on or wrote: without those
+    that were only written into shards."""
     done = [each for each in run.stages if each.is_done]
+    known = [each for each in costs(run, price).values() if each is not None]
     return {
         "seconds": sum(each.seconds for each in run.stages),
-        "tokens": sum(each.tokens for each in run.stages),
+        "tokens": sum(each.tokens for each in run.stages if not is_tokens(each)),
         "flops": sum(each.flops or 0.0 for each in run.stages),
-        "cost": sum(cost(each, price) for each in run.stages),
+        "cost": sum(known) if known else None,
         "done": len(done),
         "unfinished": len(run.stages) - len(done),
         "last": max((each.manifest["created"] for each in done), default=""),
     }
+
+
+def is_tokens(stage: StageRecord) -> bool:
+    """Whether what it made is tokens, which no model has seen yet."""
+    return stage.manifest.get("kind") == "tokens" or (not stage.is_done and stage.type == "tokenize")
 
 
 def environments(stages: Sequence[StageRecord]) -> list[tuple[dict[str, str], list[str]]]:

@@ -96,7 +96,14 @@ class RunRecord:
 def read_run(store: Store, run: str) -> RunRecord:
     """The run's stages. MissingInputError where there are none, ArtifactError for files that can't be read."""
     folder = store.root / run
-    runs = sorted(path.name for path in store.root.glob("*") if path.is_dir() and NAME.fullmatch(path.name))
+    runs = sorted(path.name for path in store.root.glob("*") if NAME.fullmatch(path.name) and _is_run(path))
+    named, _, stage = run.partition("/")
+    if stage and named in runs:
+        what = f"{run} is a stage, and a report is of a run"
+        raise MissingInputError(what, where=str(store.root), mend=f"llmpipe report {named}")
+    if (folder / MANIFEST).exists():  # named by its path
+        what = f"{store.root.name}/{run} is a stage, and a report is of a run"
+        raise MissingInputError(what, where=str(folder), mend=f"llmpipe report {store.root}")
     if not NAME.fullmatch(run) or not folder.is_dir():
         what = f"no run {run!r}{meant(run, runs)}"
         mend = f"runs there: {', '.join(runs)}" if runs else "llmpipe run, or --artifacts"
@@ -112,6 +119,11 @@ def read_run(store: Store, run: str) -> RunRecord:
     if not found:
         raise MissingInputError("the run has no stage yet", where=str(folder), mend="llmpipe run")
     return RunRecord(run, folder, _ordered(found))
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a stage lies there, finished or not."""
+    return any(folder.glob(f"*/{MANIFEST}")) or any(folder.glob(".*.partial/config.yaml"))
 
 
 def _whole(store: Store, run: str, name: str, is_again: bool) -> StageRecord:

@@ -163,7 +163,10 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="file to write [default: report.html in the run's folder]")
     ] = None,
-    price: Annotated[float, typer.Option("--price", help="euros an hour and device", min=0)] = 2.5,
+    price: Annotated[
+        float | None,
+        typer.Option("--price", help="euros an hour and device [default: 2.5 of a GPU, none of a CPU]", min=0),
+    ] = None,
     artifacts: ArtifactsOption = None,
     json: JsonOption = False,
 ) -> None:
