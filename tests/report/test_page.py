@@ -220,3 +220,62 @@ def test_a_kept_blame_is_shown_in_colours_and_escaped(root: Path):
     assert pieces[0]["title"] == "demo/sft: log p -1.00 (+2.25)\ndemo/dpo: log p -1.50 (-0.50)"
     assert 'href="#blame"' in text
     assert "Correlation, not cause." in found.text
+
+
+def test_a_reward_model_that_no_evaluation_asked_shows_its_own_calibration(tmp_path: Path):
+    from pipeline.evals.calibration import Bin, figure
+
+    root = tmp_path / "artifacts"
+    folder = write_stage(root, "reward", kind="reward-model", more={"metrics": {"ece": 0.0764}})
+    bins = [Bin(0.5, 0.55, 0.52, 0.5, 100), Bin(0.55, 0.6, float("nan"), float("nan"), 0), Bin(0.95, 1, 0.98, 0.9, 300)]
+    (folder / "reliability.svg").write_text(figure(bins, HOSTILE).replace("</svg>", f"{HOSTILE}</svg>"))
+    found = page(root)
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', page_text(root))[0])
+    assert [each["title"] for each in data] == ["Reliability of reward"]
+    assert data[0]["curves"] == [
+        {"label": "pairs of a bin", "x": [0.52, 0.98], "y": [0.5, 0.9], "more": ["100 pairs", "300 pairs"]}
+    ]
+    assert "400 held-out pairs, calibration error 0.076" in found.text
+    assert "no finished evaluation" in found.text
+    assert [tag for tag, _ in found.tags].count("script") == 2
+    assert "img" not in [tag for tag, _ in found.tags]
+    (folder / "reliability.svg").write_text("<svg>of somebody else's</svg>")
+    assert page(root).figures() == []
+
+
+COMPARED = """\
+kind,model,against,nearest,task,metric,value,low,high,n,seeds_low,seeds_high,seeds
+model,dpo@beta=0.1,,,greedy,gold,0.2,0.1,0.3,100,,,
+mean,dpo@beta=0.1,,,greedy,gold,0.2,0.17,0.23,100,0.1,0.3,3
+difference,dpo@beta=0.2,dpo@beta=0.1,,greedy,gold,0.05,0.04,0.06,100,,,1
+difference,dpo@beta=0.2,dpo@beta=0.1,,bits_per_byte,bits_per_byte,0.05,0.04,0.06,100,0.02,0.08,3
+difference,dpo@beta=0.2,dpo@beta=0.1,,sampled,length,2,-1,5,100,,,1
+difference,dpo@beta=0.2,dpo@beta=0.1,,sampled,gold,0.3,0.3,0.3,1,,,1
+matched,dpo,ppo,kl,greedy,gold,-0.25,-0.35,-0.15,100,,,1
+"""
+
+
+def test_means_and_differences_of_variants(tmp_path: Path):
+    root = tmp_path / "artifacts"
+    write_evaluation(root, [result("dpo@beta=0.1", "greedy", "gold", 0.2, 0.1)], [])
+    (root / "demo" / "eval" / "table.csv").write_text(COMPARED)
+    found = page(root)
+    for title in ("Mean over seeds", "Difference", "Nearest in KL"):
+        assert title in found.text
+    rows = {
+        name: re.findall(r'<td data-label="([^"]*)"(?: class="(\w+)")?><span class="value">([^<]*)</span> '
+                         r'<span class="half">([^<]*)<', text)
+        for name, text in re.findall(r'<tr data-variants="(.*?)">(.*?)</tr>', page_text(root), flags=re.S)
+        if "beta=0.2" in text
+    }  # fmt: skip
+    both = "dpo@beta=0.2 − dpo@beta=0.1"
+    assert rows == {
+        "bits_per_byte.bits_per_byte": [(both, "worse", "+0.050", "± 0.030 | 0.010")],
+        "greedy.gold": [(both, "better", "+0.050", "± – | 0.010")],
+        "sampled.length": [(both, "", "+2.0", "± – | 3.0")],
+        "sampled.gold": [(both, "", "+0.300", "± – | –")],  # of one item
+    }
+    assert "0.200 ± 0.100 | 0.030" in " ".join(found.text.split())
+    assert '<td data-label="dpo − ppo" class="worse"><span class="value">-0.250' in page_text(root)
+    (root / "demo" / "eval" / "table.csv").write_text("name,figure\na,b\n")
+    assert "Difference" not in page(root).text.replace("Differences", "")

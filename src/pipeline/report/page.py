@@ -19,8 +19,9 @@ from pipeline.report.differences import within
 from pipeline.report.drawing import COLOURS, Figured, draw_all, draw_reliability
 from pipeline.report.recipe_of import as_yaml, command, missing_parts, recipe_of
 from pipeline.report.records import RunRecord, StageRecord
-from pipeline.report.reliability import reliabilities
-from pipeline.report.results import Table, comparisons, items_of, tables_of
+from pipeline.report.reliability import kept, reliabilities
+from pipeline.report.results import Table, items_of, tables_of
+from pipeline.report.variants import Comparisons, comparisons
 
 LARGEST = 3_000_000
 """Bytes of a page, which it stays below."""
@@ -50,14 +51,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation: its tables, answers to the same prompts, reliability figures, and lines of comparisons."""
+    """One evaluation: its tables, answers to the same prompts, reliability figures, and comparisons of variants."""
 
     stage: str
     tables: tuple[Table, ...]
     task: str
     exchanges: tuple[Exchange, ...]
+    rated: tuple[str, ...]
+    """Reward models of the reliability figures."""
     reliability: tuple[Figured, ...]
-    compared: int
+    compared: tuple[Comparisons, ...]
 
     @property
     def colours(self) -> dict[str, int]:
@@ -79,6 +82,7 @@ def page_of(run: RunRecord, price: float | None) -> str:
 def _page(run: RunRecord, price: float | None, points: int, prompts: int) -> str:
     counter = Counter()
     evaluations = [evaluation_of(stage, prompts, counter) for stage in run.evaluations()]
+    calibration = [figure for each in evaluations for figure in each.reliability] + _kept(run, evaluations, counter)
     groups = [_group(members, points, counter) for members in grouped(run.stages)]
     shown = [group for group in groups if group.all_figures or group.texts]
     recipe = as_yaml(recipe_of(run))
@@ -94,10 +98,11 @@ def _page(run: RunRecord, price: float | None, points: int, prompts: int) -> str
         wide=layout.lay_out(run.stages, is_upright=False),
         tall=layout.lay_out(run.stages, is_upright=True),
         evaluations=evaluations,
+        calibration=calibration,
         blamed=blamed(run),
         groups=shown,
         linked={group.stages[0].base for group in shown},
-        figures=data_of([*figures_in(evaluations), *(each for group in shown for each in group.all_figures)]),
+        figures=data_of([*calibration, *(each for group in shown for each in group.all_figures)]),
         differing=within(run.stages),
         environments=environments(run.stages),
         command=command(recipe, run.name) if any(stage.is_done for stage in run.stages) else "",
@@ -141,8 +146,11 @@ def evaluation_of(stage: StageRecord, prompts: int, counter: Counter) -> Evaluat
     """What a finished evaluation holds."""
     items = items_of(stage)
     task, shown = exchanges(items, prompts)
-    drawn = tuple(draw_reliability(each, counter.take()) for each in reliabilities(items))
-    return Evaluation(stage.name, tuple(tables_of(stage, items)), task, tuple(shown), drawn, len(comparisons(stage)))
+    rated = reliabilities(items)
+    drawn = tuple(draw_reliability(each, counter.take()) for each in rated)
+    names = tuple(each.model for each in rated)
+    tables, compared = tuple(tables_of(stage, items)), tuple(comparisons(stage))
+    return Evaluation(stage.name, tables, task, tuple(shown), names, drawn, compared)
 
 
 def data_of(figures: Sequence[Figured]) -> list[dict[str, Any]]:
@@ -150,8 +158,12 @@ def data_of(figures: Sequence[Figured]) -> list[dict[str, Any]]:
     return [each.data | {"colours": each.colours} for each in figures]
 
 
-def figures_in(evaluations: Sequence[Evaluation]) -> list[Figured]:
-    return [figure for each in evaluations for figure in each.reliability]
+def _kept(run: RunRecord, evaluations: Sequence[Evaluation], counter: Counter) -> list[Figured]:
+    """Of reward models that no evaluation asked: what their own stages wrote."""
+    asked = {model for each in evaluations for model in each.rated}
+    found = [kept(each) for each in run.stages if each.manifest.get("kind") == "reward-model"]
+    shown = [each for each in found if each is not None and each.model not in asked]
+    return [draw_reliability(each, counter.take()) for each in shown]
 
 
 def costs(run: RunRecord, price: float | None) -> dict[str, float | None]:

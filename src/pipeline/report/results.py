@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.evals.table import headlines, style
 from pipeline.report import noise
@@ -157,14 +156,3 @@ def _best(
     ends = f"{factor * found.value:+.{digits}f} [{factor * found.low:+.{digits}f}, {factor * found.high:+.{digits}f}]"
     words = f"{first['model']} − {second['model']}: {ends}, {how}"
     return (str(first["model"]), words) if noise.is_clear(found) else (None, f"tie: {words}")
-
-
-def comparisons(stage: StageRecord) -> list[dict[str, Any]]:
-    """The lines of table.csv that compare variants: means over seeds, differences, matched ones."""
-    import csv
-
-    path = stage.path / "table.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row.get("kind") != "model"]
