@@ -20,6 +20,7 @@ def test_a_second_run_does_nothing_and_says_why(cli: Any, trained: Path):
     lines = done.stdout.splitlines()
     assert "nothing to do: all tokenize, pretrain stand (data, config and code are what they were)" in lines
     assert f"artifacts   {cli.folder}/artifacts/tiny" in lines
+    assert "report      llmpipe report tiny" in lines
     assert "next        llmpipe chat tiny/pretrain" in lines
 
 

@@ -27,6 +27,8 @@ def close(session: Session, standings: dict[str, Standing], names: list[str], ra
             f"stand{'s' if len(names) == 1 else ''} (data, config and code are what they were)"
         )
     console.print(f"artifacts   {session.store.root / session.recipe.run}", soft_wrap=True)
+    if any(each.state == "stands" for each in standings.values()):
+        console.print(f"report      llmpipe report {session.recipe.run}", soft_wrap=True)
     for command in _next(session, standings):
         console.print(f"next        {command}", soft_wrap=True)
 
