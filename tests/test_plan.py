@@ -58,6 +58,7 @@ def road(tmp_path: Path) -> Path:
     return tmp_path / "road.yaml"
 
 
+@pytest.mark.slow
 def test_ppo_counts_what_scores(road: Path) -> None:
     """Decode, policy, reference, critic, an update of two models; a forward for each model of the reward or judge."""
     (road.parent / "rules.md").write_text("Be kind.")
@@ -307,6 +308,7 @@ def test_what_ran_here_sets_the_speed(trained: Path) -> None:
     assert named.rate("pretrain") == (0.3 * 4e11, "at 30% of the maker's peak"), "what ran here says nothing of it"
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_stage_and_as_json(road: Path, warm: Any) -> None:
     shown = warm("plan", road, "--budget", "1e19")
     assert shown.code == 0, shown.stderr
@@ -322,6 +324,7 @@ def test_the_command_prints_every_stage_and_as_json(road: Path, warm: Any) -> No
     assert not (road.parent / "artifacts").exists(), "a plan makes nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -336,6 +339,7 @@ def test_what_is_no_budget_and_no_run_is_refused(road: Path, warm: Any, words: l
     assert message in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_fit_wants_three_models_from_scratch(trained: Path, warm: Any) -> None:
     refused = warm("plan", trained, "--on", "h100", "--fit", "tiny", "--fit", "tiny/pretrain")
     assert refused.code == 2

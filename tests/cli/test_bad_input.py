@@ -31,6 +31,7 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "r.yaml"
 
 
+@pytest.mark.slow
 def test_a_good_recipe_is_planned(warm: Any, recipe: Path):
     done = warm("run", "r.yaml", "--dry-run")
     assert (done.code, done.stderr) == (0, "")

@@ -360,7 +360,8 @@ def test_a_reward_model_cannot_talk(chatting: Artifact) -> None:
         ask(reward, "hello")
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", pytest.param("ppo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "ppo"])
 def test_a_stage_that_was_stopped_can_be_talked_to(stage: str, warm: Any, request: pytest.FixtureRequest) -> None:
     recipe = request.getfixturevalue("tokenized" if stage == "pretrain" else "trained")
     rows = [{"prompt": f"ka {index}", "completion": "lo mi"} for index in range(60)]

@@ -6,7 +6,10 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_real_run_and_the_command_that_makes_it_again(warm: Any, trained: Path):
     done = warm("report", "tiny", "--json")
     assert done.code == 0, done.stderr
@@ -39,6 +42,7 @@ def test_where_it_is_written(warm: Any, trained: Path):
     assert (warm.folder / "again.html").read_text() != out.read_text()  # at another price
 
 
+@pytest.mark.slow
 def test_what_is_refused(warm: Any, trained: Path):
     for args, what in (
         (["tini"], "no run 'tini'; did you mean `tiny`?"),

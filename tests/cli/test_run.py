@@ -68,6 +68,7 @@ def test_run_until_and_one_stage(warm: Any, tiny: Path):
     assert "1 of 1 stages ran" in alone.stdout
 
 
+@pytest.mark.slow
 def test_a_stage_of_another_name_is_found_by_its_type(warm: Any, trained: Path):
     text = trained.read_text()
     trained.write_text(text.replace("  pretrain:", "  base:\n    stage: pretrain"))

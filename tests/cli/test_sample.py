@@ -127,6 +127,7 @@ def test_answers_that_are_there_take_no_fields(folder: Path, warm: Warm):
     assert "--set top_p=0.5: it is of the answers, and these are there already" in done.stderr
 
 
+@pytest.mark.slow
 def test_another_model_does_not_replace_what_stands(folder: Path, warm: Warm):
     """Under a name that was made up; one that was moved, or trained again where it lies, is the same model."""
     made = folder / "artifacts" / "answers" / "Tiny-Chat-sample"

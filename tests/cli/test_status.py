@@ -73,6 +73,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_code_that_computes_a_stage_counts(cli: Any, trained: Path, checkout: Path):
     """A cold process each: a changed checkout is another program."""
 

@@ -162,6 +162,7 @@ def test_an_unfinished_run(root: Path):
     assert "llmpipe run /dev/stdin" not in alone.text  # nothing is known yet of how to make it again
 
 
+@pytest.mark.slow
 def test_a_long_run_of_many_variants_stays_small(tmp_path: Path):
     root = tmp_path / "artifacts"
     names = [f"dpo@beta={beta}@seed={seed}" for beta in (0.1, 0.2, 0.3) for seed in range(8)]

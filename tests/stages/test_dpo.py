@@ -150,6 +150,7 @@ def test_lora_has_the_init_as_reference_and_is_merged(init: Any, runtime: Any, c
     assert moved == {name for name in before if name.endswith("proj.weight")}
 
 
+@pytest.mark.slow
 def test_stopped_it_goes_on_to_the_same_bits_from_the_kept_reference(
     init: Any, runtime: Any, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

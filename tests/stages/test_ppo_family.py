@@ -67,6 +67,7 @@ def test_what_a_preset_sets_is_a_field_and_no_default(algorithm: str):
         assert getattr(plain, name) != value, f"{algorithm} sets {name} to its default"
 
 
+@pytest.mark.slow
 def test_config_show_tells_what_a_preset_set(parts: Parts, tmp_path: Path, warm: Warm):
     (tmp_path / "g.yaml").write_text(
         f"stages:\n  ppo:\n    algorithm: grpo\n    init: {parts.init.model}\n    num_generations: 4\n"

@@ -226,6 +226,7 @@ def test_the_critic_starts_from_a_reward_model_that_is_alone(
         assert (mean, std) == (0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_with_terms_gives_the_same_bits(parts: Parts, tmp_path: Path):
     terms = every_kind(parts)
     whole = run(parts, tmp_path / "whole", terms, eval_steps=2)

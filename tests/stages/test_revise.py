@@ -74,6 +74,7 @@ def one_at_a_time(judge: Artifact, text: str, length: int, step: str, *key: int)
     return tokenizer.decode([token for token in written.responses()[0] if token != stop])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_judge", [False, True])
 def test_rounds_are_those_of_a_naive_loop(parts: Parts, talker: Artifact, tmp_path: Path, has_judge: bool):
     """The answers of the tiny model, or of the talker itself; every text that could be used, asked for alone."""

@@ -135,6 +135,7 @@ def test_it_learns_by_kind_and_every_parameter_moves(init: Any, runtime: Any, co
         assert not torch.equal(new, old), f"{name} did not move"
 
 
+@pytest.mark.slow
 def test_pad_equal_to_eos_trains_the_same_model(
     init: Any, tmp_path: Path, runtime: Any, config: Any, lines: Any
 ) -> None:
@@ -177,6 +178,7 @@ def test_without_adapters_none_are_kept(init: Any, runtime: Any, config: Any) ->
     assert "adapter_base" not in json.loads((out / "model" / "reward.json").read_text())
 
 
+@pytest.mark.slow
 def test_stopped_it_goes_on_to_the_same_bits(
     init: Any, runtime: Any, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
