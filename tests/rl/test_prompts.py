@@ -59,6 +59,9 @@ def test_a_prompt_that_leaves_no_room_is_refused():
     with pytest.raises(DataError, match="response_length leaves 9") as caught:
         order(20, room=9)
     assert "max_prompt_length=9" in caught.value.mend
+    with pytest.raises(DataError, match="leaves 0 of the context") as caught:
+        order(20, room=-3)
+    assert caught.value.mend == "lower ppo.response_length"
     assert order(20, room=9, longest=9).left_out == 1
     assert order(20, room=10).left_out == 0
 

@@ -105,9 +105,11 @@ def checked(row: Row, prompt: list[int], room: int | None) -> list[int]:
     if not prompt or not said.strip():
         raise DataError("an empty prompt", where="ppo.data", mend="take out the rows whose last message is blank")
     if room is not None and len(prompt) > room:
+        leave_out = f"--set ppo.max_prompt_length={room} leaves such prompts out, or " if room > 0 else ""
+        left = f"response_length leaves {max(0, room)} of the context"
         raise DataError(
-            f"a prompt of {len(prompt)} tokens, where response_length leaves {room} of the context: {said[:60]!r}",
+            f"a prompt of {len(prompt)} tokens, where {left}: {said[:60]!r}",
             where="ppo.data",
-            mend=f"--set ppo.max_prompt_length={room} leaves such prompts out, or lower ppo.response_length",
+            mend=f"{leave_out}lower ppo.response_length",
         )
     return prompt
