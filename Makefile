@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PIP_INSTALL) -e ".[$(EXTRAS)]"
 	@touch $@
 
-demo: setup     ## raw text → tokenizer → base model → sft → reward → ppo, dpo → eval, under 10 minutes on two cores
+demo: setup     ## raw text → tokenizer → base model → sft → reward → ppo, dpo → eval, about 10 minutes on two cores
 	@$(BIN)/llmpipe run demo
 
 smoke: setup    ## the same graph, tiny, in under a minute
