@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from pipeline.artifacts import Artifact
     from pipeline.checkpoint import Checkpoint
+    from pipeline.data.messages import Message
     from pipeline.data.shown import ShownRow
     from pipeline.evals.reward_accuracy import HeldOut
     from pipeline.model.reward import RewardModel
@@ -91,6 +92,8 @@ class Taught:
     rows: list[Row]
     """Those that fit the length, as the trainer takes them."""
     held: HeldOut
+    scaled_on: list[list[Message]]
+    """The demonstrations whose scores set the scale; the best answers where there are none."""
 
     @property
     def lengths(self) -> list[int]:
@@ -182,7 +185,13 @@ def _read(config: RewardConfig, init: Artifact, runtime: Runtime) -> Taught:
         )
     rows = encode_answers(lists, tokenizer, length, config.margin_weight, runtime)
     held = reward_accuracy.encode(tokenizer, held_out, length)
-    return Taught(tokenizer, stop_token_id(tokenizer), length, lists, rows, held)
+    if config.demonstrations is None:
+        runtime.say("no demonstrations: the chosen answers set the scale of the scores")
+        scaled_on = [[*row["prompt"], *row["answers"][0]] for row in lists]
+    else:
+        found = read_rows(config.demonstrations, "messages", held_out=config.held_out)
+        scaled_on = [row["messages"] for row in found]
+    return Taught(tokenizer, stop_token_id(tokenizer), length, lists, rows, held, scaled_on)
 
 
 def _member(
@@ -275,24 +284,17 @@ def _trainer(
 
 
 def _normaliser(config: RewardConfig, raw: RewardModel, taught: Taught, runtime: Runtime) -> tuple[float, float]:
-    """Mean and standard deviation of the raw scores of demonstrations; of the best answers where there are none."""
+    """Mean and standard deviation of the raw scores of `taught.scaled_on`, drawn at random."""
     import numpy as np
     import torch
 
     from pipeline.data.chat import encode_messages
-    from pipeline.data.formats import read_rows
     from pipeline.evals.reward_accuracy import rewards
 
-    if config.demonstrations is None:
-        runtime.say("no demonstrations: the chosen answers set the scale of the scores")
-        messages = [[*row["prompt"], *row["answers"][0]] for row in taught.lists]
-    else:
-        found = read_rows(config.demonstrations, "messages", held_out=config.held_out)
-        messages = [row["messages"] for row in found]
-    order = torch.randperm(len(messages), generator=runtime.generator("demonstrations")).tolist()
+    order = torch.randperm(len(taught.scaled_on), generator=runtime.generator("demonstrations")).tolist()
     texts: list[list[int]] = []
     for index in order:
-        ids = encode_messages(taught.tokenizer, messages[index]).input_ids
+        ids = encode_messages(taught.tokenizer, taught.scaled_on[index]).input_ids
         if len(ids) <= taught.length:
             texts.append(ids)
         if len(texts) == config.demonstration_rows:

@@ -17,7 +17,7 @@ from trl import RewardTrainer
 from pipeline.artifacts import outside_model
 from pipeline.data.chat import encode_messages, stop_token_id
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.errors import DataError, Stopped
+from pipeline.errors import ConfigError, DataError, Stopped
 from pipeline.evals.reward_accuracy import rewards
 from pipeline.model.build import load_causal_lm
 from pipeline.model.reward import build_reward_model, load_reward_model, reward_model_on, stands_on
@@ -120,6 +120,15 @@ def test_demonstrations_score_mean_0_and_deviation_1(
     assert scores.std() == pytest.approx(1, abs=1e-3)
     assert figures["std"] > 0
     assert (model.suffix_ids, model.mean) == ((stop_token_id(tokenizer),), figures["mean"])
+
+
+def test_wrong_demonstrations_are_refused_before_a_step(
+    init: Any, runtime: Any, config: Any, preferences: Path
+) -> None:
+    out, here = runtime("wrong")
+    with pytest.raises(ConfigError, match="demonstrations are needed here"):
+        reward.run(config(demonstrations=(DataEntry(source=str(preferences)),)), {"init": init}, out, here)
+    assert not (out / "metrics.jsonl").exists(), "a step was taken first"
 
 
 @pytest.mark.slow
