@@ -1,4 +1,4 @@
-"""What of a recipe stands, what is stale and why."""
+"""What of a recipe stands, what is stale and why, and what a stage takes."""
 
 from __future__ import annotations
 
@@ -117,3 +117,14 @@ def _entry(entry: DataEntry, made: str | None) -> str:
     options = entry.model_dump(exclude={"source"}, exclude_defaults=True)
     content = source_fingerprint(entry, hash_file=sha256) if made is None else {"rows": made}
     return digest({"content": content, "options": options})
+
+
+def inputs_of(standing: Standing, recipe: Recipe, store: Store) -> dict[str, Artifact | list[Artifact] | None]:
+    """Role -> the artifact that the stage takes, the list of them, or None."""
+    found: dict[str, Artifact | list[Artifact] | None] = {}
+    node = standing.node
+    for role, refs in node.inputs.items():
+        named = [f"{recipe.run}/{ref}" if ref in recipe.nodes else ref for ref in refs]
+        artifacts = [input_of(store, ref, node.stage.inputs[role]) for ref in named]
+        found[role] = artifacts if node.is_list[role] else (artifacts[0] if artifacts else None)
+    return found

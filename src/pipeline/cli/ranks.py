@@ -14,14 +14,12 @@ from accelerate.utils import broadcast_object_list
 
 from pipeline.cli.session import Session
 from pipeline.launch import execute, wait_line, world_size_from_outside
-from pipeline.lineage import survey
+from pipeline.lineage import inputs_of, survey
 
 
 def run_as_rank(session: Session, name: str, force: bool) -> bool:
     """Run the stage as one of the ranks; False where it stands. Collective."""
     import torch
-
-    from pipeline.cli.run import inputs_of
 
     on_cpu = not torch.cuda.is_available()
     if not torch.distributed.is_initialized():
@@ -41,7 +39,7 @@ def run_as_rank(session: Session, name: str, force: bool) -> bool:
             shutil.rmtree(session.store.partial(run, name, standing.planned))
         partial = session.store.partial(run, name, standing.planned)
         state.wait_for_everyone()
-        inputs = inputs_of(session, standing)
+        inputs = inputs_of(standing, session.recipe, session.store)
         execute(standing, inputs, session.store, run, partial, processes, session.launch, last=False)
     return True
 

@@ -15,10 +15,9 @@ from pipeline.cli.gates import Gate, failure, gates_of, shown
 from pipeline.cli.session import Session
 from pipeline.errors import ConfigError
 from pipeline.launch import rank_from_outside, run_stage, wait_line, world_size_from_outside
-from pipeline.lineage import Standing, brief, survey
+from pipeline.lineage import Standing, brief, inputs_of, survey
 from pipeline.progress import clock
 from pipeline.reading import meant
-from pipeline.roles import input_of
 from pipeline.tracking import check_packages
 
 
@@ -162,21 +161,10 @@ def _hold_and_run(session: Session, name: str, force: bool, width: int) -> bool:
         why = brief(standing.reasons) or ("again (--force)" if force else "")
         resumed = " from where it stopped" if standing.is_begun else ""
         _say(session, f"{name:<{width}}  runs{resumed}{f': {why}' if why else ''}")
-        run_stage(standing, inputs_of(session, standing), session.store, run, session.launch)
+        run_stage(standing, inputs_of(standing, session.recipe, session.store), session.store, run, session.launch)
     made = session.store.artifact(run, name)
     _say(session, f"{name:<{width}}  done in {clock(made.manifest['seconds'])}  {_figures(made)}")
     return True
-
-
-def inputs_of(session: Session, standing: Standing) -> dict[str, Artifact | list[Artifact] | None]:
-    """Role -> the artifact, the list of them, or None."""
-    found: dict[str, Artifact | list[Artifact] | None] = {}
-    node = standing.node
-    for role, refs in node.inputs.items():
-        named = [f"{session.recipe.run}/{ref}" if ref in session.recipe.nodes else ref for ref in refs]
-        artifacts = [input_of(session.store, ref, node.stage.inputs[role]) for ref in named]
-        found[role] = artifacts if node.is_list[role] else (artifacts[0] if artifacts else None)
-    return found
 
 
 def _say(session: Session, text: str) -> None:
