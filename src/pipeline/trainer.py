@@ -37,6 +37,7 @@ from pipeline.artifacts import need_disk
 from pipeline.checkpoint import Checkpoint
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, MachineError
+from pipeline.hardware import peak_flops
 from pipeline.model.adapters import lora
 from pipeline.model.attention import restore_attention, use_plain_products
 from pipeline.model.build import flops_per_token, load_causal_lm, reach
@@ -300,7 +301,9 @@ def train(
     if checkpoint is not None:
         runtime.say(f"resumed at step {checkpoint.step:,}")
     with runtime.progress(phase, plan.steps) as bar:
-        watch = Watch(plan, runtime, bar, shown, state, more, member, tokens_before)
+        watch = Watch(
+            plan, runtime, bar, shown, state, more, _share_of_peak(trainer, plan, runtime), member, tokens_before
+        )
         watch.measure, watch.measure_steps = measure, measure_steps
         watch.owes = checkpoint is not None and bool(checkpoint.state.get(OWES))
         trainer.add_callback(watch)
@@ -311,6 +314,12 @@ def train(
             raise MachineError(str(error).strip().splitlines()[0], where="trainer", mend=mend) from error
     if watch.is_stopping and trainer.state.global_step < plan.steps:
         runtime.stop(trainer.state.global_step + member * plan.steps)
+
+
+def _share_of_peak(trainer: Any, plan: Schedule, runtime: Runtime) -> float:
+    """The model FLOPs utilisation (PaLM, appendix B) of one token a second, all processes together."""
+    peak = runtime.world_size * peak_flops(runtime.device.type, trainer.args.bf16)
+    return training_flops(trainer, plan) / float(plan.tokens[-1]) / peak
 
 
 def _bytes_to_write(model: torch.nn.Module) -> int:

@@ -31,12 +31,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         shown: Mapping[str, str],
         state: Mapping[str, Any],
         more: Callable[[], Mapping[str, float]],
+        share_of_peak: float,
         member: int,
         tokens_before: int,
     ) -> None:
         self.plan, self.runtime, self.bar, self.shown, self.state, self.more = plan, runtime, bar, shown, state, more
         self.measure: Callable[[], Mapping[str, float]] | None = None
         self.measure_steps = 0
+        self.share_of_peak = share_of_peak
+        """Utilisation that one token a second is."""
         self.member, self.tokens_before = member, tokens_before
         self.is_stopping = self.owes = False
         self.began, self.first = 0.0, 0
@@ -89,9 +92,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if self.member:
             figures["member"] = self.member
         total = self.tokens_before + tokens
-        self.runtime.metrics.log(step + self.member * self.plan.steps, total, **figures, tokens_per_second=speed)
+        rates = {"tokens_per_second": speed, "mfu": speed * self.share_of_peak}
+        self.runtime.metrics.log(step + self.member * self.plan.steps, total, **figures, **rates)
         key = {label: logs[name] for label, name in self.shown.items() if name in logs}
-        self.bar.advance(step - self.bar.done, **key, **{"tok/s": speed})
+        self.bar.advance(step - self.bar.done, **key, **{"tok/s": speed, "mfu": rates["mfu"]})
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.runtime.barrier()  # every rank has written its part

@@ -239,6 +239,24 @@ def test_pad_equal_to_eos_changes_nothing(init: Any, tmp_path: Path, runtime: An
     assert losses[0] == losses[1]
 
 
+def test_utilisation_is_the_products_of_the_step_over_the_peak(
+    init: Any, runtime: Any, config: Any, lines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """6 FLOPs a token and weight that multiplies, 12 · layers · width · length of attention (PaLM, appendix B)."""
+    monkeypatch.setattr("pipeline.trainer.peak_flops", lambda kind, bf16: 1e9)
+    out, here = runtime("rates")
+    sft.run(config(), {"init": init}, out, here)
+    trained = [line for line in lines(out) if "loss" in line]
+    model = load_causal_lm(init.model)
+    matrices = sum(each.weight.numel() for each in model.modules() if isinstance(each, torch.nn.Linear))
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    shape, length = model.config, trained[-1]["tokens"] // (6 * 4)
+    a_token = 6 * (matrices + vectors) + 12 * shape.num_hidden_layers * shape.hidden_size * length
+    assert trained
+    for line in trained:
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * a_token / 1e9)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(init: Any, runtime: Any, config: Any) -> None:
     out, here = runtime("nan")
     wild = config(learning_rate=1e30, warmup_steps=0.0, save_steps=1, logging_steps=100, max_steps=20)
@@ -264,7 +282,7 @@ def test_stopped_it_saves_and_goes_on_to_the_same_bits(
     assert here.checkpoints.resumed_from == 3
     assert sha(stopped) == sha(out)
     timeless = [
-        [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines(folder)]
+        [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second", "mfu")} for line in lines(folder)]
         for folder in (out, stopped)
     ]
     assert timeless[0] == timeless[1], "metrics.jsonl is what an undisturbed run writes"
