@@ -31,6 +31,13 @@ def test_a_real_run_and_the_command_that_makes_it_again(warm: Any, trained: Path
     assert {row["fingerprint"] for row in rows} == {manifest["fingerprint"] for manifest in manifests}
 
 
+def test_the_help_names_the_defaults(warm: Any):
+    """What stands in brackets in a help text would be taken for a style and not be shown."""
+    shown = " ".join(warm("report", "--help").stdout.replace("│", " ").split())
+    for default in ("report.html in the run's folder", "2.5 of a GPU, none of a CPU", "LLMPIPE_ARTIFACTS"):
+        assert f"[default: ({default}" in shown
+
+
 def test_where_it_is_written(warm: Any, trained: Path):
     out = warm.folder / "pages" / "tiny.html"
     done = warm("report", "tiny", "--out", out, "--price", "7")

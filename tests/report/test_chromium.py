@@ -44,6 +44,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         {"model": "reward", "task": "reward_accuracy", "metric": "accuracy", **named},
     ]
     write_evaluation(root, rows, items, name="second")
+    for name in "abcde":
+        write_stage(root, name, type_="dpo", inputs={"init": ["demo/sft"]})
     for seed in range(8):
         sides = {"rewards/chosen": lambda i: i, "rewards/rejected": lambda i: -i}
         parents, rows = {"init": ["demo/sft"]}, training(loss=lambda i: i, **sides)
@@ -61,6 +63,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 BACKGROUND = {False: "rgb(251, 251, 250)", True: "rgb(19, 22, 25)"}
 SIZES = "[...document.querySelectorAll('figure svg.plot')].map(e => [e.clientWidth, e.clientHeight])"
+SCALES = """[...document.querySelectorAll('.graph svg')].filter(e => e.clientWidth)
+    .map(e => e.clientWidth / e.viewBox.baseVal.width)"""
 SIDEWAYS = """[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1
     && !e.closest('.graph, details:not([open])')).map(e => e.outerHTML.slice(0, 200))"""
 
@@ -86,6 +90,7 @@ def test_every_page_is_drawn(browser: Browser, pages: dict[str, Path], name: str
     assert browser.value("getComputedStyle(document.body).backgroundColor") == BACKGROUND[is_dark]
     shown = browser.value("[...document.querySelectorAll('.graph svg')].map(e => getComputedStyle(e).display)")
     assert shown == ([] if name == "both" else ["none", "block"] if width == 390 else ["block", "none"])
+    assert all(scale > 0.59 for scale in browser.value(SCALES)), "the graph can be read"
 
 
 def test_pointing_at_a_figure_shows_its_values(browser: Browser, pages: dict[str, Path]):

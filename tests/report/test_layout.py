@@ -41,6 +41,21 @@ def test_many_like_stages_are_one_box(tmp_path: Path):
     assert boxes == {("sft",), tuple(f"dpo@seed={seed}" for seed in range(4)), ("eval",)}
 
 
+def test_few_like_stages_are_one_box_where_it_is_crowded(tmp_path: Path):
+    """Four losses of three seeds are four boxes; two losses of three are six, and fit."""
+    for names in (("dpo", "ipo", "kto", "simpo"), ("dpo", "ipo")):
+        root = tmp_path / str(len(names))
+        write_stage(root, "sft")
+        models = [f"{name}@seed={seed}" for name in names for seed in range(3)]
+        for model in models:
+            write_stage(root, model, type_="dpo", inputs={"init": ["demo/sft"]})
+        write_stage(root, "eval", kind="evaluation", inputs={"models": [f"demo/{model}" for model in models]})
+        drawn = lay_out(read_run(Store(root), "demo").stages, is_upright=True)
+        inner = [box.stages for box, _, _ in drawn.boxes][1:-1]
+        alike = [tuple(f"{name}@seed={seed}" for seed in range(3)) for name in names]
+        assert inner == (alike if len(names) == 4 else [(model,) for model in models])
+
+
 def test_a_line_over_a_layer_passes_beside_its_boxes(tmp_path: Path):
     root = tmp_path / "artifacts"
     write_stage(root, "a")

@@ -91,6 +91,7 @@ def test_curves_hold_what_was_measured(root: Path):
     assert [int(number or 0) for number in found.figures()] == list(range(len(data)))
     losses = [curve for each in data for curve in each["curves"] if curve["label"] == "training"]
     assert losses[0] == {"label": "training", "x": [10, 20, 30, 40, 50], "y": [4, 3, 2, 1, 0]}
+    assert [each["curves"][0]["y"] for each in data if each["title"] == "reward"] == [[0.5, 0.5, 1, 1.5, 2]]
     over = [each for each in data if each["xlabel"] == "√KL"]
     assert over[0]["curves"] == [{"label": "proxy", "x": [0.5, 1, 1.5, 2, 2.5], "y": [1, 2, 3, 4, 5]}]
     stacked = next(each for each in data if each["kind"] == "stack")
@@ -185,6 +186,8 @@ def test_the_rounds_of_a_repeat_are_drawn_over_the_rounds(tmp_path: Path):
     data = json.loads(re.findall(r'id="data">(.*?)</script>', page_text(root))[0])
     assert [(each["title"], each["xlabel"]) for each in data] == [("score", "round")]  # rows are the same in each
     assert data[0]["curves"] == [{"label": "score", "x": [1, 2, 3], "y": [0.5, 1, 1.5]}]
+    below = page_text(root).split("matplotlib.axis_1")[1].split("matplotlib.axis_2")[0]
+    assert re.findall(r">([\d.]+)</text>", below) == ["1", "2", "3"]  # there is no round 1.5
 
 
 def test_a_kept_blame_is_shown_in_colours_and_escaped(root: Path):

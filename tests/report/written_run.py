@@ -134,7 +134,7 @@ def write_demo(root: Path) -> None:
         "ppo",
         inputs={"init": ["demo/sft"]},
         metrics=training(
-            score=lambda i: i, sqrt_kl=lambda i: i / 2, kl=lambda i: i * i / 4,
+            score=lambda i: i, reward=lambda i: max(i - 1, 1) / 2, sqrt_kl=lambda i: i / 2, kl=lambda i: i * i / 4,
             seconds_generate=lambda i: 1.5, seconds_train=lambda i: 2.5, length=lambda i: 20 + i,
         ),
         more={"seconds": 3600.0, "processes": 2},

@@ -22,7 +22,8 @@ RunOption = Annotated[
     typer.Option("--run", help="name of the run, in place of the recipe's", autocompletion=completion.runs),
 ]
 ArtifactsOption = Annotated[
-    Path | None, typer.Option("--artifacts", help="root of the artifacts [env LLMPIPE_ARTIFACTS; default ./artifacts]")
+    Path | None,
+    typer.Option("--artifacts", help="root of the artifacts", show_default="LLMPIPE_ARTIFACTS, or ./artifacts"),
 ]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="stage.field=value, as often as needed")]
 ForceOption = Annotated[bool, typer.Option("--force", help="run again what stands")]

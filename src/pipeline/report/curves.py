@@ -133,7 +133,6 @@ HIDDEN = {
     "updates",
     "episodes",
     "sqrt_kl",
-    "reward",
 }
 HIDDEN |= {"eval_sqrt_kl", "samples_per_second"}
 

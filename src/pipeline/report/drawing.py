@@ -98,7 +98,7 @@ def _axes(panel: Panel) -> tuple[Figure, Axes]:
         spine.set_visible(side == "bottom")
         spine.set_color(INK)
         spine.set_linewidth(0.8)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=panel.x_label == "step"))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=panel.x_label in ("step", "round")))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(panel.x_label, color=INK)
     axes.set_ylabel(panel.y_label, color=INK)

@@ -1,10 +1,12 @@
 """The graph of a run, laid out: a layer for each distance from the start, edges that a longer way implies left out.
 
-Of stages that differ in their settings alone (`dpo@beta=0.1@seed=0`, …) more than three become one box.
+Of stages that differ in their settings alone (`dpo@beta=0.1@seed=0`, …) more than three become one box, and fewer too
+where more than six boxes would stand beside each other.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +17,8 @@ BOX = (112, 48)
 GAP = (26, 16)
 """Between boxes: from layer to layer, and within one."""
 FOLDED_FROM = 4
+CROWDED = 6
+"""Boxes of a layer, beyond which any that are alike become one: on a phone no more can be read."""
 
 
 @dataclass
@@ -40,7 +44,13 @@ class Drawn:
 
 
 def boxes_of(stages: Sequence[StageRecord]) -> list[Box]:
-    """A box for each stage, or for each group of like ones, parents before children."""
+    """A box for each stage, or for each group of like ones, parents before children, with their layers."""
+    boxes = _boxes(stages, FOLDED_FROM)
+    widest = max(Counter(box.layer for box in boxes).values())
+    return boxes if widest <= CROWDED else _boxes(stages, 2)
+
+
+def _boxes(stages: Sequence[StageRecord], folded_from: int) -> list[Box]:
     names = {each.name for each in stages}
     above = {each.name: tuple(parent for parent in each.parents if parent in names) for each in stages}
     groups: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
@@ -48,7 +58,7 @@ def boxes_of(stages: Sequence[StageRecord]) -> list[Box]:
         groups.setdefault((each.base, each.type, tuple(sorted(above[each.name]))), []).append(each.name)
     key_of: dict[str, str] = {}
     for members in groups.values():
-        key_of |= {name: members[0] if len(members) >= FOLDED_FROM else name for name in members}
+        key_of |= {name: members[0] if len(members) >= folded_from else name for name in members}
     found: dict[str, Box] = {}
     for each in stages:
         key = key_of[each.name]
@@ -56,13 +66,14 @@ def boxes_of(stages: Sequence[StageRecord]) -> list[Box]:
         known = found.setdefault(key, Box(key, (), ()))
         known.stages = (*known.stages, each.name)
         known.parents = tuple(dict.fromkeys([*known.parents, *parents]))
-    return list(found.values())
+    boxes = list(found.values())
+    _layers(boxes)
+    return boxes
 
 
 def lay_out(stages: Sequence[StageRecord], *, is_upright: bool) -> Drawn:
     """The drawing; `is_upright`: the layers one below the other, for a narrow page."""
     boxes = boxes_of(stages)
-    _layers(boxes)
     _reduce(boxes)
     layers = _with_passages(boxes)
     _arrange(layers)

@@ -161,11 +161,11 @@ def report(
         str | None, typer.Argument(help="a second run, to be compared with the first", autocompletion=completion.runs)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="file to write [default: report.html in the run's folder]")
+        Path | None, typer.Option("--out", help="file to write", show_default="report.html in the run's folder")
     ] = None,
     price: Annotated[
         float | None,
-        typer.Option("--price", help="euros an hour and device [default: 2.5 of a GPU, none of a CPU]", min=0),
+        typer.Option("--price", help="euros an hour and device", show_default="2.5 of a GPU, none of a CPU", min=0),
     ] = None,
     artifacts: ArtifactsOption = None,
     json: JsonOption = False,
