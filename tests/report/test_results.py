@@ -10,8 +10,10 @@ from typing import Any, cast
 import pytest
 
 from pipeline.artifacts import Store
+from pipeline.errors import ArtifactError
 from pipeline.report import noise
 from pipeline.report.answers import exchanges
+from pipeline.report.compare import comparison_of
 from pipeline.report.page import page_of
 from pipeline.report.records import read_run
 from pipeline.report.results import Line, items_of, tables_of
@@ -159,6 +161,15 @@ def test_samples_of_a_users_own_stage_need_name_no_task(tmp_path: Path):
     _, shown = exchanges(found, 5)
     assert [[answer.text for answer in each.answers] for each in shown] == [[f"sft {i}", f"ppo {i}"] for i in range(3)]
     assert "ppo 2" in page_of(read_run(Store(root), "demo"), 2.5)
+
+
+def test_a_result_that_lacks_a_field_is_told_with_its_line(tmp_path: Path):
+    whole = result("sft", "mine", "gold", 0.5, 0.1)
+    write_evaluation(tmp_path, [whole, {key: whole[key] for key in ("model", "task", "metric", "value", "n")}], [])
+    run = read_run(Store(tmp_path), "demo")
+    for write in (lambda: page_of(run, None), lambda: comparison_of(run, run, None)):
+        with pytest.raises(ArtifactError, match=r"results\.jsonl:2: a result without low, high"):
+            write()
 
 
 SEPARATORS = "one\u2028two\x85three"

@@ -12,8 +12,8 @@ from pipeline.report.answers import exchanges
 from pipeline.report.curves import panels_of
 from pipeline.report.differences import Differing, differing
 from pipeline.report.page import DETAIL, LARGEST, PRICE, Counter, Group, costs, data_of, environments, render, totals
-from pipeline.report.records import Row, RunRecord, StageRecord, read_rows
-from pipeline.report.results import Items, baseline_of, items_of, own_label
+from pipeline.report.records import Row, RunRecord, StageRecord
+from pipeline.report.results import Items, baseline_of, items_of, own_label, results_of
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _items(run: RunRecord) -> tuple[dict[tuple[str, str], list[Row]], dict[tuple
 def _results(run: RunRecord) -> dict[tuple[str, str, str], Row]:
     found: dict[tuple[str, str, str], Row] = {}
     for stage in run.evaluations():
-        for row in read_rows(stage.path / "results.jsonl"):
+        for row in results_of(stage):
             if row["value"] is not None:
                 found.setdefault((row["model"], row["task"], row["metric"]), row)
     return found

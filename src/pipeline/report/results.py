@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.errors import ArtifactError
 from pipeline.evals.table import headlines, style
 from pipeline.report import noise
 from pipeline.report.records import Row, StageRecord, read_rows
@@ -75,6 +76,21 @@ def items_of(stage: StageRecord) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
+RESULT = ("model", "task", "metric", "value", "low", "high", "n")
+
+
+def results_of(stage: StageRecord) -> list[Row]:
+    """The evaluation's figures. ArtifactError where a line, as a user's own stage may write it, lacks a field."""
+    path = stage.path / "results.jsonl"
+    rows = read_rows(path)
+    for number, row in enumerate(rows, 1):
+        lacks = [name for name in RESULT if name not in row]
+        if lacks:
+            mend = "write them in every line, null where there is none (docs/eval.md), and run the stage again"
+            raise ArtifactError(f"a result without {', '.join(lacks)}", where=f"{path}:{number}", mend=mend)
+    return rows
+
+
 def baseline_of(stage: StageRecord) -> str:
     """The model against which the evaluation compares, as its items call it; empty where there is none."""
     return str(stage.config.get("baseline") or "")
@@ -82,7 +98,7 @@ def baseline_of(stage: StageRecord) -> str:
 
 def tables_of(stage: StageRecord, items: Items) -> list[Table]:
     """A table for the policies, another for the reward model: for models that have no task in common."""
-    results = read_rows(stage.path / "results.jsonl")
+    results = results_of(stage)
     by_key: dict[tuple[str, str], dict[str, Row]] = {}
     for row in results:
         by_key.setdefault((row["task"], row["metric"]), {})[row["model"]] = row
