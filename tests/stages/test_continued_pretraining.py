@@ -165,6 +165,14 @@ def test_dropout_is_resumed_to_the_same_bits(
     assert sha(tmp_path / "dry") != sha(tmp_path / "whole")
 
 
+def test_a_step_of_adapters_counts_for_two_thirds(train: Any, tokens: Artifact, base: Artifact, tmp_path: Path):
+    """In the utilisation as in the run's FLOPs: frozen weights have no gradient of their own."""
+    found = train(tokens, tmp_path / "out", init=base, max_steps=2, peft=PeftConfig(r=4))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "mfu" in row][-1]
+    assert last["flops_per_second"] / last["tokens_per_second"] == pytest.approx(found["flops"] / last["tokens"])
+
+
 def test_a_base_is_measured_behind_its_own_separator(train: Any, tmp_path: Path, base: Artifact, corpus: Path):
     """The base ends documents with a token of another name than the one that is added to it."""
     folder = tmp_path / "base"
