@@ -473,7 +473,8 @@ def _loop(config: PretrainConfig, steps: OptimizerSteps, step: int, held_out: He
     tokens_a_step = _batch(config) * config.context_length
     flops = flops_per_token(steps.model, config.context_length) * (1 if config.peft is None else 2 / 3)
     peak = runtime.world_size * peak_flops(runtime.device.type, _is_bf16(config, runtime))
-    runtime.say(f"{flops / 1e6:,.1f} MFLOP a token ({'6' if config.peft is None else '4'} N and attention); mfu is of {peak / 1e12:,.2f} TFLOP/s")
+    rule = "6 N and attention" if config.peft is None else "4 N and attention"
+    runtime.say(f"{flops / 1e6:,.1f} MFLOP a token ({rule}); mfu is of {peak / 1e12:,.2f} TFLOP/s")
     began, first = time.monotonic(), step
     with runtime.progress("pretrain", config.max_steps) as bar:
         bar.start_at(step)

@@ -82,7 +82,7 @@ RESULT = ("model", "task", "metric", "value", "low", "high", "n")
 def results_of(stage: StageRecord) -> list[Row]:
     """The evaluation's figures. ArtifactError where a line, as a user's own stage may write it, lacks a field."""
     path = stage.path / "results.jsonl"
-    rows = read_rows(path)
+    rows: list[Row] = [*read_rows(path)]
     for number, row in enumerate(rows, 1):
         lacks = [name for name in RESULT if name not in row]
         if lacks:
