@@ -193,11 +193,31 @@ def test_a_lock_is_waited_for_and_freed_by_its_holders_death(store: Store):
     waiter.start()
     time.sleep(0.5)
     assert not entered.is_set()
-    assert waited == [f"process {holder.pid} on {os.uname().nodename}"]
+    assert waited == [f"process {holder.pid} on {os.uname().nodename}"] == [store.holder("run", "sft")]
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     waiter.join(timeout=60)
     assert entered.is_set()
+
+
+def test_a_stage_has_a_holder_while_it_is_held(store: Store):
+    assert store.holder("run", "sft") is None  # nothing is there, and nothing is made
+    assert not store.root.exists()
+    with store.hold("run", "sft", quiet):
+        assert store.holder("run", "sft") == f"process {os.getpid()} on {os.uname().nodename}"
+        assert store.holder("run", "dpo") is None
+    assert store.holder("run", "sft") is None  # what it wrote still lies in the lock
+    (store.root / "run" / ".sft.lock").chmod(0o444)
+    assert store.holder("run", "sft") is None
+
+
+def test_the_newest_working_folder_is_the_one_begun_last(store: Store):
+    first, second = work(store, "sft", "a"), work(store, "sft", "b")
+    for place, folder in enumerate((second, first)):  # it goes on in the first: nothing but its config is new
+        (folder / "config.yaml").write_text("")
+        os.utime(folder / "config.yaml", (1e9 + place,) * 2)
+        os.utime(folder, (1e9 - place,) * 2)
+    assert store.unfinished("run", "sft") == first
 
 
 def test_other_stages_are_not_waited_for(store: Store):

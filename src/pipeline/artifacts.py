@@ -113,13 +113,21 @@ class Store:
 
     def unfinished(self, run: str, stage: str) -> Path | None:
         """The newest folder in which the stage has begun to work; None where there is none."""
-        return max(_siblings(self.folder(run, stage), "partial"), key=lambda path: path.stat().st_mtime, default=None)
+        return max(_siblings(self.folder(run, stage), "partial"), key=_begun_at, default=None)
+
+    def partial_path(self, run: str, stage: str, fingerprint: str) -> Path:
+        """Where the stage works, whether it has begun or not."""
+        return self.folder(run, stage).parent / f".{stage}.{fingerprint[:16]}.partial"
 
     def partial(self, run: str, stage: str, fingerprint: str) -> Path:
         """The folder in which the stage works, made if need be."""
-        path = self.folder(run, stage).parent / f".{stage}.{fingerprint[:16]}.partial"
+        path = self.partial_path(run, stage, fingerprint)
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def holder(self, run: str, stage: str) -> str | None:
+        """Who works on the stage at this moment (`process 12 on host`); None where nobody does."""
+        return _holder(self.folder(run, stage).parent / f".{stage}.lock")
 
     @contextmanager
     def hold(self, run: str, stage: str, waiting: Callable[[str], None]) -> Iterator[None]:
@@ -195,7 +203,7 @@ class Store:
         found = []
         for path in sorted(self.root.glob("*/.*")):
             name, _, end = path.name[1:].rpartition(".")
-            if end not in ("partial", "old") or _is_held(path.parent / f".{name.rpartition('.')[0]}.lock"):
+            if end not in ("partial", "old") or _holder(path.parent / f".{name.rpartition('.')[0]}.lock"):
                 continue
             why = "an unfinished stage that would be resumed" if end == "partial" else "a replaced artifact"
             found.append((path, sum(p.stat().st_size for p in path.rglob("*") if p.is_file()), why))
@@ -373,19 +381,29 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
 
 
-def _is_held(lock: Path) -> bool:
+def _holder(lock: Path) -> str | None:
+    """What the lock's holder wrote into it; None where it is free. A shared lock asks, so that a store that may only be
+    read can be asked too."""
     if not lock.exists():
-        return False
-    descriptor = os.open(lock, os.O_RDWR)
+        return None
+    descriptor = os.open(lock, os.O_RDONLY)
     try:
-        return not _try_lock(descriptor)
+        if _try_lock(descriptor, fcntl.LOCK_SH):
+            return None
+        return os.read(descriptor, 200).decode() or "another process"
     finally:
         os.close(descriptor)
+
+
+def _begun_at(partial: Path) -> float:
+    """When a stage last began to work in the folder: its config is written then."""
+    config = partial / "config.yaml"
+    return max(each.stat().st_mtime for each in (partial, config) if each.exists())

@@ -62,7 +62,7 @@ def _standing(
     parts = stage_parts(node.stage, node.config, _data(node, found), inputs)
     planned = fingerprint(parts)
     artifact = store.find(recipe.run, node.name)
-    is_begun = (store.folder(recipe.run, node.name).parent / f".{node.name}.{planned[:16]}.partial").exists()
+    is_begun = store.partial_path(recipe.run, node.name, planned).exists()
     if artifact is None:
         return Standing(node, planned, planned, parts, "missing", (), None, is_begun)
     blessed = [record["fingerprint"] for record in artifact.manifest.get("blessed", [])]

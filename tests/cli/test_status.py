@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,30 @@ def test_the_graph_its_sizes_and_where_to_go(warm: Any, trained: Path):
     assert "└─ pretrain" in printed
     assert "2 of 2 stand" in printed
     assert "next: llmpipe report tiny" in printed
+
+
+@pytest.mark.slow
+def test_a_stage_at_work_is_said_to_be_running(warm: Any, tokenized: Path):
+    """While it runs, who and where, and whether with the recipe's values; stopped, that it would be resumed."""
+    long = ("--set", "pretrain.max_steps=200000")
+    running = warm.start("run", "tiny.yaml", *long)
+    folder = warm.folder / "artifacts" / "tiny"
+    running.wait_for(lambda: any('"step": 10,' in f.read_text() for f in folder.glob(".pretrain.*.partial/*.jsonl")))
+    before = rows(warm("status", "tiny.yaml", "--json", *long))
+    assert before["tokenize"]["running"] is None
+    found = before["pretrain"]
+    assert (found["state"], found["running"]["by"]) == ("missing", f"process {running.pid} on {os.uname().nodename}")
+    assert found["running"]["step"] >= 10
+    assert found["running"]["is_planned"]
+    assert 0 <= found["running"]["seconds_ago"] < 60
+    printed = warm("status", "tiny.yaml", *long).stdout
+    assert f" ago, by process {running.pid} on " in next(line for line in printed.splitlines() if " running " in line)
+    assert "1 of 2 stand" in printed
+    assert "(pretrain; it waits for what is running)" in printed
+    assert "with other values than the recipe has now" in warm("status", "tiny.yaml").stdout
+    running.signal(signal.SIGTERM)
+    assert running.wait().code == 75
+    after = rows(warm("status", "tiny.yaml", "--json", *long))["pretrain"]
+    assert (after["running"], after["unfinished"]) == (None, True)
+    assert after["step"] >= found["running"]["step"]
+    assert rows(warm("status", "tiny.yaml", "--json"))["pretrain"]["unfinished"] is False

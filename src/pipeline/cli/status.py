@@ -50,15 +50,17 @@ def show_recipe(
 
 
 def _row(session: Session, standing: Standing, check: bool) -> dict[str, Any]:
-    artifact, node = standing.artifact, standing.node
+    artifact, node, run = standing.artifact, standing.node, session.recipe.run
     is_begun = standing.is_begun and standing.state != "stands"
+    begun = session.store.partial_path(run, node.name, standing.planned)
     return {
         "stage": node.name,
         "type": node.stage.type,
         "state": standing.state,
         "reasons": list(standing.reasons),
         "unfinished": is_begun,
-        "step": _step(session, standing) if is_begun else None,
+        "running": _running(session.store, run, standing),
+        "step": _last_step(begun)[0] if is_begun else None,
         "parents": node.parents(session.recipe.nodes),
         "fingerprint": standing.fingerprint,
         "path": str(artifact.path) if artifact else None,
@@ -70,15 +72,32 @@ def _row(session: Session, standing: Standing, check: bool) -> dict[str, Any]:
     }
 
 
-def _step(session: Session, standing: Standing) -> int | None:
-    """The last step that an unfinished stage wrote of; None before the first."""
-    folder = session.store.partial(session.recipe.run, standing.node.name, standing.planned)
+def _running(store: Store, run: str, standing: Standing) -> dict[str, Any] | None:
+    """Of a stage that a live process works on: who, the last step it wrote of and how long ago; None of any other."""
+    name = standing.node.name
+    who = store.holder(run, name)
+    if who is None:
+        return None
+    folder = store.unfinished(run, name)  # whatever values it was started with
+    step, written = _last_step(folder) if folder else (None, None)
+    return {
+        "by": who,
+        "step": step,
+        "seconds_ago": None if written is None else round(max(0.0, time.time() - written), 1),
+        "is_planned": folder is None or folder == store.partial_path(run, name, standing.planned),
+    }
+
+
+def _last_step(folder: Path) -> tuple[int | None, float | None]:
+    """The last step that a stage wrote of in its folder, and when (seconds since 1970); Nones before the first."""
     file = folder / "metrics.jsonl"
     lines = file.read_bytes().splitlines() if file.exists() else []
-    try:
-        return int(json.loads(lines[-1])["step"]) if lines else None
-    except ValueError:  # it is being written
-        return None
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"]), file.stat().st_mtime
+        except (ValueError, KeyError, TypeError):  # it is being written
+            continue
+    return None, None
 
 
 def _next(session: Session, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -91,7 +110,9 @@ def _next(session: Session, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _note(row: Mapping[str, Any]) -> str:
-    """Why a stage does not stand, or the figures of one that does."""
+    """What a stage is at, why it does not stand, or the figures of one that does."""
+    if row["running"]:
+        return _at_work(row["running"])
     code = [reason for reason in row["reasons"] if reason.startswith("code: ")]
     shown = [reason for reason in row["reasons"] if reason not in code[1:]]
     if len(code) > 1:
@@ -105,6 +126,13 @@ def _note(row: Mapping[str, Any]) -> str:
     if row["type"] == "eval":
         return f"{len(metrics):,} figures" if metrics else ""
     return "  ".join(f"{key} {_number(metrics[key])}" for key in keys or [k for k in metrics if k != "flops"][:3])
+
+
+def _at_work(running: Mapping[str, Any]) -> str:
+    step, seconds = running["step"], running["seconds_ago"]
+    at = "no step yet" if step is None else f"at step {step:,}, written {clock(seconds)} ago"
+    other = "" if running["is_planned"] else ", with other values than the recipe has now"
+    return f"{at}, by {running['by']}{other}"
 
 
 def _number(value: float) -> str:
@@ -121,22 +149,24 @@ def _print_rows(session: Session, rows: Mapping[str, Mapping[str, Any]], command
     table = Table(title=f"{session.recipe.run} in {session.store.root}", box=None, title_justify="left", pad_edge=False)
     for column in ("stage", "state", "time", "why, or its figures"):
         table.add_column(column, overflow="fold", no_wrap=column == "state")
-    colours = {"stands": "green", "stale": "yellow", "missing": "dim"}
+    colours = {"stands": "green", "stale": "yellow", "missing": "dim", "running": "cyan"}
     for line in tree(session.recipe.nodes):
         row = rows[line.stage]
         name = Text(line.drawn, style="dim").append(line.stage, style="not dim bold")
         if line.others:
             more = f" +{len(line.others) - SHOWN_INPUTS}" if len(line.others) > SHOWN_INPUTS else ""
             name.append(f" ◀ {', '.join(line.others[:SHOWN_INPUTS])}{more}", style="dim")
-        state = row["state"] + (" (kept)" if row["kept"] and row["state"] == "stands" else "")
+        state = "running" if row["running"] else row["state"]
         seconds = clock(row["seconds"]) if row["seconds"] is not None else ""
-        table.add_row(name, Text(state, colours[row["state"]]), seconds, Text(_note(row)))
+        kept = " (kept)" if row["kept"] and state == "stands" else ""
+        table.add_row(name, Text(state + kept, colours[state]), seconds, Text(_note(row)))
     console.print(table)
     left = [name for name, row in rows.items() if row["state"] != "stands"]
     work, size = (sum(row[part] or 0 for row in rows.values()) for part in ("seconds", "bytes"))
     console.print(f"{len(rows) - len(left)} of {len(rows)} stand; {clock(work)} of work, {size / 1e6:,.1f} MB")
+    is_at_work = any(row["running"] for row in rows.values())
     for command in commands:
-        waiting = f"   ({', '.join(left)})" if left else ""
+        waiting = f"   ({', '.join(left)}{'; it waits for what is running' * is_at_work})" if left else ""
         console.print(f"next: {command}{waiting}", soft_wrap=True)
 
 
