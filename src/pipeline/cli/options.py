@@ -42,3 +42,11 @@ DataOption = Annotated[
     list[str] | None, typer.Option("--data", help="prompts; those the model was trained on unless given")
 ]
 AsOption = Annotated[str | None, typer.Option("--as", help="name of what is made, in its run")]
+StageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--stage", help="which stage of this type, where a recipe has several", autocompletion=completion.stages
+    ),
+]
+SystemOption = Annotated[str | None, typer.Option("--system", help="system message")]
+LongestOption = Annotated[int, typer.Option("--max-new-tokens", help="longest answer, in tokens", min=1)]

@@ -18,6 +18,7 @@ from pipeline.cli.options import (
     RecipeArgument,
     RunOption,
     SetOption,
+    StageOption,
     StrategyOption,
 )
 
@@ -54,14 +55,7 @@ def stage_command(name: str) -> Callable[..., None]:
 
     def command(
         recipe: RecipeArgument = "demo",
-        only: Annotated[
-            str | None,
-            typer.Option(
-                "--stage",
-                help="which stage of this type, where the recipe has several",
-                autocompletion=completion.stages,
-            ),
-        ] = None,
+        only: StageOption = None,
         run: RunOption = None,
         artifacts: ArtifactsOption = None,
         set_: SetOption = None,

@@ -9,7 +9,9 @@ from pipeline.cli import completion
 from pipeline.cli.options import (
     ArtifactsOption,
     JsonOption,
+    LongestOption,
     ReferenceArgument,
+    SystemOption,
 )
 
 
@@ -22,9 +24,9 @@ def chat(
         ),
     ],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="answer this and end")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="system message")] = None,
+    system: SystemOption = None,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="longest answer, in tokens", min=1)] = 256,
+    max_new_tokens: LongestOption = 256,
     seed: Annotated[int, typer.Option("--seed", help="seed of the sampling")] = 0,
     artifacts: ArtifactsOption = None,
     json: JsonOption = False,
@@ -51,8 +53,8 @@ def blame(
     reference: ReferenceArgument,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="what is asked; else stdin")] = None,
     answer: Annotated[str | None, typer.Option("--answer", help="blame this, not its own greedy one")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="system message")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="longest answer, in tokens", min=1)] = 128,
+    system: SystemOption = None,
+    max_new_tokens: LongestOption = 128,
     rows: Annotated[int, typer.Option("--rows", help="training rows shown of each stage", min=0)] = 3,
     keep: Annotated[bool, typer.Option("--keep", help="show it in the report of the model's run too")] = False,
     artifacts: ArtifactsOption = None,

@@ -20,8 +20,21 @@ from pipeline.cli.options import (
     RecipeArgument,
     RunOption,
     SetOption,
+    StageOption,
     StrategyOption,
 )
+
+ComparedArgument = Annotated[
+    str,
+    typer.Argument(
+        help="a model or rows (run/stage, ./folder or hub:org/name), or a recipe",
+        autocompletion=completion.recipes_or_references,
+    ),
+]
+OtherArgument = Annotated[
+    str | None,
+    typer.Argument(help="a second one, to be compared with the first", autocompletion=completion.references),
+]
 
 
 def sample(
@@ -42,9 +55,7 @@ def sample(
         ),
     ] = None,
     as_: AsOption = None,
-    only: Annotated[
-        str | None, typer.Option("--stage", help="of a recipe: which sample stage", autocompletion=completion.stages)
-    ] = None,
+    only: StageOption = None,
     run: RunOption = None,
     artifacts: ArtifactsOption = None,
     set_: Annotated[
@@ -86,17 +97,8 @@ def sample(
 
 
 def label(
-    target: Annotated[
-        str,
-        typer.Argument(
-            help="a model or rows (run/stage, ./folder or hub:org/name), or a recipe",
-            autocompletion=completion.recipes_or_references,
-        ),
-    ],
-    other: Annotated[
-        str | None,
-        typer.Argument(help="a second one, to be compared with the first", autocompletion=completion.references),
-    ] = None,
+    target: ComparedArgument,
+    other: OtherArgument = None,
     data: DataOption = None,
     prompts: Annotated[int, typer.Option("--prompts", help="of a model: how many it answers", min=1)] = 50,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="of a model's answers", min=0)] = 1.0,
@@ -110,9 +112,7 @@ def label(
     seed: Annotated[int, typer.Option("--seed", help="of the answers, of which pair is shown, and of the sides")] = 0,
     labels: Annotated[Path | None, typer.Option("--labels", help="the file that grows by every label")] = None,
     as_: AsOption = None,
-    only: Annotated[
-        str | None, typer.Option("--stage", help="of a recipe: which label stage", autocompletion=completion.stages)
-    ] = None,
+    only: StageOption = None,
     run: RunOption = None,
     artifacts: ArtifactsOption = None,
     set_: SetOption = None,
