@@ -23,6 +23,7 @@ from pipeline.data.tokenizers import encode_text, train_bpe
 from pipeline.errors import ConfigError
 from pipeline.model import generation
 from pipeline.model.build import save_model
+from pipeline.model.heard import Heard
 from pipeline.model.presets import Shape, build_config
 
 
@@ -62,9 +63,11 @@ class Script:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, answers: list[str]) -> None:
         self.tokenizer, self.answers = tokenizer, answers
         self.prompts: list[list[int]] = []
+        self.heard: list[object] = []
 
     def stream(self, model: object, prompt: list[int], **settings: object) -> Iterator[int]:
         self.prompts.append(prompt)
+        self.heard.append(settings["heard"])
         answer = encode_text(self.tokenizer, self.answers[len(self.prompts) - 1])
         yield from answer[: settings["max_new_tokens"]]  # type: ignore[misc]
 
@@ -121,6 +124,8 @@ def test_turns_are_remembered_and_forgotten(
         encode_prompt(script.tokenizer, [*said, {"role": "user", "content": "b"}]),
         encode_prompt(script.tokenizer, [{"role": "user", "content": "c"}]),
     ]
+    first, second, third = script.heard
+    assert first is second is not third
 
 
 def test_the_end_of_input_ends_it(
@@ -207,6 +212,31 @@ def test_a_real_model_stops_at_its_stop_token(chatting: Artifact, capsys: pytest
         ask(chatting, "hello", temperature=1.5, seed=seed)
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != said[2]
+
+
+def test_a_turn_does_not_read_the_conversation_again(chatting: Artifact) -> None:
+    """Turn by turn it says what a model that reads everything anew says, and reads what is new."""
+
+    def said(keeps: bool) -> tuple[list[str], list[int]]:
+        conversation = load(chatting, "tiny/sft", None, 0.0, 6, 0)
+        conversation.model.float()
+        lengths: list[int] = []
+
+        def count(module: object, arguments: tuple[()], given: dict[str, torch.Tensor]) -> None:
+            lengths.append(given["input_ids"].numel())
+
+        conversation.model.register_forward_pre_hook(count, with_kwargs=True)
+        answers = []
+        for text in ("hello", "the world"):
+            if not keeps:
+                conversation.heard = Heard()
+            answers.append("".join(conversation.reply(text, conversation.encode(text))))
+        return answers, [length for length in lengths if length > 1]
+
+    (anew, whole), (kept, new) = said(False), said(True)
+    assert kept == anew
+    assert whole[0] == new[0]
+    assert new[1] <= whole[1] - whole[0]  # at most what stands behind the prompt before: its answer is invented bytes
 
 
 @pytest.mark.parametrize("text", ["naïve été", "😀 and 日本語", "plain"])

@@ -27,6 +27,7 @@ from pipeline.model.generation import (
     generate,
     stream,
 )
+from pipeline.model.heard import Heard
 from pipeline.model.sampling import choose, probabilities, sample
 
 VOCAB, PAD, STOP = 61, 0, 1
@@ -338,6 +339,81 @@ def test_stream_is_generate_without_the_stop_token():
         assert streamed == [token for token in whole.responses()[0] if token not in stops]
     greedy = generate(model, [prompt], max_new_tokens=9, stop_ids=[], pad_id=PAD).responses()[0]
     assert list(stream(model, prompt, max_new_tokens=9, stop_ids=[])) == greedy
+
+
+def conversation(model: PreTrainedModel, heard: Heard | None) -> tuple[list[list[int]], list[int]]:
+    """Answers to prompts that go on from what was said, rewrite its end, are cut down, and begin otherwise; and how
+    many tokens each of them read."""
+    read: list[int] = []
+
+    def count(module: torch.nn.Module, arguments: tuple[()], given: dict[str, torch.Tensor]) -> None:
+        read.append(given["input_ids"].numel())
+
+    said, first = [], []
+    prompt = list(range(5, 15))
+    with model.register_forward_pre_hook(count, with_kwargs=True):
+        for turn in range(6):
+            place = len(read)
+            answer = list(stream(model, prompt, max_new_tokens=9, stop_ids=[], heard=heard))
+            said.append(answer)
+            first.append(read[place])
+            prompt = [
+                [*prompt, *answer, 20, 21, 22],
+                [*prompt, *answer[:-1], 40, 41],  # its last token is rewritten
+                [*prompt],  # the same again
+                [*prompt[:12], 50],  # turns were forgotten
+                [33, 34, 35, 36],  # nothing alike
+                [],
+            ][turn]
+    return said, first
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_what_was_heard_is_not_read_again_and_changes_nothing(architecture: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decoding, "BLOCK", 8)  # prompts end in the middle of a block and at its end
+    model = tiny(architecture)
+    apart, lengths = conversation(model, None)
+    together, read = conversation(model, Heard())
+    assert together == apart
+    assert lengths == [10, 22, 32, 32, 13, 4]
+    if architecture in ("llama", "gpt2", "opt", "qwen3"):
+        assert read == [10, 4, 2, 1, 1, 4]  # an answer's last token was written and not read
+    else:  # states, windows, biases
+        assert read == lengths
+
+
+def test_scaled_positions_that_depend_on_the_length_are_read_anew():
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    config = AutoConfig.for_model("llama", vocab_size=VOCAB, rope_parameters=rope, **TINY["llama"])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    _, lengths = conversation(model, None)
+    assert conversation(model, Heard())[1] == lengths
+
+
+@pytest.mark.parametrize("torn", [2, 5])
+def test_an_answer_broken_off_in_a_forward_is_forgotten_from_there(torn: int):
+    """The first layer has the tokens, the second is interrupted: as a known prompt is read again (2), or later (5)."""
+    model, heard = tiny("llama"), Heard()
+    prompt = list(range(5, 15))
+    answer = list(stream(model, prompt, max_new_tokens=4, stop_ids=[], heard=heard))
+    longer = [*prompt, *answer, 20, 21, 22]
+    calls = 0
+
+    def interrupt(*args: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == torn:
+            raise KeyboardInterrupt
+
+    def broken_off() -> None:
+        for _ in range(2):
+            list(stream(model, longer, max_new_tokens=1 if torn == 2 else 9, stop_ids=[], heard=heard))
+
+    with model.model.layers[1].register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        broken_off()
+    expected = list(stream(model, longer, max_new_tokens=9, stop_ids=[]))
+    assert list(stream(model, longer, max_new_tokens=9, stop_ids=[], heard=heard)) == expected
 
 
 def test_probabilities_by_hand():

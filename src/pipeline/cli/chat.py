@@ -178,7 +178,7 @@ def command(conversations: Sequence[Conversation], word: str, rest: str) -> None
         say("a line that begins with a space is never a command")
     elif word == "/reset":
         for each in conversations:
-            each.messages.clear()
+            each.forget()
         say("forgotten")
     elif word == "/system":
         bases = [each.name for each in conversations if not each.is_chat]

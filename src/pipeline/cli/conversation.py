@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from pipeline.model.generation import Sampling
+    from pipeline.model.heard import Heard
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -52,6 +53,8 @@ class Conversation:
     sampling: Sampling
     max_new_tokens: int
     seed: int
+    heard: Heard
+    """What the model has read of it."""
     load_seconds: float = 0.0
     """Imports of a fresh process included."""
     encode_seconds: float = 0.0
@@ -88,6 +91,12 @@ class Conversation:
             if self.is_chat:
                 self.messages.append({"role": "user", "content": text})
                 self.messages.append({"role": "assistant", "content": answer})
+
+    def forget(self) -> None:
+        """Begin anew: the next answer is what it would be in a fresh process, to the last bit."""
+        from pipeline.model.heard import Heard
+
+        self.messages, self.heard = [], Heard()
 
     def room(self, ids: list[int]) -> int:
         """Tokens that an answer may have."""
@@ -137,6 +146,7 @@ class Conversation:
             stop_ids=self.stop_ids,
             sampling=self.sampling,
             uniforms_T=uniforms,
+            heard=self.heard,
         )
 
 
@@ -186,6 +196,7 @@ def load(
     from pipeline.evals.subject import is_chat
     from pipeline.model.build import load_causal_lm, reach_of
     from pipeline.model.generation import Sampling
+    from pipeline.model.heard import Heard
     from pipeline.model.unfinished import load_unfinished
     from pipeline.runtime import bf16_pays
 
@@ -215,5 +226,6 @@ def load(
         Sampling(temperature=temperature),
         max_new_tokens,
         seed,
+        Heard(),
         load_seconds=time.perf_counter() - start,
     )

@@ -56,6 +56,12 @@ class _BlockLayer(DynamicLayer):  # type: ignore[misc]
         self.values[:, :, begin : self.written] = value_states
         return self.keys, self.values
 
+    def forget(self, kept: int) -> None:
+        """Leave the first `kept` columns as the only ones written. What a torn `update` left behind them goes too."""
+        if self.written > kept:
+            self.written = kept
+            self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
+
     def get_seq_length(self) -> int:
         """Columns written."""
         return self.written
@@ -101,6 +107,34 @@ class Decoder:
         length = self.is_real_BL.shape[1]
         room = columns(length) - length if self.has_room else 0
         self.logits_BV = self._forward(ids_B[:, None], self.positions_B[:, None], F.pad(self.is_real_BL, (0, room)))
+
+    @property
+    def can_forget(self) -> bool:
+        """Whether the end of what was read can be taken back and other tokens read in its place, as if it were new.
+
+        Not with states or windows, which have lost the past, nor where positions depend on the length (dynamic and long
+        rotary scaling), nor of a class of the user's own, which need not take several tokens behind a cache.
+        """
+        rope = str(self.model.config.to_dict().get("rope_parameters"))
+        return (
+            all(type(layer) is _BlockLayer for layer in self.cache.layers)
+            and self.takes_positions
+            and not self.is_recurrent
+            and "'dynamic'" not in rope
+            and "'longrope'" not in rope
+            and type(self.model).__module__.startswith("transformers.")
+        )
+
+    def go_on(self, kept: int, ids_T: Tensor) -> None:
+        """One row: forget all but its first `kept` tokens (`can_forget`), and read these behind them."""
+        for layer in self.cache.layers:
+            layer.forget(kept)
+        length = kept + len(ids_T)
+        self.is_real_BL = self.is_real_BL.new_ones(1, length)
+        positions_BT = torch.arange(kept, length, device=ids_T.device)[None]
+        self.positions_B = positions_BT[:, -1]
+        room = columns(length) - length
+        self.logits_BV = self._forward(ids_T[None], positions_BT, F.pad(self.is_real_BL, (0, room)))
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows (indices into the present batch; one may come more than once). Their next token has

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from pipeline.model.decode_attention import fast_decoding
 from pipeline.model.decoding import Decoder, pad_left
+from pipeline.model.heard import Heard
 from pipeline.model.sampling import GREEDY, Sampling, choose, draw_uniforms
 from pipeline.model.stop_strings import StopStrings
 
@@ -202,15 +203,19 @@ def stream(
     stop_ids: Sequence[int],
     sampling: Sampling = GREEDY,
     uniforms_T: Tensor | None = None,
+    heard: Heard | None = None,
 ) -> Iterator[int]:
-    """The ids of one answer as they are written, without the stop token. As `generate` otherwise."""
+    """The ids of one answer as they are written, without the stop token. As `generate` otherwise.
+
+    heard: what the model has read before, and afterwards this prompt and answer too.
+    """
     assert (sampling.temperature == 0) == (uniforms_T is None), "greedy takes no randomness, sampling needs it"
-    prompt_ids_BP = torch.tensor([list(prompt)], device=model.device)
-    decoder = Decoder(model, prompt_ids_BP, torch.ones_like(prompt_ids_BP))
+    heard = Heard() if heard is None else heard
+    decoder = heard.read(model, prompt)
     for t in range(max_new_tokens):
         next_B, _, _ = choose(decoder.logits_BV, sampling, None if uniforms_T is None else uniforms_T[t : t + 1])
         if int(next_B) in stop_ids:
             return
         yield int(next_B)
         if t + 1 < max_new_tokens:
-            decoder.decode_one(next_B)
+            heard.write(next_B)
