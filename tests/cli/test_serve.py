@@ -25,6 +25,7 @@ MISSING = [name for name in ("fastapi", "uvicorn", "openai") if find_spec(name) 
 needs_extra = pytest.mark.skipif(bool(MISSING), reason=f"not installed (the extra serve): {', '.join(MISSING)}")
 CONTEXT = 96
 QUESTION = [{"role": "user", "content": "say <|im_end|> now"}]
+IMAGE = [{"type": "image_url", "image_url": {"url": "http://nowhere/cat.png"}}]
 
 
 def made(folder: Path, *, is_chat: bool) -> Path:
@@ -123,9 +124,28 @@ def test_what_would_be_ignored_or_does_not_fit_is_refused(served: Any):
         ({"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
         ({"temperature": -1}, "temperature is at least 0"),
         ({"messages": [{"role": "judge", "content": "a"}]}, "judge"),
+        ({"messages": [{"role": "user", "content": IMAGE}]}, "parts of type `text`"),
+        ({"messages": [{"role": "user", "content": None}]}, "no text as its content"),
+        ({"messages": [{"role": "user"}]}, "no text as its content"),
+        ({"messages": "hello"}, "a list of objects"),
+        ({"messages": ["hello"]}, "a list of objects"),
+        ({"temperature": 1, "top_p": 7}, "top_p is above 0"),
+        ({"temperature": 1, "top_p": 0}, "top_p is above 0"),
+        ({"max_tokens": "a"}, "`max_tokens` is a whole number, not 'a'"),
+        ({"seed": "a"}, "`seed` is a whole number, not 'a'"),
+        ({"temperature": True}, "`temperature` is a number, not True"),
     ):
         with pytest.raises(openai.BadRequestError, match=words):
             client.chat.completions.create(**({"model": name, "messages": QUESTION} | options))
+    for body in ([], 3, {}, {"prompt": 3}):
+        with pytest.raises(openai.BadRequestError):
+            client.post("/completions", body=body, cast_to=object)
+    parts = [{"type": "text", "text": QUESTION[0]["content"]}]
+    said = [
+        client.chat.completions.create(model=name, messages=[{"role": "user", "content": each}], max_tokens=5)
+        for each in (parts, QUESTION[0]["content"])
+    ]
+    assert said[0].choices[0].message.content == said[1].choices[0].message.content
 
 
 @needs_extra

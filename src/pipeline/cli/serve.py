@@ -45,6 +45,8 @@ REFUSED = {
     "generation_config": "",
 }
 """Field of a request -> the value at which it does nothing; any other is refused, since it would not be heeded."""
+NUMBERS = {"temperature": float, "top_p": float, "max_tokens": int, "max_completion_tokens": int, "seed": int}
+"""Field of a request -> what it is where it is given."""
 
 
 def serve(artifact: Artifact | Path, reference: str, *, host: str, port: int, engine: str, as_json: bool) -> None:
@@ -190,6 +192,7 @@ def prepare(model: Conversation, body: dict[str, Any], fit: Callable[[Conversati
 
     ValueError for what would be ignored, ConfigError for a prompt that leaves no room for an answer.
     """
+    check(body)
     for name, nothing in REFUSED.items():
         if body.get(name) not in (None, nothing) and not (name == "logprobs" and body[name] == 0):
             raise ValueError(f"`{name}` is not supported here")
@@ -205,10 +208,34 @@ def prepare(model: Conversation, body: dict[str, Any], fit: Callable[[Conversati
     )
 
 
+def check(body: Any) -> None:
+    """ValueError for a request that is no object, and for a number that is none."""
+    if not isinstance(body, dict):
+        raise ValueError("a request is a JSON object")
+    for name, kind in NUMBERS.items():
+        given = body.get(name)
+        if given is not None and (isinstance(given, bool) or not isinstance(given, (int, kind))):
+            raise ValueError(f"`{name}` is {'a whole number' if kind is int else 'a number'}, not {given!r}")
+
+
+def check_messages(messages: Any) -> None:
+    """ValueError for what is no list of messages, and for a content that is no text: silence would leave it out."""
+    if not isinstance(messages, list) or not all(isinstance(each, dict) and each.get("role") for each in messages):
+        raise ValueError("`messages` is a list of objects with `role` and `content`")
+    for content in (each.get("content") for each in messages):
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+            raise ValueError("a content is a text, or a list of parts of type `text`: nothing else is read")
+        if not all(isinstance(part.get("text"), str) for part in parts):
+            raise ValueError("a message has no text as its content")
+
+
 def settings(model: Conversation, most: int, temperature: float, top_p: float | None) -> Mapping[str, Any]:
     """The generation config of a request; greedy at temperature 0."""
     if temperature < 0 or most < 1:
         raise ValueError("temperature is at least 0, and max_tokens at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError("top_p is above 0 and at most 1")
     ends = {"max_new_tokens": most, "eos_token_id": model.stop_ids, "pad_token_id": model.tokenizer.pad_token_id}
     if temperature == 0:
         return ends | {"do_sample": False}
@@ -223,13 +250,14 @@ def fit_chat(model: Conversation, body: dict[str, Any]) -> int:
 
     if not model.is_chat:
         raise ValueError("a base model was not taught to answer: /v1/completions continues text")
+    check_messages(body.get("messages"))
     messages = BaseHandler.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
     return len(encode_prompt(model.tokenizer, messages))
 
 
 def fit_text(model: Conversation, body: dict[str, Any]) -> int:
     """Tokens of the text, which stands behind the start token where the model is a base model."""
-    prompt = body["prompt"]
+    prompt = body.get("prompt")
     if not isinstance(prompt, str):
         raise ValueError("prompt is a text")
     if not model.is_chat and model.tokenizer.bos_token:
