@@ -69,6 +69,11 @@ class SFTConfig(TrainerConfig):
             raise ValueError("with a teacher the loss is its own: no trainer.loss_type")
         if self.teacher and self.trainer.get("label_smoothing_factor"):
             raise ValueError("with a teacher the loss is its own: no trainer.label_smoothing_factor")
+        if self.chat_template not in (None, "chatml") and "{" not in str(self.chat_template):
+            raise ValueError(
+                f"chat_template is `chatml` or a template's own text, and {self.chat_template!r} is neither: a file's "
+                "text stands in the recipe, indented behind `chat_template: |-`"
+            )
         return self
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.chat import encode_messages, encode_prompt
 from pipeline.data.formats import read_rows, to_layout
+from pipeline.data.looking import look_at_rows
 from pipeline.data.messages import Message
 from pipeline.data.tokenizers import encode_text
 from pipeline.errors import DataError
@@ -277,3 +278,13 @@ def test_rows_that_differ_in_their_calls_are_no_repeats(tmp_path: Path):
         "Oslo",
         "Rome",
     ]
+
+
+def test_a_recipes_lengths_count_tools_and_calls(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    calls = [call("Oslo")]
+    row = {"tools": [WEATHER], "messages": [ASK, {"role": "assistant", "content": None, "tool_calls": calls}]}
+    path.write_text(json.dumps(row) + "\n")
+    found = look_at_rows(str(path), "messages")
+    assert found.prompts == [len(ASK["content"]) + len(json.dumps([WEATHER]))]
+    assert found.answers == [len(json.dumps(calls))]

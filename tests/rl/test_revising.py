@@ -86,6 +86,7 @@ CASES = [
     ("Fine.", ("Fine.", "")),
     ("  Critique: It is rude.\n", ("It is rude.", "")),
     ("**Revised answer:** I am well.", ("I am well.", "")),
+    ("**Revised answer**: I am well.", ("I am well.", "")),
     ("Answer: I am well.", ("I am well.", "")),
     (" \n", (None, "empty")),
     ("Critique:", (None, "empty")),

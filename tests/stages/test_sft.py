@@ -101,6 +101,11 @@ def test_refuses_a_run_that_trains_no_stop_token(quiet: Runtime) -> None:
         sft._fit([Encoded([5, 6, 7], [False, True, True])], 9, 10, quiet.say)
 
 
+def test_a_files_name_is_no_chat_template(config: Any) -> None:
+    with pytest.raises(ValueError, match=r"'\./hermes\.jinja' is neither: a file's text stands in the recipe"):
+        config(chat_template="./hermes.jinja")
+
+
 def test_refuses_a_model_without_chat_template(model_folder: Path, tmp_path: Path, runtime: Any, config: Any) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(model_folder, bare)

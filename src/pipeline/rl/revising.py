@@ -51,7 +51,7 @@ PLACES = ("question", "answer", "principle", "critique")
 NEEDED = {"critique": ("answer", "principle"), "revision": ("answer", "critique")}
 PLACE = re.compile(r"\{(" + "|".join(PLACES) + r")\}")
 LABEL = re.compile(
-    r"\s*[*_#]*\s*(?:critique|(?:the )?(?:(?:new|revised|rewritten) )?answer|revision)\s*:\s*[*_]*", re.I
+    r"\s*[*_#]*\s*(?:critique|(?:the )?(?:(?:new|revised|rewritten) )?answer|revision)\s*[*_]*:\s*[*_]*", re.I
 )
 FAULTLESS = re.compile(r"\W*(?:none|no (?:fault|critique|revision)s?(?: (?:is |are )?needed)?)\W*", re.I)
 ITEM = re.compile(r"(?:[-*+]|\d+[.)])\s+")
