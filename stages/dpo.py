@@ -220,7 +220,7 @@ def preview(config: DPOConfig, inputs: dict[str, Any], count: int) -> list[Shown
         if not answers:
             answers = {f"answer {place}, {'desirable' if row['label'] else 'undesirable'}": row["completion"]}
         for title, answer in answers.items():
-            request = chat_request(tokenizer, row["prompt"], answer[0]["content"])
+            request = chat_request(tokenizer, row["prompt"], answer)
             is_trained = [False] * len(request.prompt) + [True] * len(request.completion)
             shown.append(ShownRow(title, [*request.prompt, *request.completion], is_trained))
     return shown
@@ -324,6 +324,7 @@ def _trainer(
 def _held_out(config: DPOConfig, read: list[Row]) -> HeldOut:
     """The rows that are only measured, and what lengths alone say. A tie has no right answer: it is left out."""
     from pipeline.data.formats import read_rows
+    from pipeline.data.messages import words
     from pipeline.data.preferences import TIE, pairs_of
     from pipeline.evals import length_only
     from pipeline.evals.implicit_reward import HeldOut
@@ -336,7 +337,7 @@ def _held_out(config: DPOConfig, read: list[Row]) -> HeldOut:
         rows = rows[: config.eval_rows * (2 if is_kto else 1)]  # as many answers, so that the same pairs are measured
     known = pairs_of(read) if is_kto else [row for row in read if row["preference"] > TIE]
     pairs = pairs_of(rows) if is_kto else rows
-    lengths = ([len(pair[side][0]["content"]) for pair in known] for side in SIDES)
+    lengths = ([len(words(pair[side][0])) for pair in known] for side in SIDES)
     return HeldOut(
         pairs=pairs,
         lone=rows if is_kto else [],

@@ -207,7 +207,9 @@ def _pairs(lists: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _lengths(rows: list[dict[str, Any]], side: str) -> list[int]:
     """Characters of each row's answer."""
-    return [len(row[side][-1]["content"]) for row in rows]
+    from pipeline.data.messages import words
+
+    return [len(words(row[side][-1])) for row in rows]
 
 
 def _lacks(config: EvalConfig, inputs: dict[str, Any]) -> dict[str, str]:

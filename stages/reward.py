@@ -317,6 +317,7 @@ def _held_out(
     figure is written beside the model."""
     import numpy as np
 
+    from pipeline.data.messages import words
     from pipeline.data.ranked import as_pairs
     from pipeline.evals import calibration, length_only, reward_accuracy
     from pipeline.evals.gold import gold_scores
@@ -330,7 +331,7 @@ def _held_out(
     values_MA = (np.array([each["scores"] for each in done]) - mean_M1) / std_M1
     items = reward_accuracy.items(taught.held, values_MA, std_M1[:, 0].tolist(), gold_scores(config.gold, taught.held))
     pairs = [pair for row in taught.lists for pair in as_pairs(row)]
-    lengths = ([len(pair[side][0]["content"]) for pair in pairs] for side in ("chosen", "rejected"))
+    lengths = ([len(words(pair[side][0])) for pair in pairs] for side in ("chosen", "rejected"))
     found = reward_accuracy.figures(items, length_only.fit(*lengths), config.seed)
     found = {name: each for name, each in found.items() if math.isfinite(each.value)}
     if runtime.is_main:

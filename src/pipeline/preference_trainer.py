@@ -270,7 +270,7 @@ def encode(read: Sequence[Row], tokenizer: PreTrainedTokenizerFast, length: int,
     with runtime.progress("encode", len(read), "rows") as bar:
         for row in read:
             answers = [row[side] for side in SIDES] if "chosen" in row else [row["completion"]]
-            requests = [chat_request(tokenizer, row["prompt"], answer[0]["content"]) for answer in answers]
+            requests = [chat_request(tokenizer, row["prompt"], answer) for answer in answers]
             if len(requests) == 2 and requests[0] == requests[1]:
                 raise DataError(
                     f"chosen and rejected are the same tokens: {answers[0][0]['content'][:60]!r}",

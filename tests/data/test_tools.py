@@ -13,13 +13,20 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from pipeline import preference_trainer
+from pipeline.data.answer_ids import answers_of, encode_answers
+from pipeline.data.answers import read_answers
 from pipeline.data.chat import encode_messages, encode_prompt
-from pipeline.data.formats import read_rows, to_layout
+from pipeline.data.formats import read_rows, recognise, to_layout
 from pipeline.data.looking import look_at_rows
 from pipeline.data.messages import Message
+from pipeline.data.ranked import as_ranked
 from pipeline.data.tokenizers import encode_text
 from pipeline.errors import DataError
+from pipeline.evals.gold import gold_scores
+from pipeline.evals.reward_accuracy import HeldOut
 from pipeline.recipe import DataEntry
+from pipeline.runtime import Runtime
 from tests.tool_rows import AS_JSON, ASK, HERMES, OWN, ROW, WEATHER, call
 
 
@@ -242,20 +249,71 @@ def test_bad_rows(row: dict[str, Any], message: str):
     assert caught.value.where == "rows.jsonl:1"
 
 
-def test_compared_answers_are_texts_and_prompts_may_have_tools():
+def test_prompts_of_compared_answers_may_have_tools():
     called = [{"role": "assistant", "content": "", "tool_calls": [call("Oslo")]}]
     prompt = [ASK, *called, {"role": "tool", "content": "rain"}]
     pair = {"prompt": prompt, "chosen": "Yes.", "rejected": "No.", "tools": [WEATHER]}
     (found,) = to_layout(pair, "preference", "preference", "x:1")
     assert json.loads(found["prompt"][0]["tools"]) == [WEATHER]
     assert json.loads(found["prompt"][1]["tool_calls"]) == [call("Oslo")]
-    for row, name in (
-        ({"prompt": "a", "chosen": called, "rejected": "No."}, "preference"),
-        ({"prompt": "a", "completion": called, "label": True}, "unpaired"),
-        ({"prompt": "a", "answers": [called, "No."]}, "ranked"),
+
+
+CALLED = {
+    city: [{"role": "assistant", "content": said, "tool_calls": [call(city)]}]
+    for city, said in (("Oslo", None), ("Rome", "I look."))
+}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": CALLED["Oslo"], "rejected": CALLED["Rome"]},
+        {"chosen": CALLED["Oslo"], "rejected": "No."},
+        {"chosen": [ASK, *CALLED["Rome"]], "rejected": [ASK, *CALLED["Oslo"]]},
+        {"answers": [CALLED["Oslo"][0], CALLED["Rome"], "No."]},
+        {"completion": CALLED["Oslo"], "label": True},
+    ],
+    ids=["two calls", "a call and a text", "the prompt in both", "a list", "alone"],
+)
+def test_calls_are_compared_as_the_template_writes_them(
+    fresh: PreTrainedTokenizerFast, quiet: Runtime, row: dict[str, Any]
+):
+    """Prompt and answers of dpo and kto, and the rows of a reward model, against transformers' own rendering."""
+    tokenizer = with_template(fresh, HERMES)
+    layout = recognise({"prompt": "", **row}, "x:1")
+    (found,) = to_layout({"tools": [WEATHER], "prompt": [ASK], **row}, layout, layout, "x:1")
+    given = row.get("answers") or [row[key] for key in ("chosen", "rejected", "completion") if key in row]
+    said = [[{"role": "assistant", "content": each}] if isinstance(each, str) else each for each in given]
+    said = [[each] if isinstance(each, dict) else each[-1:] for each in said]
+    whole = [own_ids(tokenizer, {"tools": [WEATHER], "messages": [ASK, *each]})[:-1] for each in said]
+    prompt = own_ids(tokenizer, {"tools": [WEATHER], "messages": [ASK]}, prompt=True)
+    if layout == "unpaired":
+        lists = []
+    else:
+        lists = [found if layout == "ranked" else as_ranked(found, found)]
+        (read,) = encode_answers(lists, tokenizer, 999, 0.0, quiet)
+        assert answers_of(read) == whole
+    if layout != "ranked":
+        (kept,) = preference_trainer.encode([found], tokenizer, 999, quiet)
+        assert kept["prompt_ids"] == prompt
+        assert [prompt + kept[f"{side}_ids"] for side in ("chosen", "rejected")[: len(said)]] == whole
+
+
+def test_calls_and_who_reads_texts(tmp_path: Path):
+    """A person, a judge and a gold function see no call: such an answer is refused, with its line."""
+    path = tmp_path / "rows.jsonl"
+    for row in (
+        {"prompt": "a", "chosen": "No.", "rejected": CALLED["Oslo"]},
+        {"prompt": "a", "completion": CALLED["Rome"], "label": True},
+        {"prompt": "a", "answers": [CALLED["Oslo"], "No."]},
     ):
-        with pytest.raises(DataError, match="answers that are compared are texts"):
-            to_layout(row, name, name, "x:1")
+        path.write_text(json.dumps(row) + "\n")
+        with pytest.raises(DataError, match="an answer has `tool_calls`, and who compares two reads texts") as caught:
+            read_answers([DataEntry(source=str(path))], lambda text: None)
+        assert caught.value.where == f"{path}:1"
+    (listed,) = to_layout(row, "ranked", "ranked", "x:1")
+    with pytest.raises(DataError, match="a gold function reads texts"):
+        gold_scores("exact", HeldOut([0], [listed], [[], []]))
 
 
 def test_rows_of_ours_bring_their_tools_along(tmp_path: Path):

@@ -36,7 +36,9 @@ ROWS = [
 def test_scores_of_a_policy_are_those_of_its_rows(chat_subject: Subject) -> None:
     items = preference_accuracy.score(chat_subject, ROWS)
     assert [item["item"] for item in items] == [0, 1, 3]
-    request = chat_request(chat_subject.tokenizer, ROWS[3]["prompt"], "Open the door. Read a file.")
+    request = chat_request(
+        chat_subject.tokenizer, ROWS[3]["prompt"], [{"role": "assistant", "content": "Open the door. Read a file."}]
+    )
     ids = torch.tensor([[*request.prompt, *request.completion]])
     labels = ids.clone()
     labels[0, : len(request.prompt)] = -100

@@ -19,6 +19,7 @@ from pipeline.data.messages import Message
 from pipeline.data.preferences import TIE
 from pipeline.data.ranked import as_pairs
 from pipeline.data.sources import BUILT_IN, check_rows_entry, read_source_rows
+from pipeline.data.tools import text_of
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import DataEntry
 
@@ -66,6 +67,7 @@ def read_answers(entries: Sequence[DataEntry], say: Callable[[str], None] = lamb
     return list(found.values())
 
 
+READER = "who compares two"
 Read = tuple[list[Message], list[str], list[tuple[str, str]]]
 """(prompt, answers, which of two of them was labelled the better one: (the better, the worse))."""
 
@@ -74,7 +76,7 @@ def _rows(entry: DataEntry, say: Callable[[str], None]) -> Iterator[Read]:
     bad = BadRows(entry.max_bad_rows)
     if entry.source in BUILT_IN:
         for rows, _ in canonical_rows(entry, "preference", "train", bad, say):
-            yield from map(_of_pair, rows)
+            yield from (_of_pair(row, entry.source) for row in rows)
         return
     chosen = named_format(entry)
     for row, where in read_source_rows(entry, bad):
@@ -89,21 +91,22 @@ def _rows(entry: DataEntry, say: Callable[[str], None]) -> Iterator[Read]:
         say(f"{entry.source}: {bad.count:,} bad rows are left out, the first at {bad.first}")
 
 
-def _of_pair(pair: Row) -> Read:
-    chosen, rejected = (pair[side][0]["content"] for side in ("chosen", "rejected"))
+def _of_pair(pair: Row, where: str) -> Read:
+    chosen, rejected = (text_of(pair[side], READER, where) for side in ("chosen", "rejected"))
     return pair["prompt"], [chosen, rejected], [(chosen, rejected)] if pair["preference"] > TIE else []
 
 
 def _answers_in(row: Row, chosen: str, where: str) -> Read:
     if chosen in PAIRS:
-        return _of_pair(to_layout(row, chosen, "preference", where)[0])
+        return _of_pair(to_layout(row, chosen, "preference", where)[0], where)
     if chosen == "ranked":
         listed = to_layout(row, chosen, "ranked", where)[0]
+        texts = [text_of(answer, READER, where) for answer in listed["answers"]]
         pairs = [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in as_pairs(listed)]
-        return listed["prompt"], [answer[0]["content"] for answer in listed["answers"]], pairs
+        return listed["prompt"], texts, pairs
     if chosen == "unpaired":
         lone = to_layout(row, chosen, "unpaired", where)[0]
-        return lone["prompt"], [lone["completion"][0]["content"]], []
+        return lone["prompt"], [text_of(lone["completion"], READER, where)], []
     answered = to_layout(row, chosen, "prompt", where)[0]
     if not answered["reference"].strip():
         raise DataError("a row without an answer", where=where, mend="take it out, or let `sample` answer it")

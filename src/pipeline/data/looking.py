@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.data.files import COMPRESSED, ROWS, file_rows, kind
 from pipeline.data.formats import KEYS, placed_rows, prompt_key
-from pipeline.data.messages import words
+from pipeline.data.messages import letters
 from pipeline.data.sources import local_files, read_documents, share
 from pipeline.data.survey import format_of
 from pipeline.errors import ConfigError, DataError
@@ -152,8 +152,8 @@ def look_at_rows(source: str, layout: str) -> Rows:
         else:
             asked = row["prompt"]
             sides = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
-        prompts.append(sum(len(f"{message.get('tools', '')}{words(message)}".encode()) for message in asked))
-        answers.append(max(sum(len(words(message).encode()) for message in side) for side in sides))
+        prompts.append(sum(len(letters(message).encode()) for message in asked))
+        answers.append(max(sum(len(letters(message).encode()) for message in side) for side in sides))
         shares.append(share(prompt_key(row)))
     if not prompts:
         raise DataError("no row in it", where=source, mend="name a file with rows")

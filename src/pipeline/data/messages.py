@@ -112,6 +112,11 @@ def words(message: Message) -> str:
     return message["content"] + message.get("tool_calls", "")
 
 
+def letters(message: Message) -> str:
+    """All that a template writes of a message: its words, its calls, and the row's tools where it holds them."""
+    return message.get("tools", "") + words(message)
+
+
 def untrained(message: Row, place: str, where: str) -> Message:
     """{"weight": "0"} for a message that is not trained (`weight: 0`, as in OpenAI's format), else nothing."""
     weight = message.get("weight")

@@ -22,7 +22,6 @@ from pipeline.data.messages import (
     whole,
     words,
 )
-from pipeline.data.tools import check_no_calls
 from pipeline.errors import DataError
 
 TIE = 0.5
@@ -59,7 +58,6 @@ def preference(row: Row, chosen: str, where: str) -> Row:
                 mend="let both sides have the same prompt and one answer each",
             )
         check_conversation([*prompt, *messages], where)
-        check_no_calls(messages, f"`{key}`", where)
     return {
         "prompt": checked_prompt(prompt, where),
         "chosen": good,
@@ -88,7 +86,6 @@ def unpaired(row: Row, where: str) -> Row:
             mend="true for a desirable answer; or, where labels mean something else, `format: prompt_completion`",
         )
     check_conversation([*prompt, *answer], where)
-    check_no_calls(answer, "`completion`", where)
     return {
         "prompt": checked_prompt(prompt, where),
         "completion": answer,

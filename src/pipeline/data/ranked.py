@@ -17,7 +17,6 @@ from pipeline.data.messages import (
     whole,
 )
 from pipeline.data.preferences import TIE, kind_of
-from pipeline.data.tools import check_no_calls
 from pipeline.errors import DataError
 
 
@@ -100,7 +99,6 @@ def _answer(value: Any, place: int, where: str) -> list[Message]:
         raise DataError(
             f"answer {place} is {roles}, not one assistant's", where=where, mend="put what comes before in `prompt`"
         )
-    check_no_calls(messages, f"answer {place}", where)
     return messages
 
 

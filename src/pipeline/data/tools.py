@@ -97,11 +97,13 @@ def with_tools(row: Row, tools: str) -> Row:
     return {**row, key: [{**first, "tools": tools}, *rest]} if tools else row
 
 
-def check_no_calls(answer: Sequence[Message], what: str, where: str) -> None:
-    """DataError for a call where texts are compared."""
-    if any("tool_calls" in message for message in answer):
-        mend = "rows of `messages` teach calls to sft; or write the call into the content"
-        raise DataError(f"{what} has `tool_calls`, and answers that are compared are texts", where=where, mend=mend)
+def text_of(answer: Sequence[Message], reader: str, where: str) -> str:
+    """What an answer of one message says to a reader of texts; DataError where it calls a tool."""
+    (message,) = answer
+    if "tool_calls" in message:
+        mend = "take the row out, or write the call into the content"
+        raise DataError(f"an answer has `tool_calls`, and {reader} reads texts", where=where, mend=mend)
+    return message["content"]
 
 
 def is_wordless(message: Message) -> bool:

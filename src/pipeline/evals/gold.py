@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.data.tools import text_of
 from pipeline.evals.reward_accuracy import HeldOut
 from pipeline.rl import verifiable
 from pipeline.rl.scoring import function_scores
@@ -13,7 +14,7 @@ def gold_scores(gold: str | None, held: HeldOut) -> list[float] | None:
     with the row's `reference`, or names a function of the user's (`/folder/rewards.py:name`; its contract is ppo's)."""
     if gold is None:
         return None
-    each = [(row, answer[0]["content"]) for row in held.rows for answer in row["answers"]]
+    each = [(row, text_of(answer, "a gold function", "reward.gold")) for row in held.rows for answer in row["answers"]]
     verify: verifiable.Verifier
     if gold == "rouge_l":
         verify = verifiable.rouge_l

@@ -136,9 +136,7 @@ def _log_ratios(subject: Subject, held_out: HeldOut, now: Said, before: Said) ->
         value - was for value, was in zip(now.lone, before.lone, strict=True)
     ]
     rows = [held_out.pairs[item["item"]] for item in now.pairs]
-    requests = [
-        chat_request(subject.tokenizer, row["prompt"], row[side][0]["content"]) for row in rows for side in SIDES
-    ]
+    requests = [chat_request(subject.tokenizer, row["prompt"], row[side]) for row in rows for side in SIDES]
     tokens = [len(request.completion) for request in requests]
     tokens += [len(request.completion) for request, _ in _lone_requests(subject, held_out)]
     return np.array(ratios), np.array(tokens, dtype=np.float64)
@@ -147,8 +145,7 @@ def _log_ratios(subject: Subject, held_out: HeldOut, now: Said, before: Said) ->
 def _lone_requests(subject: Subject, held_out: HeldOut) -> list[tuple[Request, bool]]:
     """The lone answers that fit the length, and whether each is desirable."""
     found = [
-        (chat_request(subject.tokenizer, row["prompt"], row["completion"][0]["content"]), bool(row["label"]))
-        for row in held_out.lone
+        (chat_request(subject.tokenizer, row["prompt"], row["completion"]), bool(row["label"])) for row in held_out.lone
     ]
     return [each for each in found if len(each[0].prompt) + len(each[0].completion) <= subject.max_length]
 
@@ -166,5 +163,5 @@ def _good_answers(subject: Subject, held_out: HeldOut, now: Said) -> list[Reques
     """What the KL is taken along."""
     if now.pairs:
         kept = [held_out.pairs[item["item"]] for item in now.pairs[:KL_ROWS]]
-        return [chat_request(subject.tokenizer, row["prompt"], row["chosen"][0]["content"]) for row in kept]
+        return [chat_request(subject.tokenizer, row["prompt"], row["chosen"]) for row in kept]
     return [request for request, is_good in _lone_requests(subject, held_out) if is_good][:KL_ROWS]

@@ -54,7 +54,8 @@ def _chat(subject: Subject) -> Callable[[str, str], Request]:
 
     def ask(question: str, choice: str) -> Request:
         if question not in prompts or choice not in completions:
-            request = chat_request(subject.tokenizer, [{"role": "user", "content": question}], choice)
+            asked, said = {"role": "user", "content": question}, {"role": "assistant", "content": choice}
+            request = chat_request(subject.tokenizer, [asked], [said])
             prompts[question], completions[choice] = request.prompt, request.completion
         return Request(prompts[question], completions[choice])
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.messages import words
 from pipeline.evals import statistics
 from pipeline.evals.statistics import Estimate, Floats
 
@@ -20,7 +21,7 @@ Scorer = Callable[[npt.ArrayLike], Floats]
 def describe(number: int, row: Row) -> Item:
     """What an item says of its pair: its place, the list it is of, its kind of negative, the characters of both
     answers."""
-    chosen, rejected = (len(row[side][-1]["content"]) for side in ("chosen", "rejected"))
+    chosen, rejected = (len(words(row[side][-1])) for side in ("chosen", "rejected"))
     return {
         "item": number,
         "row": row.get("row", number),

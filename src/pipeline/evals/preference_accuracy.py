@@ -25,7 +25,7 @@ def score(subject: Subject, rows: Sequence[Row]) -> list[Item]:
     """One item a pair: the log-likelihoods of both answers, stop tokens included. Pairs too long are left out."""
     items, requests = [], []
     for number, row in enumerate(rows):
-        pair = [chat_request(subject.tokenizer, row["prompt"], row[side][-1]["content"]) for side in SIDES]
+        pair = [chat_request(subject.tokenizer, row["prompt"], row[side]) for side in SIDES]
         if max(len(request.prompt) + len(request.completion) for request in pair) <= subject.max_length:
             items.append(describe(number, row))
             requests += pair

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.chat import encode_messages
+from pipeline.data.messages import words
 from pipeline.data.preferences import TIE
 from pipeline.data.ranked import as_ranked
 from pipeline.evals import calibration, correlation, statistics
@@ -84,7 +85,7 @@ def items(
     found: list[Item] = []
     start = 0
     for number, row in zip(held.numbers, held.rows, strict=True):
-        chars = [len(answer[0]["content"]) for answer in row["answers"]]
+        chars = [len(words(answer[0])) for answer in row["answers"]]
         for i, j in combinations(range(len(chars)), 2):
             delta_M = (values_MA[:, start + i] - values_MA[:, start + j]) * np.asarray(std_M)
             chosen, rejected = (float(values_MA[:, start + place].mean()) for place in (i, j))

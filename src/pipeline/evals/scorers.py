@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.data.chat import encode_messages
+from pipeline.data.messages import letters
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.evals import (
     bits_per_byte,
@@ -276,4 +277,4 @@ def _numbered(items: Sequence[Item], places: Sequence[int]) -> list[Placed]:
 def _letters(row: Row) -> int:
     """Tokens of all that a row says, roughly."""
     sides = [*(row[key] for key in ("prompt", "chosen", "rejected") if key in row), *row.get("answers", ())]
-    return sum(len(message["content"]) for side in sides for message in side) // LETTERS_A_TOKEN + 1
+    return sum(len(letters(message)) for side in sides for message in side) // LETTERS_A_TOKEN + 1

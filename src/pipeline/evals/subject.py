@@ -89,9 +89,10 @@ def is_chat(folder: Path, tokenizer: PreTrainedTokenizerFast) -> bool:
         return False
 
 
-def chat_request(tokenizer: PreTrainedTokenizerFast, prompt: list[Message], answer: str) -> Request:
-    """The answer, its stop token included, after the prompt as the chat template writes it."""
+def chat_request(tokenizer: PreTrainedTokenizerFast, prompt: list[Message], answer: list[Message]) -> Request:
+    """The answer, which is one assistant's message, its stop token included, after the prompt as the chat template
+    writes it."""
     before = encode_prompt(tokenizer, prompt)
-    row = encode_messages(tokenizer, [*prompt, {"role": "assistant", "content": answer}]).input_ids
+    row = encode_messages(tokenizer, [*prompt, *answer]).input_ids
     assert row[: len(before)] == before, "the row does not begin with its own prompt"
     return Request(tuple(before), tuple(row[len(before) :]))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.data.answers import pairs_of, read_answers
+from pipeline.data.messages import letters
 from pipeline.graph import Node
 from pipeline.model.build import count_parameters, flops_per_token
 from pipeline.model.memory import Load, adapter_parameters, memory_of
@@ -112,7 +113,7 @@ def label(site: Site, node: Node, found: Estimate) -> Estimate:
     models = [model for ref in refs if (model := site.model(ref)) is not None]
     if not models:
         return replace(found, notes=(f"not estimated: no model of ours labels the {compared}",))
-    prompts = [sum(len(message["content"].encode()) for message in group.prompt) for group in groups]
+    prompts = [sum(len(letters(message).encode()) for message in group.prompt) for group in groups]
     texts = [[len(text.encode()) for text in group.texts] for group in groups]
     if judge:  # one text a pair and order: the prompt, both answers and the rules
         rules = len(config.constitution.read_bytes())

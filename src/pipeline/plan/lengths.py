@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pipeline.data.messages import letters
+
 BYTES_A_TOKEN = 3.5
 """Of text, under a vocabulary of some thousand, until a tokenize stage stands and says better."""
 SIDES = ("chosen", "rejected", "completion")
@@ -16,7 +18,7 @@ def mean_length(rows: Iterable[Mapping[str, Any]], bytes_a_token: float) -> floa
         sides = row.get("answers") or [row.get(name) for name in ("messages", *SIDES)]
         for side in [each for each in sides if each is not None] or [[]]:
             messages = [*row.get("prompt", []), *side]
-            lengths.append(sum(len(each["content"].encode()) / bytes_a_token + 8 for each in messages))
+            lengths.append(sum(len(letters(each).encode()) / bytes_a_token + 8 for each in messages))
     return sum(lengths) / len(lengths)
 
 
