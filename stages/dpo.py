@@ -15,7 +15,6 @@ prompt. The KL that is reported is exact over the vocabulary, along held-out cho
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -149,7 +148,6 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     from pipeline import trainer as adapter
     from pipeline.data.chat import stop_token_id
     from pipeline.data.formats import read_rows
-    from pipeline.evals import implicit_reward
     from pipeline.model.build import save_model
     from pipeline.schedule import schedule
 
@@ -167,15 +165,7 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
 
     # 2. the model, and what it says of held-out answers before it is trained
     model = adapter.load_policy(init.model, config, runtime)
-    with adapter.autocast(config, runtime):
-        before = implicit_reward.listen(_subject(model, tokenizer, length, runtime.check_stop), held_out)
-
-    def measure(policy: PreTrainedModel, tick: Callable[[], None]) -> dict[str, float]:
-        start = adapter.load_policy(init.model, config, runtime)
-        with adapter.autocast(config, runtime):
-            found = implicit_reward.figures(_subject(policy, tokenizer, length, tick), start, held_out, before)
-        runtime.say("held out: " + ("  ".join(f"{name} {value:.3f}" for name, value in found.items()) or "no row fits"))
-        return found
+    measure = _measuring(config, model, init.model, held_out, tokenizer, length, runtime)
 
     # 3. train
     plan = schedule([preference_trainer.tokens_of(row) for row in rows], config, runtime)
@@ -188,10 +178,10 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
         preference_trainer.add_reference(trainer, rows, plan, out / "reference.safetensors", runtime)
     shown = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
     # in the middle a measurement is never cut short: a stop is taken, and saved, at the end of the next step
-    in_the_middle = partial(measure, tick=lambda: None)
     adapter.train(
         trainer, config, rows, plan, runtime, checkpoint, phase="dpo", shown=shown, state={},
-        measure=lambda: preference_trainer.while_training(trainer, in_the_middle), measure_steps=config.eval_steps,
+        measure=lambda: preference_trainer.while_training(trainer, lambda policy: measure(policy, lambda: None)),
+        measure_steps=config.eval_steps,
     )  # fmt: skip
 
     # 4. save, then evaluate
@@ -347,6 +337,32 @@ def _held_out(config: DPOConfig, read: list[Row]) -> HeldOut:
         beta=config.beta,
         seed=config.seed,
     )
+
+
+def _measuring(
+    config: DPOConfig,
+    model: PreTrainedModel,
+    init: Path,
+    held_out: HeldOut,
+    tokenizer: PreTrainedTokenizerFast,
+    length: int,
+    runtime: Runtime,
+) -> Callable[[PreTrainedModel, Callable[[], None]], dict[str, float]]:
+    """What measures a policy against the start, of which `model` is listened to here, before it is trained."""
+    from pipeline import trainer as adapter
+    from pipeline.evals import implicit_reward
+
+    with adapter.autocast(config, runtime):
+        before = implicit_reward.listen(_subject(model, tokenizer, length, runtime.check_stop), held_out)
+
+    def measure(policy: PreTrainedModel, tick: Callable[[], None]) -> dict[str, float]:
+        start = adapter.load_policy(init, config, runtime)
+        with adapter.autocast(config, runtime):
+            found = implicit_reward.figures(_subject(policy, tokenizer, length, tick), start, held_out, before)
+        runtime.say("held out: " + ("  ".join(f"{name} {value:.3f}" for name, value in found.items()) or "no row fits"))
+        return found
+
+    return measure
 
 
 def _subject(

@@ -241,7 +241,8 @@ def _scores(
     from pipeline.data.chat import stop_token_id
     from pipeline.data.tokenizers import load_tokenizer
     from pipeline.model.build import reach
-    from pipeline.rl.scoring import answers_as_rollout, check_references, load_scorer, reward_models_of
+    from pipeline.rl.functions import check_references
+    from pipeline.rl.scoring import answers_as_rollout, load_scorer, reward_models_of
 
     assert config.reward is not None
     check_references(config.reward, [{"prompt": groups[0].prompt, "reference": ""}])

@@ -302,8 +302,9 @@ def _read(
 ) -> tuple[Prompts, Prompts | None, int]:
     """(the prompts of the run, those of its evaluations, its steps); each has what the reward compares with."""
     from pipeline.data.chat import encode_prompt
+    from pipeline.rl.functions import check_references
     from pipeline.rl.prompts import PromptReader
-    from pipeline.rl.scoring import check_references, context_of
+    from pipeline.rl.scoring import context_of
 
     context = context_of(inputs, INPUTS)
     reading = PromptReader(

@@ -26,11 +26,16 @@ from pipeline.reward_config import Reward, check_url
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from pipeline.artifacts import Artifact
     from pipeline.data.shown import ShownRow
-    from pipeline.rl.keeping import Group
+    from pipeline.rl.asking import Asking
+    from pipeline.rl.parts import Item
     from pipeline.rl.prompts import Prompts
     from pipeline.rl.revising import Reviser
     from pipeline.rl.scoring import Scorer
+    from pipeline.rl.speaking import Speaker
     from pipeline.runtime import Runtime
 
 
@@ -143,11 +148,14 @@ def run(config: SampleConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
     from pipeline.rl.best_of_n import kl_bound
     from pipeline.rl.keeping import Keeping, figures, revising_figures
     from pipeline.rl.parts import said_of
+    from pipeline.rl.speaking import group_of, term_means
 
     # 1. prompts, and the answers to each, in parts that survive a kill
     with said_of("sample"):
-        speaker = _Speaker(config, inputs, runtime)
-        groups, seconds = speaker.groups()
+        speaker = _speaker(config, inputs, runtime)
+        items, seconds = _write(speaker, runtime)
+    groups = [group_of(item) for item in items]
+    tokens, flops = speaker.spent(items)
 
     # 2. what is kept
     keeping = Keeping(
@@ -175,14 +183,14 @@ def run(config: SampleConfig, inputs: dict[str, Any], out: Path, runtime: Runtim
     # 3. figures
     answers = len(groups) * config.num_generations
     found = {"rows": float(len(rows)), "prompts": float(len(groups)), "answers": float(answers)} | figures(groups)
-    found |= speaker.terms | revising_figures(groups)
+    found |= term_means(items) | revising_figures(groups)
     found |= {"left_out": float(why.total()), "answers_per_second": runtime.world_size * answers / max(1e-9, seconds)}
     if config.keep == "pairs":
         found["margin"] = sum(row["margin"] for row in rows) / len(rows)
     if config.keep == "best" and config.threshold is None:
         found["kl_bound"] = kl_bound(config.num_generations)
-    runtime.metrics.log(answers, speaker.tokens, **found)
-    return {**found, "flops": speaker.flops}
+    runtime.metrics.log(answers, tokens, **found)
+    return {**found, "flops": flops}
 
 
 def preview(config: SampleConfig, inputs: dict[str, Any], count: int) -> list[ShownRow]:
@@ -199,203 +207,52 @@ def preview(config: SampleConfig, inputs: dict[str, Any], count: int) -> list[Sh
     return [ShownRow(f"prompt {place}", ids, [False] * len(ids)) for place, ids in enumerate(prompts, 1)]
 
 
-class _Speaker:
-    """The model that answers and what scores it; the prompts of the run in their order."""
+def _speaker(config: SampleConfig, inputs: dict[str, Any], runtime: Runtime) -> Speaker:
+    """The model that answers, what scores it or revises its answers, and the prompts of the run in their order."""
+    from pipeline.data.chat import stop_token_id
+    from pipeline.data.tokenizers import load_tokenizer
+    from pipeline.model.attention import use_plain_products
+    from pipeline.model.build import check_vocabulary, load_causal_lm
+    from pipeline.rl.asking import Asking
+    from pipeline.rl.place import Place
+    from pipeline.rl.speaking import Speaker
 
-    def __init__(self, config: SampleConfig, inputs: dict[str, Any], runtime: Runtime) -> None:
-        from pipeline.data.chat import encode_prompt, stop_token_id
-        from pipeline.data.tokenizers import load_tokenizer
-        from pipeline.rl.place import Place
-        from pipeline.rl.prompts import PromptReader
-        from pipeline.rl.scoring import check_references, context_of
-
-        self.config, self.runtime = config, runtime
-        self.place = Place.of(runtime, config.bf16)
-        self.tokenizer = tokenizer = load_tokenizer(inputs["init"].model)
-        self.stop_id = stop_token_id(tokenizer)
-        self.pad_id = self.stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        context = context_of(inputs, INPUTS)
-        reading = PromptReader(
-            encode=lambda row: encode_prompt(tokenizer, row["prompt"]),
-            longest=config.max_prompt_length,
-            room=None if context is None else context - config.response_length,
-            generator=runtime.generator,
-        )
-        self.prompts = _prompts(config, reading, runtime)
-        if config.reward is not None:
-            check_references(config.reward, [self.prompts.rows[row] for row in self.prompts.order])
-        self._load(inputs)
-        self.tokens, self.flops = 0, 0.0
-        self.terms: dict[str, float] = {}
-
-    def _load(self, inputs: dict[str, Any]) -> None:
-        """The models, and how they are asked."""
-        from pipeline.model.attention import use_plain_products
-        from pipeline.model.build import check_vocabulary, load_causal_lm
-        from pipeline.rl.asking import Asking
-
-        config, tokenizer = self.config, self.tokenizer
-        self.model = load_causal_lm(inputs["init"].model).to(self.place.device).eval()
-        check_vocabulary(self.model, len(tokenizer), "sample.init")
-        self.scorer = self._scorer(inputs)
-        for model in (self.model, *(self.scorer.models if self.scorer else ())):
-            use_plain_products(model, self.place.bf16, self.prompts.longest + config.response_length)
-        self.asking = Asking(
-            place=self.place,
-            longest=config.response_length,
-            stop_id=self.stop_id,
-            pad_id=self.pad_id,
-            temperature=config.temperature,
-            batch_size=config.batch_size,
-            stop_strings=config.stop_strings,
-            decode=tokenizer.decode if config.stop_strings else None,
-            top_k=config.top_k,
-            top_p=config.top_p,
-        )
-        self.reviser = self._reviser(inputs)
-
-    def _reviser(self, inputs: dict[str, Any]) -> Reviser | None:
-        """What criticises and revises: a model behind an address, the judge, or the model that answers."""
-        from pipeline.rl.judge_api import RemoteModel
-        from pipeline.rl.revising import Reviser, principles_in, prompt_in
-        from pipeline.rl.scoring import text_in
-        from pipeline.rl.writing import RemoteWriter, Step, Writer, load_writer, writer_of
-
-        config, judge = self.config, inputs.get("judge")
-        if not config.revisions:
-            return None
-        longest: dict[Step, int] = {"critique": config.critique_length, "revision": config.response_length}
-        writer: Writer | RemoteWriter
-        if config.judge_url is not None:
-            url, name, how = config.judge_url, config.judge_model or "", (config.temperature, config.top_p)
-            writer = RemoteWriter({step: RemoteModel(url, name, length, *how) for step, length in longest.items()})
-        elif judge is not None:
-            writer = load_writer(judge, self.asking, longest)
-        else:
-            writer = writer_of(self.model, self.tokenizer, self.asking, longest)
-        assert config.constitution is not None
-        return Reviser(
-            writer=writer,
-            principles=principles_in(text_in(config.constitution), str(config.constitution)),
-            rounds=config.revisions,
-            place=self.place,
-            keeps_unfinished=config.unfinished == "keep",
-            critique_prompt=prompt_in(config.critique_prompt, "critique"),
-            revision_prompt=prompt_in(config.revision_prompt, "revision"),
-        )
-
-    def _scorer(self, inputs: dict[str, Any]) -> Scorer | None:
-        from pipeline.rl.scoring import load_scorer
-
-        if self.config.reward is None:
-            return None
-        return load_scorer(
-            self.config.reward,
-            inputs,
-            self.tokenizer,
-            stop_id=self.stop_id,
-            pad_id=self.pad_id,
-            batch_size=self.config.batch_size,
-            bf16=self.place.bf16,
-            runtime=self.runtime,
-            stop_strings=self.config.stop_strings,
-        )
-
-    def groups(self) -> tuple[list[Group], float]:
-        """Every prompt with its answers, and the seconds that took over all ranks."""
-        from pipeline.model.build import count_parameters
-        from pipeline.rl.keeping import Answer, Group, figures
-        from pipeline.rl.parts import Item, Work, cut, do
-
-        prompts, config = self.prompts, self.config
-        rows = [prompts.rows[row] for row in prompts.order]
-
-        def group(item: Item) -> Group:
-            names = ("score", "revised", "rounds")
-            answers = [
-                Answer(each["text"], each["ended"], **{name: each[name] for name in names if name in each})
-                for each in item["answers"]
-            ]
-            return Group(item["prompt"], item["reference"], answers)
-
-        def shown(items: Sequence[Item]) -> dict[str, float]:
-            found = figures([group(item) for item in items])
-            return {name: found[name] for name in ("score", "ended", "distinct") if name in found}
-
-        self.runtime.say(f"{len(rows):,} prompts, {config.num_generations} answers to each")
-        lengths = [len(prompts.ids[row]) for row in prompts.order]
-        parts = cut(lengths, max(1, config.batch_size // config.num_generations))
-        work = Work("sample", "answers", self.answer, lambda item: len(item["answers"]), shown)
-        items, seconds = do(work, parts, self.runtime)
-        read = sum(lengths)
-        answers = [each for item in items for each in item["answers"]]
-        written = sum(each["length"] for each in answers)
-        names = [name for name in answers[0] if name.startswith("reward_")]
-        self.terms = {name: sum(each[name] for each in answers) / len(answers) for name in names}
-        scoring = len(self.scorer.models) * (read * config.num_generations + written) if self.scorer else 0
-        self.tokens = read + written
-        self.flops = 2.0 * count_parameters(self.model)[1] * (self.tokens + scoring)
-        if self.reviser:
-            self.flops += 2.0 * self.reviser.writer.parameters * sum(each["tokens"] for each in answers)
-        return [group(item) for item in items], seconds
-
-    def answer(self, places: Sequence[int]) -> list[dict[str, Any]]:
-        """The answers to the prompts at these places of the order, an item a prompt. A prompt's random numbers are its
-        own, whatever part it is in."""
-        import torch
-
-        from pipeline.model.generation import draw_uniforms
-        from pipeline.rl.scoring import Responses
-
-        config, prompts, samples = self.config, self.prompts, self.config.num_generations
-        asked = [prompts.order[place] for place in places for _ in range(samples)]
-        uniforms_BT = None
-        if config.temperature > 0:
-            draws = [self.place.generator("sampling", place) for place in places]
-            uniforms_BT = torch.cat([draw_uniforms(samples, config.response_length, draw) for draw in draws])
-        rows = [prompts.rows[row] for row in asked]
-        rollout, rows = self.asking.answers(self.model, [prompts.ids[row] for row in asked], uniforms_BT, rows, samples)
-        texts = Responses(rollout, rows, self.tokenizer, config.stop_strings).texts
-        columns: dict[str, list[Any]] = {
-            "text": texts,
-            "length": rollout.lengths_B.tolist(),
-            "ended": rollout.is_ended_B.tolist(),
-        }
-        if self.scorer is not None:
-            scores_B, terms = self.scorer.score(rollout, rows)
-            columns |= {"score": scores_B.tolist()} | {name: term_B.tolist() for name, term_B in terms.items()}
-        answers = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        if self.reviser is not None:
-            self._revise(places, answers)
-        return [
-            {
-                "prompt": prompts.rows[prompts.order[place]]["prompt"],
-                "reference": prompts.rows[prompts.order[place]]["reference"],
-                "answers": answers[number * samples : (number + 1) * samples],
-            }
-            for number, place in enumerate(places)
-        ]
-
-    def _revise(self, places: Sequence[int], answers: list[dict[str, Any]]) -> None:
-        """What could be kept of the answers, criticised and revised in place; each by random numbers of its own."""
-        assert self.reviser is not None
-        samples, keeps = self.config.num_generations, self.config.unfinished == "keep"
-        asked, revised = [], []
-        for number, answer in enumerate(answers):
-            place = places[number // samples]
-            answer |= {"revised": answer["text"], "rounds": [], "tokens": 0}
-            if answer["text"].strip() and (answer["ended"] or keeps):
-                prompt = self.prompts.rows[self.prompts.order[place]]["prompt"]
-                asked.append(((place, number % samples), prompt, answer["text"]))
-                revised.append(answer)
-        for answer, found in zip(revised, self.reviser.revise(asked), strict=True):
-            answer |= {"revised": found.text, "rounds": found.rounds, "tokens": found.tokens}
+    place = Place.of(runtime, config.bf16)
+    tokenizer = load_tokenizer(inputs["init"].model)
+    stop_id = stop_token_id(tokenizer)
+    asking = Asking(
+        place=place,
+        longest=config.response_length,
+        stop_id=stop_id,
+        pad_id=stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        temperature=config.temperature,
+        batch_size=config.batch_size,
+        stop_strings=config.stop_strings,
+        decode=tokenizer.decode if config.stop_strings else None,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+    prompts = _prompts(config, inputs, tokenizer, runtime)
+    model = load_causal_lm(inputs["init"].model).to(place.device).eval()
+    check_vocabulary(model, len(tokenizer), "sample.init")
+    scorer = _scorer(config, inputs, tokenizer, asking, runtime)
+    for each in (model, *(scorer.models if scorer else ())):
+        use_plain_products(each, place.bf16, prompts.longest + config.response_length)
+    reviser = _reviser(config, inputs.get("judge"), model, tokenizer, asking)
+    keeps = config.unfinished == "keep"
+    return Speaker(model, tokenizer, asking, prompts, config.num_generations, keeps, scorer, reviser)
 
 
-def _prompts(config: SampleConfig, reading: Any, runtime: Runtime) -> Prompts:
-    """The prompts, each once, in an order that the seed draws."""
+def _prompts(
+    config: SampleConfig, inputs: dict[str, Any], tokenizer: PreTrainedTokenizerFast, runtime: Runtime
+) -> Prompts:
+    """The prompts, each once, in an order that the seed draws; each has what the reward compares with."""
+    from pipeline.data.chat import encode_prompt
     from pipeline.data.formats import read_rows
     from pipeline.data.sources import BUILT_IN
+    from pipeline.rl.functions import check_references
+    from pipeline.rl.prompts import PromptReader
+    from pipeline.rl.scoring import context_of
 
     assert config.data is not None
     rows = read_rows(config.data, "prompt", split=config.split, held_out=config.held_out, say=runtime.say)
@@ -404,7 +261,93 @@ def _prompts(config: SampleConfig, reading: Any, runtime: Runtime) -> Prompts:
         runtime.say(
             f"these rows hold prompts that eval measures with ({', '.join(held_out)}, held out): not to train on"
         )
-    prompts: Prompts = reading.take(rows, min(config.prompts or len(rows), len(rows)), "prompts").once()
+    context = context_of(inputs, INPUTS)
+    reading = PromptReader(
+        encode=lambda row: encode_prompt(tokenizer, row["prompt"]),
+        longest=config.max_prompt_length,
+        room=None if context is None else context - config.response_length,
+        generator=runtime.generator,
+    )
+    prompts = reading.take(rows, min(config.prompts or len(rows), len(rows)), "prompts").once()
     if prompts.left_out:
         runtime.say(f"{prompts.left_out:,} prompts of more than {config.max_prompt_length} tokens are left out")
+    if config.reward is not None:
+        check_references(config.reward, [prompts.rows[row] for row in prompts.order])
     return prompts
+
+
+def _scorer(
+    config: SampleConfig,
+    inputs: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    asking: Asking,
+    runtime: Runtime,
+) -> Scorer | None:
+    from pipeline.rl.scoring import load_scorer
+
+    if config.reward is None:
+        return None
+    return load_scorer(
+        config.reward,
+        inputs,
+        tokenizer,
+        stop_id=asking.stop_id,
+        pad_id=asking.pad_id,
+        batch_size=config.batch_size,
+        bf16=asking.place.bf16,
+        runtime=runtime,
+        stop_strings=config.stop_strings,
+    )
+
+
+def _reviser(
+    config: SampleConfig,
+    judge: Artifact | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    asking: Asking,
+) -> Reviser | None:
+    """What criticises and revises: a model behind an address, the judge, or the model that answers."""
+    from pipeline.rl.judge_api import RemoteModel
+    from pipeline.rl.revising import Reviser, principles_in, prompt_in
+    from pipeline.rl.scoring import text_in
+    from pipeline.rl.writing import RemoteWriter, Step, Writer, load_writer, writer_of
+
+    if not config.revisions:
+        return None
+    longest: dict[Step, int] = {"critique": config.critique_length, "revision": config.response_length}
+    writer: Writer | RemoteWriter
+    if config.judge_url is not None:
+        url, name, how = config.judge_url, config.judge_model or "", (config.temperature, config.top_p)
+        writer = RemoteWriter({step: RemoteModel(url, name, length, *how) for step, length in longest.items()})
+    elif judge is not None:
+        writer = load_writer(judge, asking, longest)
+    else:
+        writer = writer_of(model, tokenizer, asking, longest)
+    assert config.constitution is not None
+    return Reviser(
+        writer=writer,
+        principles=principles_in(text_in(config.constitution), str(config.constitution)),
+        rounds=config.revisions,
+        place=asking.place,
+        keeps_unfinished=config.unfinished == "keep",
+        critique_prompt=prompt_in(config.critique_prompt, "critique"),
+        revision_prompt=prompt_in(config.revision_prompt, "revision"),
+    )
+
+
+def _write(speaker: Speaker, runtime: Runtime) -> tuple[list[Item], float]:
+    """(every prompt with its answers, the seconds that took over all ranks)."""
+    from pipeline.rl.keeping import figures
+    from pipeline.rl.parts import Work, cut, do
+    from pipeline.rl.speaking import group_of
+
+    def shown(items: Sequence[Item]) -> dict[str, float]:
+        found = figures([group_of(item) for item in items])
+        return {name: found[name] for name in ("score", "ended", "distinct") if name in found}
+
+    prompts = speaker.prompts
+    runtime.say(f"{len(prompts.order):,} prompts, {speaker.samples} answers to each")
+    lengths = [len(prompts.ids[row]) for row in prompts.order]
+    parts = cut(lengths, max(1, speaker.asking.batch_size // speaker.samples))
+    return do(Work("sample", "answers", speaker.answer, lambda item: len(item["answers"]), shown), parts, runtime)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +46,22 @@ def sample(parts: Parts, out: Path, *, seed: int = 0, **values: Any) -> tuple[li
 
 def rows_in(out: Path) -> list[Row]:
     return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+
+
+def killed_at(targets: Sequence[int], out: Path, run: Callable[[], object]) -> int:
+    """`run` begun in a process of its own, again and again, each time killed when so many parts lie in `out`; how many
+    of the tries were killed before their end."""
+    done = 0
+    for target in targets:
+        pid = os.fork()
+        if pid == 0:
+            run()
+            os._exit(0)
+        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+            if len(list((out / "checkpoints" / "parts").glob("*.json"))) >= target:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                done += 1
+                break
+            time.sleep(0.0005)
+    return done

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,7 +27,7 @@ from stages import sample as stage
 from tests.conftest import Warm
 from tests.stages.conftest import make_model
 from tests.stages.ppo_runs import Parts
-from tests.stages.sample_runs import Row, config_of, rows_in, sample
+from tests.stages.sample_runs import Row, config_of, killed_at, rows_in, sample
 
 RULES = "- Be short.\n- Be kind.\n"
 SIZES: dict[str, Any] = {
@@ -205,21 +202,8 @@ def test_what_would_not_be_kept_is_not_criticised(parts: Parts, tmp_path: Path, 
 def test_killed_it_ends_with_the_same_bytes(parts: Parts, talker: Artifact, tmp_path: Path):
     values: dict[str, Any] = {"prompts": 40, "batch_size": 4, "judge": talker, "keep": "revised"}
     revise(parts, tmp_path / "calm", **values)
-    killed, done = tmp_path / "killed", 0
-    for target in (2, 9, 41):
-        pid = os.fork()
-        if pid == 0:
-            revise(parts, killed, **values)
-            os._exit(0)
-        folder = killed / "checkpoints" / "parts"
-        while os.waitpid(pid, os.WNOHANG) == (0, 0):
-            if len(list(folder.glob("*.json"))) >= target:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                done += 1
-                break
-            time.sleep(0.0005)
-    assert done == 2
+    killed = tmp_path / "killed"
+    assert killed_at((2, 9, 41), killed, lambda: revise(parts, killed, **values)) == 2
     assert (killed / "rows.jsonl").read_bytes() == (tmp_path / "calm" / "rows.jsonl").read_bytes()
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,13 @@ from pipeline.model.generation import Sampling, draw_uniforms, generate
 from pipeline.recipe import DataEntry
 from pipeline.rl.best_of_n import kl_bound
 from pipeline.rl.parts import cut
+from pipeline.rl.speaking import Speaker
 from pipeline.runtime import Runtime, derive_seed
 from stages import sample as stage
 from tests.conftest import Warm
 from tests.stages.conftest import make_model
 from tests.stages.ppo_runs import Parts, artifact, naive_score
-from tests.stages.sample_runs import config_of, rows_in, sample
+from tests.stages.sample_runs import config_of, killed_at, rows_in, sample
 
 
 def one_at_a_time(parts: Parts, prompts: list[list[dict[str, str]]], **sampling: Any) -> list[list[list[int]]]:
@@ -109,15 +108,21 @@ def test_greedy_is_one_answer(parts: Parts, tmp_path: Path):
 def test_stopped_between_parts_it_goes_on(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, _ = sample(parts, tmp_path / "whole", reward="vowels")
     answered = []
-    plain = stage._Speaker.answer
+    runs = []
+    write, plain = stage._write, Speaker.answer
 
-    def answer(speaker: Any, places: Any) -> Any:
+    def begun(speaker: Speaker, runtime: Runtime) -> Any:
+        runs.append(runtime)
+        return write(speaker, runtime)
+
+    def answer(speaker: Speaker, places: Any) -> Any:
         answered.append(places)
         if len(answered) == 2:
-            speaker.runtime.halt.asked = Stopped
+            runs[-1].halt.asked = Stopped
         return plain(speaker, places)
 
-    monkeypatch.setattr(stage._Speaker, "answer", answer)
+    monkeypatch.setattr(stage, "_write", begun)
+    monkeypatch.setattr(Speaker, "answer", answer)
     with pytest.raises(Stopped, match="stopped at step 2 and saved"):
         sample(parts, tmp_path / "parts", reward="vowels")
     rows, _ = sample(parts, tmp_path / "parts", reward="vowels")
@@ -135,21 +140,7 @@ def test_killed_it_ends_with_the_same_bytes(parts: Parts, tmp_path: Path):
     values: dict[str, Any] = {"reward": "model", "keep": "pairs", "prompts": 60, "batch_size": 3}
     sample(parts, tmp_path / "calm", **values)
     killed = tmp_path / "killed"
-    done = 0
-    for target in (3, 11, 20, 61):
-        pid = os.fork()
-        if pid == 0:
-            sample(parts, killed, **values)
-            os._exit(0)
-        folder = killed / "checkpoints" / "parts"
-        while os.waitpid(pid, os.WNOHANG) == (0, 0):
-            if len(list(folder.glob("*.json"))) >= target:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                done += 1
-                break
-            time.sleep(0.0005)
-    assert done == 3
+    assert killed_at((3, 11, 20, 61), killed, lambda: sample(parts, killed, **values)) == 3
     assert (killed / "rows.jsonl").read_bytes() == (tmp_path / "calm" / "rows.jsonl").read_bytes()
 
 

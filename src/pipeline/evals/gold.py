@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.data.tools import text_of
 from pipeline.evals.reward_accuracy import HeldOut
 from pipeline.rl import verifiable
-from pipeline.rl.scoring import function_scores
+from pipeline.rl.functions import function_scores
 from pipeline.usercode import load_member
 
 

@@ -7,7 +7,6 @@ repetition, or a judge. Each gives one number a response; what is logged of it i
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.artifacts import Artifact
 from pipeline.data.chat import encode_messages, encode_prompt
-from pipeline.errors import ConfigError, DataError, MismatchError, TrainingError
+from pipeline.errors import ConfigError, MismatchError, TrainingError
 from pipeline.model.build import check_vocabulary, reach
 from pipeline.model.reward import (
     RewardModel,
@@ -34,7 +33,7 @@ from pipeline.model.reward import (
 from pipeline.model.stop_strings import before_stop
 from pipeline.reward_config import FUNCTIONS, RewardTerm
 from pipeline.rl import terms as math_of
-from pipeline.rl import verifiable
+from pipeline.rl.functions import RewardFunction, function_scores, verifier_of
 from pipeline.rl.judge import load_judge
 from pipeline.rl.judge_api import RemoteJudge
 from pipeline.rl.rollouts import Rollout, assemble, closed_rows, in_cache, last_turns, microbatches, pad_right
@@ -42,8 +41,6 @@ from pipeline.runtime import Runtime
 from pipeline.usercode import load_member
 
 Row = dict[str, Any]
-RewardFunction = Callable[[list[str], list[str], list[Row]], Sequence[float]]
-CONTRACT = "f(prompts: list[str], responses: list[str], rows: list[dict]) -> list[float], one finite number a response"
 
 
 @dataclass(frozen=True)
@@ -227,20 +224,14 @@ def _function(term: RewardTerm, function: str) -> Callable[[Responses], Tensor]:
     """The score of a function by name, or of the user's own."""
     if function not in FUNCTIONS:
         return partial(_of_function, load_member(function), f"reward term `{term.figure}`, {function}")
-    verify: verifiable.Verifier = verifiable.number
-    if function == "rouge_l":
-        verify = verifiable.rouge_l
-    elif function == "exact":
-        verify = partial(verifiable.exact, ignore_case=term.ignore_case)
-    elif function == "regex":
-        assert term.pattern is not None
-        verify = verifiable.pattern(term.pattern, ignore_case=term.ignore_case)
-    elif function == "json_schema":
-        assert term.schema_file is not None
-        verify = verifiable.json_schema(term.schema_file)
+    verify = verifier_of(term)
     return lambda said: torch.tensor(
         [verify(text, reference) for text, reference in zip(said.texts, said.references, strict=True)]
     )
+
+
+def _of_function(function: RewardFunction, where: str, said: Responses) -> Tensor:
+    return function_scores(function, where, said.prompts, said.texts, said.rows)
 
 
 def _judge(term: RewardTerm, held: Mapping[str, Iterator[Artifact]], loading: Loading) -> Callable[[Responses], Tensor]:
@@ -282,29 +273,6 @@ def context_of(inputs: Mapping[str, Any], roles: Mapping[str, str]) -> int | Non
         for found in (reach(each.model) for each in reward_models_of(inputs, roles))
     ]
     return min((found for found in reaches if found is not None), default=None)
-
-
-def check_references(reward: str | tuple[RewardTerm, ...], rows: Sequence[Row]) -> None:
-    """DataError for a row whose answer a term's function can't compare with: none there, or no number in it."""
-    for term in () if isinstance(reward, str) else reward:
-        _check_references(term, rows)
-
-
-def _check_references(term: RewardTerm, rows: Sequence[Row]) -> None:
-    has_group = term.function == "regex" and "(?P<answer>" in (term.pattern or "")
-    for row in rows if term.function in ("exact", "number", "rouge_l") or has_group else ():
-        reference, said = row["reference"], row["prompt"][-1]["content"]
-        if not reference.strip():
-            lacks = "no answer"
-        elif term.function == "number" and verifiable.answer_number(reference) is None:
-            lacks = "no number in its answer"
-        else:
-            continue
-        raise DataError(
-            f"`{term.figure}` compares with the data's answer, and a row has {lacks}: {said[:60]!r}",
-            where="ppo.data",
-            mend="rows with an answer, or another reward",
-        )
 
 
 def _models(
@@ -372,30 +340,3 @@ def answers_as_rollout(
     return assemble(
         asked, pad_right(said, pad_id), lengths_B, torch.ones_like(lengths_B).bool(), pad_id, stop_id=stop_id
     )
-
-
-def _of_function(function: RewardFunction, where: str, said: Responses) -> Tensor:
-    return function_scores(function, where, said.prompts, said.texts, said.rows)
-
-
-def function_scores(
-    function: RewardFunction, where: str, prompts: list[str], responses: list[str], rows: list[Row]
-) -> Tensor:
-    """The scores of `function`, float32 [B]; `where` (`/folder/rewards.py:exact`) names it in errors.
-
-    Raises TrainingError where it raises, or gives another number of scores, or one that is not finite.
-    """
-    mend = f"its contract: {CONTRACT}"
-    try:
-        scores = [float(score) for score in function(prompts, responses, rows)]
-    except Exception as error:
-        what = f"the reward function raised {type(error).__name__}: {error}"
-        raise TrainingError(what, where=where, mend=mend) from error
-    if len(scores) != len(responses):
-        what = f"the reward function gave {len(scores)} scores for {len(responses)} responses"
-        raise TrainingError(what, where=where, mend=mend)
-    for score, response in zip(scores, responses, strict=True):
-        if not math.isfinite(score):
-            what = f"the reward function gave {score} for the response {response[:80]!r}"
-            raise TrainingError(what, where=where, mend=mend)
-    return torch.tensor(scores, dtype=torch.float32)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import TrainingError
-from pipeline.rl.scoring import function_scores
+from pipeline.rl.functions import function_scores
 
 PROMPTS, RESPONSES = ["one", "two"], ["a", "bb"]
 ROWS: list[dict[str, Any]] = [{"reference": "a"}, {"reference": "b"}]
