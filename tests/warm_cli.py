@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pipeline.cli.app
 import pipeline.cli.run
@@ -23,6 +24,8 @@ import pipeline.model.continued
 import pipeline.runtime
 import pipeline.trainer  # noqa: F401
 from pipeline.cli import main
+from pipeline.cli.stages import STAGES, load_stage
+from pipeline.fingerprint import code_parts
 
 
 def start(args: list[str], cwd: str, env: dict[str, str], log: str) -> int:
@@ -57,8 +60,11 @@ def ended(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if done else None
 
 
+for _stage in STAGES:  # what every command that looks at a recipe reads of the code; a child has it from here
+    code_parts(load_stage(_stage, Path()))
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 for line in sys.stdin:
     request = json.loads(line)
     answer = {"code": ended(request["wait"])} if "wait" in request else {"pid": start(**request)}
     print(json.dumps(answer), flush=True)
+os._exit(0)  # nobody waits for torch to be torn down

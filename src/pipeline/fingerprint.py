@@ -169,7 +169,8 @@ def reached(start: Path) -> tuple[Path, ...]:
     return tuple(seen)
 
 
-def _imports(file: Path) -> set[str]:
+@functools.cache
+def _imports(file: Path) -> frozenset[str]:
     """Dotted names the file imports, at the top or inside functions; `from a import b` gives a and a.b."""
     names: set[str] = set()
     for node in ast.walk(_tree(file)):
@@ -178,9 +179,10 @@ def _imports(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return names
+    return frozenset(names)
 
 
+@functools.cache
 def _module_file(name: str, beside: Path) -> Path | None:
     top = name.split(".")[0]
     if top in ("pipeline", "stages"):
