@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -160,6 +161,28 @@ def test_silence_is_a_time_out(server: Server):
     server.answer = sleep
     with pytest.raises(TrainingError, match="timed out"):
         server.judge(timeout=0.05, waits=(0.01,)).score([QUESTION], ["x"])
+
+
+def test_a_refusal_whose_words_do_not_come_is_one(monkeypatch: pytest.MonkeyPatch):
+    """Its header says 100 bytes, and none follows."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held = []
+
+        def serve() -> None:
+            for _ in range(2):
+                held.append(server.accept()[0])
+                held[-1].recv(65536)
+                held[-1].sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 100\r\n\r\n")
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        judge = RemoteJudge(url, "tiny", "Be kind.", waits=(0.01,), timeout=0.2)
+        with pytest.raises(TrainingError, match="the judge tiny does not answer: 503 Busy"):
+            judge.score([QUESTION], ["a"])
+        assert len(held) == 2
+        for each in held:
+            each.close()
 
 
 def test_nobody_there(server: Server):

@@ -61,7 +61,7 @@ class RemoteModel:
             try:
                 return self._post(text)
             except urllib.error.HTTPError as error:
-                why = f"{error.code} {error.reason}: {error.read(200).decode(errors='replace')}"
+                why = f"{error.code} {error.reason}: {_beginning(error)}"
                 may_pass = error.code in PASSING
             except (OSError, http.client.HTTPException, ValueError) as error:  # URLError and time-outs are OSErrors
                 why, may_pass = f"{type(error).__name__}: {error}", True
@@ -120,6 +120,14 @@ class RemoteJudge:
     def ask(self, text: str) -> str:
         """The reply to one message, "" where there is none in it."""
         return RemoteModel(self.url, self.model, waits=self.waits, timeout=self.timeout).reply(text)[0]
+
+
+def _beginning(error: urllib.error.HTTPError) -> str:
+    """The first of what came with a refusal; "" where that does not come."""
+    try:
+        return error.read(200).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def _content(reply: Any) -> tuple[str, bool]:
