@@ -23,7 +23,7 @@ LAYERS = [
     {"data", "model", "rl", "evals", "checkpoint", "runtime", "schedule", "hardware"}
     | {"trainer", "trainer_watch", "preference_trainer", "ranked_trainer"},
     {"stages"},
-    {"graph", "paths", "fingerprint", "lineage", "launch", "plan", "report", "tracking"},
+    {"graph", "paths", "fingerprint", "lineage", "launch", "plan", "report", "tracking", "failure"},
     {"cli"},
 ]
 """Each may import what stands in its own line and above; `stages` only itself (a stage never imports a stage), and

@@ -26,6 +26,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from pipeline import failure
 from pipeline.artifacts import Artifact, Store, need_disk, now, template_hash, tokenizer_hash
 from pipeline.errors import ConfigError, Halt, Interrupted, PipelineError, Stopped, TrainingError
 from pipeline.fingerprint import PACKAGES, reached
@@ -246,13 +247,14 @@ def execute(
     if launch.strategy == "fsdp" and node.stage.shards and not runtime.shards:
         runtime.say("--strategy fsdp: one process keeps the model whole")
     if runtime.is_main:
+        failure.forget(partial)
         _write_config(partial / "config.yaml", to_jsonable_python(node.config))
     runtime.barrier()
-    inputs = merged_inputs(inputs, partial, runtime.is_main, runtime.barrier)
     folder = store.folder(run, node.name).parent / TRACK / f"{node.name}-{standing.planned[:16]}"
     tracks = launch.tracks if runtime.is_main else ()
     sender = Sender(tracks, folder, run, node.name, to_jsonable_python(node.config))
-    with naming_rows(node.config), sender.following(runtime.metrics):
+    with failure.noted(partial), naming_rows(node.config), sender.following(runtime.metrics):
+        inputs = merged_inputs(inputs, partial, runtime.is_main, runtime.barrier)
         figures = node.stage.run(node.config, inputs, partial, runtime)
     runtime.barrier()
     if runtime.is_main:

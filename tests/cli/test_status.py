@@ -1,5 +1,6 @@
 """`llmpipe status` and `gc`: what stands, what is stale and why, whose bytes have changed, what nobody needs."""
 
+import calendar
 import json
 import os
 import shutil
@@ -146,8 +147,16 @@ def test_an_unfinished_stage_is_shown_and_collected(warm: Any, tokenized: Path):
     done = warm("run", "tiny.yaml", "--set", "pretrain.learning_rate=1e30", "--set", "pretrain.warmup_steps=0")
     assert done.code == 1, done.stderr
     options = ("--set", "pretrain.learning_rate=1e30", "--set", "pretrain.warmup_steps=0")
-    assert rows(warm("status", "tiny.yaml", "--json", *options))["pretrain"]["unfinished"]
-    assert "unfinished, would be resumed" in warm("status", "tiny.yaml", *options).stdout
+    row = rows(warm("status", "tiny.yaml", "--json", *options))["pretrain"]
+    assert row["unfinished"]
+    told = done.stderr.partition("error: ")[2].strip()
+    assert "the loss is nan" in told
+    assert row["failed"]["error"] == told
+    assert abs(time.time() - calendar.timegm(time.strptime(row["failed"]["time"], "%Y-%m-%dT%H:%M:%SZ"))) < 600
+    printed = warm("status", "tiny.yaml", *options).stdout
+    assert "failed" in printed
+    assert told.splitlines()[0] in printed
+    assert rows(warm("status", "tiny.yaml", "--json"))["pretrain"]["failed"] is None  # other values have not failed
     (partial,) = (warm.folder / "artifacts" / "tiny").glob(".pretrain.*.partial")
 
     assert json.loads(warm("gc", "--dry-run", "--json").stdout) == []  # younger than a day
@@ -208,6 +217,6 @@ def test_a_stage_at_work_is_said_to_be_running(warm: Any, tokenized: Path):
     running.signal(signal.SIGTERM)
     assert running.wait().code == 75
     after = rows(warm("status", "tiny.yaml", "--json", *long))["pretrain"]
-    assert (after["running"], after["unfinished"]) == (None, True)
+    assert (after["running"], after["unfinished"], after["failed"]) == (None, True, None)  # to be stopped is no failure
     assert after["step"] >= found["running"]["step"]
     assert rows(warm("status", "tiny.yaml", "--json"))["pretrain"]["unfinished"] is False

@@ -154,6 +154,12 @@ def test_an_unfinished_run(root: Path):
         file.write('{"step": 40, "ti')  # is being written
     found = page(root)
     assert "unfinished, step 30 of 50" in found.text
+    (folder / "failed.json").write_text(
+        '{"error": "step 31: the loss is nan\\n  mend: less", "time": "2026-01-02T03:04:05Z"}'
+    )
+    broken = page(root).text
+    assert "failed, step 30 of 50" in broken
+    assert "2026-01-02 03:04:05 UTC: step 31: the loss is nan" in broken
     assert found.values("data-seconds")[-1] == "6.0"
     assert read_run(Store(root), "demo").stage("late").parents == ("sft",)
     only = root.parent / "only"

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import failure
 from pipeline.artifacts import Artifact, Store, changed_files
 from pipeline.cli.session import Session, artifacts_root, open_session
 from pipeline.cli.tree import tree
@@ -53,13 +54,16 @@ def _row(session: Session, standing: Standing, check: bool) -> dict[str, Any]:
     artifact, node, run = standing.artifact, standing.node, session.recipe.run
     is_begun = standing.is_begun and standing.state != "stands"
     begun = session.store.partial_path(run, node.name, standing.planned)
+    running = _running(session.store, run, standing)
+    failed = failure.read(begun) if is_begun and running is None else None
     return {
         "stage": node.name,
         "type": node.stage.type,
         "state": standing.state,
         "reasons": list(standing.reasons),
         "unfinished": is_begun,
-        "running": _running(session.store, run, standing),
+        "running": running,
+        "failed": vars(failed) if failed else None,
         "step": _last_step(begun)[0] if is_begun else None,
         "parents": node.parents(session.recipe.nodes),
         "fingerprint": standing.fingerprint,
@@ -113,6 +117,9 @@ def _note(row: Mapping[str, Any]) -> str:
     """What a stage is at, why it does not stand, or the figures of one that does."""
     if row["running"]:
         return _at_work(row["running"])
+    if row["failed"]:
+        at = f"at step {row['step']:,}, " if row["step"] is not None else ""
+        return f"{at}{row['failed']['time']}: {row['failed']['error']}"
     code = [reason for reason in row["reasons"] if reason.startswith("code: ")]
     shown = [reason for reason in row["reasons"] if reason not in code[1:]]
     if len(code) > 1:
@@ -149,14 +156,14 @@ def _print_rows(session: Session, rows: Mapping[str, Mapping[str, Any]], command
     table = Table(title=f"{session.recipe.run} in {session.store.root}", box=None, title_justify="left", pad_edge=False)
     for column in ("stage", "state", "time", "why, or its figures"):
         table.add_column(column, overflow="fold", no_wrap=column == "state")
-    colours = {"stands": "green", "stale": "yellow", "missing": "dim", "running": "cyan"}
+    colours = {"stands": "green", "stale": "yellow", "missing": "dim", "running": "cyan", "failed": "red"}
     for line in tree(session.recipe.nodes):
         row = rows[line.stage]
         name = Text(line.drawn, style="dim").append(line.stage, style="not dim bold")
         if line.others:
             more = f" +{len(line.others) - SHOWN_INPUTS}" if len(line.others) > SHOWN_INPUTS else ""
             name.append(f" ◀ {', '.join(line.others[:SHOWN_INPUTS])}{more}", style="dim")
-        state = "running" if row["running"] else row["state"]
+        state = next((name for name in ("running", "failed") if row[name]), row["state"])
         seconds = clock(row["seconds"]) if row["seconds"] is not None else ""
         kept = " (kept)" if row["kept"] and state == "stands" else ""
         table.add_row(name, Text(state + kept, colours[state]), seconds, Text(_note(row)))

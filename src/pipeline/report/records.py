@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import failure
 from pipeline.artifacts import MANIFEST, Store
 from pipeline.errors import ArtifactError, MissingInputError
 from pipeline.reading import meant
@@ -40,6 +41,11 @@ class StageRecord:
     @property
     def is_done(self) -> bool:
         return bool(self.manifest)
+
+    @property
+    def failed(self) -> failure.Failure | None:
+        """What an unfinished stage ended with, unless it goes on or was killed."""
+        return None if self.is_done else failure.read(self.path)
 
     @property
     def seconds(self) -> float:
