@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.evals import likelihood
 from pipeline.evals.likelihood import Beginning, Request, log_likelihoods
@@ -63,7 +66,7 @@ def test_completions_that_share_a_prompt_are_one_row(chat_subject: Subject, monk
         seen.append(tuple(kwargs["input_ids"].shape))
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(likelihood, "_takes_masks", lambda model: True)
+    monkeypatch.setattr(likelihood, "_reach_of_masks", lambda model: 64)
     monkeypatch.setattr(chat_subject.model, "forward", counting)
     prompt = tuple(range(6))
     log_likelihoods(chat_subject.model, [Request(prompt, tuple(range(i, i + 5))) for i in range(4)] * 2)
@@ -73,21 +76,55 @@ def test_completions_that_share_a_prompt_are_one_row(chat_subject: Subject, monk
 def test_a_row_at_a_time_for_models_without_masks(chat_subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = requests(len(chat_subject.tokenizer))
     whole = log_likelihoods(chat_subject.model, asked)
-    monkeypatch.setattr(likelihood, "_takes_masks", lambda model: False)
+    monkeypatch.setattr(likelihood, "_reach_of_masks", lambda model: 0)
     found = log_likelihoods(chat_subject.model, asked, token_budget=80)
     np.testing.assert_allclose(found, whole, rtol=1e-6, atol=1e-5)
 
 
 def test_which_models_take_masks(chat_subject: Subject) -> None:
-    from transformers import BloomConfig, BloomForCausalLM, Mamba2Config, Mamba2ForCausalLM
+    from transformers import (
+        BloomConfig,
+        BloomForCausalLM,
+        FalconConfig,
+        FalconForCausalLM,
+        Lfm2Config,
+        Lfm2ForCausalLM,
+        Mamba2Config,
+        Mamba2ForCausalLM,
+    )
 
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
     mamba = Mamba2ForCausalLM(
         Mamba2Config(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=8)
     )
-    assert likelihood._takes_masks(chat_subject.model)
-    assert not likelihood._takes_masks(bloom)
-    assert not likelihood._takes_masks(mamba)
+    size = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    falcon = FalconForCausalLM(FalconConfig(**size, num_attention_heads=2, alibi=True))
+    lfm2 = Lfm2ForCausalLM(
+        Lfm2Config(**size, num_attention_heads=2, num_key_value_heads=2, layer_types=["conv", "full_attention"])
+    )
+    assert likelihood._reach_of_masks(chat_subject.model) == math.inf
+    assert [likelihood._reach_of_masks(each) for each in (bloom, mamba, falcon, lfm2)] == [0] * 4
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "llama4_text"])
+def test_layers_that_look_back_on_a_window_keep_it(chat_subject: Subject, family: str) -> None:
+    """Of 12 tokens, or a chunk of 12: requests of 4 to 43 tokens, among them such of 12 and of 13."""
+    window = {"attention_chunk_size": 12, "num_local_experts": 2, "intermediate_size_mlp": 48, "use_qk_norm": False}
+    config = AutoConfig.for_model(
+        family,
+        **(window if family == "llama4_text" else {"sliding_window": 12}),
+        **{"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.3},
+        **({"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3_text" else {}),
+    )
+    torch.manual_seed(0)
+    subject = replace(chat_subject, model=AutoModelForCausalLM.from_config(config).eval())
+    assert likelihood._reach_of_masks(subject.model) == 12
+    edges = [Request(tuple(range(9)), tuple(range(40, 40 + more))) for more in (4, 5)]
+    assert [request.length for request in edges] == [12, 13]
+    asked = [*edges, *requests(320), *shared_requests(320)]
+    found = log_likelihoods(subject.model, asked)
+    np.testing.assert_allclose(found, [naive(subject, request) for request in asked], rtol=1e-5, atol=1e-4)
 
 
 def test_ticks_after_every_batch(chat_subject: Subject) -> None:

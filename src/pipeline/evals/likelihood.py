@@ -3,7 +3,8 @@
 Completions that share a prompt are laid behind it in one row, each seeing the prompt and itself only (a
 block-causal mask, positions counted on from the prompt's end), so the prompt is computed once for all of them and
 no completion is padded to its neighbour's length. An architecture that cannot be told masks and positions (state
-spaces, ALiBi without position ids) gets one completion a row, plainly causal: same figures, more tokens.
+spaces, ALiBi) gets one completion a row, plainly causal: same figures, more tokens. So do requests longer than the
+window of a model whose layers look back so far only (Mistral, Gemma 3): a mask of ours takes the place of the window's.
 
 Prompts may begin alike (`Request.shared`: the examples before every question). Such a beginning goes through the model
 once, its keys and values are kept, and the rest of the prompts lie in one row behind it, each seeing the beginning, its
@@ -16,6 +17,7 @@ batch, R requests.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -50,6 +52,11 @@ class Request:
     completion: tuple[int, ...]
     shared: int = 0
     """How many tokens at the prompt's beginning other prompts begin with too: they are read once for all."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model reads: the last one is only predicted."""
+        return len(self.prompt) + len(self.completion) - 1
 
 
 @dataclass
@@ -107,11 +114,11 @@ def log_likelihoods(
     Equal requests are computed once. The softmax is float32 whatever the model's type. `tick` is called after
     every batch. `beginning` is what an earlier call has read, and what this one leaves.
     """
-    shares = _takes_masks(model)
+    reach = _reach_of_masks(model)
     values: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     budget = max(1, min(token_budget, _LOGITS // model.config.get_text_config().vocab_size))
     beginning = Beginning() if beginning is None else beginning
-    for begin, own in _by_beginning(requests, shares).items():
+    for (begin, shares), own in _by_beginning(requests, reach).items():
         rows = _rows(own, len(begin), shares)
         line = min(budget, _LINE.get(model.device.type, _LINE_ELSEWHERE))
         for batch in _lines(rows, line) if begin else _batches(rows, budget):
@@ -124,23 +131,40 @@ def log_likelihoods(
     return np.array([values[request.prompt, request.completion] for request in requests], dtype=np.float64)
 
 
-def _by_beginning(requests: Sequence[Request], shares: bool) -> dict[tuple[int, ...], list[Request]]:
-    """Requests by the beginning they share with others; () for those that share none worth keeping."""
-    found: dict[tuple[int, ...], list[Request]] = {}
+def _by_beginning(requests: Sequence[Request], reach: float) -> dict[tuple[tuple[int, ...], bool], list[Request]]:
+    """Requests by (the beginning they share with others, whether they are given masks); the beginning is () where they
+    share none worth keeping, and of what is longer than `reach`."""
+    found: dict[tuple[tuple[int, ...], bool], list[Request]] = {}
     for request in requests:
         length = min(request.shared, len(request.prompt) - 1)  # the completion comes after a token of its own row
-        found.setdefault(request.prompt[:length] if shares and length >= _WORTH else (), []).append(request)
-    lone = {begin for begin, own in found.items() if begin and len({each.prompt for each in own}) == 1}
-    merged: dict[tuple[int, ...], list[Request]] = {}
-    for begin, own in found.items():
-        merged.setdefault(() if begin in lone else begin, []).extend(own)
+        masked = request.length <= reach
+        found.setdefault((request.prompt[:length] if masked and length >= _WORTH else (), masked), []).append(request)
+    lone = {key for key, own in found.items() if key[0] and len({each.prompt for each in own}) == 1}
+    merged: dict[tuple[tuple[int, ...], bool], list[Request]] = {}
+    for key, own in found.items():
+        merged.setdefault(((), True) if key in lone else key, []).extend(own)
     return merged
 
 
-def _takes_masks(model: PreTrainedModel) -> bool:
-    """Whether the model can be given a mask of who sees whom, and positions of our own."""
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def _reach_of_masks(model: PreTrainedModel) -> float:
+    """Tokens of the longest request for which the model can be given a mask of who sees whom, and positions of our own;
+    0 where it can't be, infinite where nothing bounds it.
+
+    A mask that is given is the one of all layers, those that look back on a window (or see a chunk) too.
+    """
+    config = model.config.get_text_config()
     has_positions = "position_ids" in inspect.signature(model.forward).parameters
-    return has_positions and not model._is_stateful and model.config._attn_implementation == "sdpa"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    is_told = has_positions and not model._is_stateful and kinds <= _ATTENTION and not getattr(config, "alibi", False)
+    if not is_told or model.config._attn_implementation != "sdpa":
+        return 0
+    if kinds == {"full_attention"}:
+        return math.inf
+    bounds = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((bound for bound in bounds if bound), default=math.inf)
 
 
 def _rows(requests: Sequence[Request], skipped: int, shares: bool) -> list[_Row]:
