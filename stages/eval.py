@@ -137,23 +137,16 @@ def run(config: EvalConfig, inputs: dict[str, Any], out: Path, runtime: Runtime)
 
 def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
     """Read the data of the tasks that apply; ConfigError for a task that was asked for and can't."""
-    import numpy as np
-
     from pipeline.data.formats import read_rows
     from pipeline.data.pydocs import questions
     from pipeline.evals.bits_per_byte import held_out_texts
     from pipeline.evals.own_tasks import read_own
     from pipeline.evals.planned import Plan
-    from pipeline.runtime import derive_seed
 
     tasks = _tasks(config, inputs)
     own = {task.name: read_own(task, runtime.say) for task in config.tasks or () if task.is_own or task.is_lm_eval}
     if any(each.kind == "win_rate" for each in own.values()):
         _need(_lacks(config.model_copy(update={"data": PYDOCS}), inputs), "win_rate")  # it has rows of its own
-
-    def draw(rows: list[dict[str, Any]], count: int, purpose: str) -> list[dict[str, Any]]:
-        order = np.random.default_rng(derive_seed(config.seed, purpose)).permutation(len(rows))
-        return [rows[int(index)] for index in order[:count]]
 
     prompts: list[dict[str, Any]] = []
     ranked: list[dict[str, Any]] = []
@@ -161,11 +154,12 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
     if {"exact_match", "greedy", "sampled", "win_rate"} & set(tasks):
         assert config.data is not None
         rows = read_rows(config.data, "prompt", split="held_out", held_out=config.held_out, say=runtime.say)
-        prompts = draw([row for row in rows if row["reference"]], config.prompts, "prompts")
+        rows = _shuffled([row for row in rows if row["reference"]], config.seed, "prompts")
+        prompts = rows[: config.prompts]
     if {"reward_accuracy", "preference_accuracy"} & set(tasks):
         assert config.preferences is not None
         rows = read_rows(config.preferences, "ranked", split="held_out", held_out=config.held_out)
-        rows = draw(rows, len(rows), "preferences")
+        rows = _shuffled(rows, config.seed, "preferences")
         ranked, others = rows[: config.preference_rows], _pairs(rows[config.preference_rows :])
         if len(others) < len(_pairs(ranked)):  # too few to learn from what lengths tell
             others = _pairs(read_rows(config.preferences, "ranked", split="train", held_out=config.held_out))
@@ -196,6 +190,15 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
         token_budget=config.token_budget,
         bf16=runtime.bf16 if config.bf16 is None else config.bf16,
     )
+
+
+def _shuffled(rows: list[dict[str, Any]], seed: int, purpose: str) -> list[dict[str, Any]]:
+    """The rows in an order that `seed` and `purpose` decide."""
+    import numpy as np
+
+    from pipeline.runtime import derive_seed
+
+    return [rows[int(place)] for place in np.random.default_rng(derive_seed(seed, purpose)).permutation(len(rows))]
 
 
 def _pairs(lists: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,48 +13,53 @@ STAR = " *"
 FEWEST = 6  # 2 × (1/2)^6 = 3 %
 NOTE = "* larger than noise: its intervals leave out no difference"
 
+
+def _percent(label: str) -> tuple[str, int, int]:
+    return f"{label}, %", 1, 100
+
+
 # (task, metric) -> (label, digits after the point, factor): what the table shows first, in this order.
 HEADLINES = {
     ("bits_per_byte", "bits_per_byte"): ("bits per byte", 3, 1),
-    ("multiple_choice", "pmi"): ("multiple choice, %", 1, 100),
-    ("multiple_choice", "pmi_swapped"): ("  names swapped, %", 1, 100),
-    ("multiple_choice", "pmi_difference"): ("  minus baseline, %", 1, 100),
-    ("reward_accuracy", "accuracy"): ("reward accuracy, %", 1, 100),
-    ("reward_accuracy", "length_only"): ("  lengths only, %", 1, 100),
-    ("reward_accuracy", "ece"): ("  calibration error, %", 1, 100),
+    ("multiple_choice", "pmi"): _percent("multiple choice"),
+    ("multiple_choice", "pmi_swapped"): _percent("  names swapped"),
+    ("multiple_choice", "pmi_difference"): _percent("  minus baseline"),
+    ("reward_accuracy", "accuracy"): _percent("reward accuracy"),
+    ("reward_accuracy", "length_only"): _percent("  lengths only"),
+    ("reward_accuracy", "ece"): _percent("  calibration error"),
     ("reward_accuracy", "length_spearman"): ("  rank correlation with length", 2, 1),
-    ("reward_bench", "score"): ("RewardBench, %", 1, 100),
+    ("reward_bench", "score"): _percent("RewardBench"),
     ("reward_bench", "section"): ("  section", 1, 100),
-    ("reward_bench", "accuracy"): ("  all rows, %", 1, 100),
-    ("preference_accuracy", "accuracy"): ("preference accuracy, %", 1, 100),
-    ("preference_accuracy", "length_only"): ("  lengths only, %", 1, 100),
-    ("exact_match", "accuracy"): ("exact match, %", 1, 100),
-    ("exact_match", "difference"): ("  minus baseline, %", 1, 100),
+    ("reward_bench", "accuracy"): _percent("  all rows"),
+    ("preference_accuracy", "accuracy"): _percent("preference accuracy"),
+    ("preference_accuracy", "length_only"): _percent("  lengths only"),
+    ("exact_match", "accuracy"): _percent("exact match"),
+    ("exact_match", "difference"): _percent("  minus baseline"),
     ("exact_match", "length"): ("  length, tokens", 1, 1),
-    ("win_rate", "win_rate"): ("win rate against baseline, %", 1, 100),
-    ("win_rate", "swayed"): ("  swayed by the order, %", 1, 100),
+    ("win_rate", "win_rate"): _percent("win rate against baseline"),
+    ("win_rate", "swayed"): _percent("  swayed by the order"),
     ("sampled", "reward"): ("reward", 2, 1),
     ("sampled", "reward_sd"): ("  above baseline, sd", 2, 1),
     ("sampled", "kl"): ("KL from baseline, nats", 2, 1),
     ("sampled", "length"): ("length, tokens", 1, 1),
-    ("sampled", "ended"): ("ended, %", 1, 100),
+    ("sampled", "ended"): _percent("ended"),
     ("greedy", "gold"): ("gold (greedy)", 3, 1),
-    ("greedy", "gold_win_rate"): ("  against baseline, %", 1, 100),
+    ("greedy", "gold_win_rate"): _percent("  against baseline"),
     ("sampled", "gold"): ("gold (sampled)", 3, 1),
-    ("sampled", "gold_win_rate"): ("  against baseline, %", 1, 100),
+    ("sampled", "gold_win_rate"): _percent("  against baseline"),
 }
 OWN = {
-    "acc": ("acc, %", 1, 100),
-    "acc_norm": ("acc by length, %", 1, 100),
-    "pmi": ("PMI, %", 1, 100),
-    "acc_centred": ("centred (0: guessing), %", 1, 100),
-    "acc_difference": ("minus baseline, %", 1, 100),
-    "accuracy": ("accuracy, %", 1, 100),
-    "exact_match": ("exact match, %", 1, 100),
-    "majority": ("majority, %", 1, 100),
-    "difference": ("minus baseline, %", 1, 100),
-    "win_rate": ("win rate against baseline, %", 1, 100),
-    "swayed": ("swayed by the order, %", 1, 100),
+    "acc": _percent("acc"),
+    "acc_norm": _percent("acc by length"),
+    "pmi": _percent("PMI"),
+    "acc_centred": _percent("centred (0: guessing)"),
+    "acc_difference": _percent("minus baseline"),
+    "accuracy": _percent("accuracy"),
+    "exact_match": _percent("exact match"),
+    "majority": _percent("majority"),
+    "difference": _percent("minus baseline"),
+    "win_rate": _percent("win rate against baseline"),
+    "swayed": _percent("swayed by the order"),
     "bits_per_byte": ("bits per byte", 3, 1),
     "word_perplexity": ("word perplexity", 2, 1),
 }
@@ -96,7 +101,7 @@ def render_table(
         label, digits, factor = style(*key)
         row = cells[key]
         lines.append((label, [_cell(row[m], digits, factor) if m in row else "" for m in models]))
-    for label, known in (("training FLOPs", flops), ("  with all before it", cumulative)):
+    for (label, _, _), known in zip(FLOPS, (flops, cumulative), strict=True):
         if known and any(known.values()):
             lines.append((label, [_flops(known.get(model)) for model in models]))
     note = NOTE if any(cell.endswith(STAR) for _, cells_ in lines for cell in cells_) else ""
