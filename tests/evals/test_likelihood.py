@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.evals import likelihood
 from pipeline.evals.likelihood import Beginning, Request, log_likelihoods
 from pipeline.evals.subject import Subject
+from pipeline.model.attention import reach_of_masks
 
 
 def naive(subject: Subject, request: Request) -> float:
@@ -66,7 +67,7 @@ def test_completions_that_share_a_prompt_are_one_row(chat_subject: Subject, monk
         seen.append(tuple(kwargs["input_ids"].shape))
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(likelihood, "_reach_of_masks", lambda model: 64)
+    monkeypatch.setattr(likelihood, "reach_of_masks", lambda model: 64)
     monkeypatch.setattr(chat_subject.model, "forward", counting)
     prompt = tuple(range(6))
     log_likelihoods(chat_subject.model, [Request(prompt, tuple(range(i, i + 5))) for i in range(4)] * 2)
@@ -76,7 +77,7 @@ def test_completions_that_share_a_prompt_are_one_row(chat_subject: Subject, monk
 def test_a_row_at_a_time_for_models_without_masks(chat_subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = requests(len(chat_subject.tokenizer))
     whole = log_likelihoods(chat_subject.model, asked)
-    monkeypatch.setattr(likelihood, "_reach_of_masks", lambda model: 0)
+    monkeypatch.setattr(likelihood, "reach_of_masks", lambda model: 0)
     found = log_likelihoods(chat_subject.model, asked, token_budget=80)
     np.testing.assert_allclose(found, whole, rtol=1e-6, atol=1e-5)
 
@@ -102,8 +103,8 @@ def test_which_models_take_masks(chat_subject: Subject) -> None:
     lfm2 = Lfm2ForCausalLM(
         Lfm2Config(**size, num_attention_heads=2, num_key_value_heads=2, layer_types=["conv", "full_attention"])
     )
-    assert likelihood._reach_of_masks(chat_subject.model) == math.inf
-    assert [likelihood._reach_of_masks(each) for each in (bloom, mamba, falcon, lfm2)] == [0] * 4
+    assert reach_of_masks(chat_subject.model) == math.inf
+    assert [reach_of_masks(each) for each in (bloom, mamba, falcon, lfm2)] == [0] * 4
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text", "llama4_text"])
@@ -119,7 +120,7 @@ def test_layers_that_look_back_on_a_window_keep_it(chat_subject: Subject, family
     )
     torch.manual_seed(0)
     subject = replace(chat_subject, model=AutoModelForCausalLM.from_config(config).eval())
-    assert likelihood._reach_of_masks(subject.model) == 12
+    assert reach_of_masks(subject.model) == 12
     edges = [Request(tuple(range(9)), tuple(range(40, 40 + more))) for more in (4, 5)]
     assert [request.length for request in edges] == [12, 13]
     asked = [*edges, *requests(320), *shared_requests(320)]

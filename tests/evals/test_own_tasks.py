@@ -230,6 +230,37 @@ def test_samples_of_a_question_are_the_same_whoever_is_beside_it(base_subject: S
     assert not any("the" in answer for item in whole for answer in item["answers"])
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_examples_before_answers_are_read_once(base_subject: Subject, tmp_path: Path, samples: int) -> None:
+    """Two subjects with an example each: the answers are those of questions one by one, each with its examples."""
+    rows = [{"question": f"{i}?", "answer": f"{i}", "subject": "ab"[i % 2]} for i in range(4)]
+    own = read(tmp_path, *[row | {"answer": "sum"} for row in rows], fewshot_data=write(tmp_path / "few.jsonl", *rows),
+               num_fewshot=1)  # fmt: skip
+    rules = Rules("exact", samples, 1.0, 6, ())
+    drawn = draw_uniforms(4 * samples, 6, torch.Generator().manual_seed(0)).view(4, samples, 6)
+    uniforms = drawn if samples > 1 else None
+    read_tokens: list[int] = []
+
+    def count(module: torch.nn.Module, arguments: tuple[()], given: dict[str, torch.Tensor]) -> None:
+        read_tokens.append(given["input_ids"].numel())
+
+    def answers(places: list[int]) -> list[dict[str, Any]]:
+        asked = [own.exercises[place] for place in places]
+        return exercises.score(
+            Asker(base_subject, False), asked, own.shown, rules, None if uniforms is None else uniforms[places]
+        )
+
+    with base_subject.model.register_forward_pre_hook(count, with_kwargs=True):
+        whole = answers([0, 1, 2, 3])
+    asker = Asker(base_subject, False)
+    prompts = [asker.prompt(own.shown(each.subject), exercises.asked(each)) for each in own.exercises]
+    assert len({(prompt[:shared]) for prompt, shared in prompts}) == 2, "a beginning for each subject"
+    lengths = [(len(prompt), shared) for prompt, shared in prompts]
+    assert read_tokens[0] == lengths[0][1] > 8
+    assert read_tokens[1] == 2 * max(length - shared for length, shared in lengths[::2])
+    assert whole == [item for place in range(4) for item in answers([place])]
+
+
 def test_a_text_is_cut_at_the_ends_of_lines() -> None:
     assert in_pieces("ab\ncd\nefghij\n \n", 6) == ["ab\ncd\n", "efghij"]
     assert "".join(in_pieces("word\n" * 30000)) == "word\n" * 30000

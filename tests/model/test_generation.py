@@ -129,6 +129,44 @@ def test_samples_that_share_a_prompt_are_those_of_prompts_apart(architecture: st
         assert read_apart == 4 * passed[0]  # 20 rows against 5
 
 
+@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize(("batch_size", "group"), [(64, 1), (5, 1), (64, 2)])
+def test_what_all_prompts_begin_with_is_read_once(
+    architecture: str, batch_size: int, group: int, monkeypatch: pytest.MonkeyPatch
+):
+    """11 shared tokens, then 1 to 9 of each prompt's own: the same answers as when every row reads all of it.
+
+    Windows of 5 and states cannot be given the padding between both, so there nothing is saved.
+    """
+    monkeypatch.setattr(decoding, "BLOCK", 8)
+    model, begin = tiny(architecture), ragged_prompts(40, seed=7)
+    shared = [token for prompt in begin for token in prompt][:11]
+    prompts = [shared + prompt for prompt in ragged_prompts(12, seed=5) for _ in range(group)]
+    read = []
+
+    def count(module: torch.nn.Module, arguments: tuple[()], given: dict[str, torch.Tensor]) -> None:
+        read.append(given["input_ids"].numel())
+
+    def answers(length: int) -> Generation:
+        read.clear()
+        with model.register_forward_pre_hook(count, with_kwargs=True):
+            return generate(
+                model, prompts, max_new_tokens=12, stop_ids=[STOP, 5, 9, 13], pad_id=PAD, sampling=Sampling(0.9),
+                uniforms_BT=draw_uniforms(len(prompts), 12, torch.Generator().manual_seed(8)), batch_size=batch_size,
+                samples_per_prompt=group, shared=length,
+            )  # fmt: skip
+
+    apart = answers(0)
+    read_apart = sum(read)
+    once = answers(11)
+    assert once.responses() == apart.responses()
+    torch.testing.assert_close(once.logprobs_BT, apart.logprobs_BT, atol=1e-4, rtol=1e-4)
+    assert len({tuple(answer) for answer in apart.responses()}) > 8
+    batches = 1 if batch_size == 64 else 3
+    is_shared = architecture in ("llama", "gpt2", "opt", "qwen3")
+    assert read_apart - sum(read) == (11 * (12 - batches) if is_shared else 0)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_left_padding_changes_nothing(architecture: str):
     """Each prompt in a batch of its own, where nothing is padded, gives the same answer."""

@@ -56,11 +56,11 @@ def example(exercise: Exercise, chain_of_thought: bool) -> tuple[str, str, str]:
 
 
 def write(
-    asker: Asker, prompts: Sequence[Sequence[int]], rules: Rules, uniforms_BT: Tensor | None
+    asker: Asker, prompts: Sequence[Sequence[int]], shared: int, rules: Rules, uniforms_BT: Tensor | None
 ) -> list[tuple[str, int, bool]]:
     """(text, tokens, whether it came to its end) of an answer to each prompt; greedy without `uniforms_BT`.
 
-    `prompts` hold each one `rules.samples` times in a row.
+    `prompts` hold each one `rules.samples` times in a row, and all of them begin with the same `shared` tokens.
     """
     subject = asker.subject
     stop = stop_token_id(subject.tokenizer) if asker.in_template else subject.start_token
@@ -80,6 +80,7 @@ def write(
         samples_per_prompt=rules.samples,
         stop_strings=until,
         decode=subject.tokenizer.decode,
+        shared=shared,
     )
     found = []
     for ids, is_ended in zip(written.responses(), written.is_ended_B.tolist(), strict=True):
@@ -96,17 +97,18 @@ def score(
     uniforms_NST: Tensor | None,
 ) -> list[Item]:
     """One item an exercise that leaves room for an answer; `uniforms_NST` [exercises, samples, tokens]."""
-    encoded = [asker.prompt(shown(each.subject), asked(each))[0] for each in exercises]
+    encoded = [asker.prompt(shown(each.subject), asked(each)) for each in exercises]
     room = asker.subject.max_length - rules.max_new_tokens
-    kept = [place for place, prompt in enumerate(encoded) if len(prompt) <= room]
-    if not kept:
-        return []
-    uniforms_BT = None if uniforms_NST is None else uniforms_NST[kept].flatten(0, 1)
-    prompts = [encoded[place] for place in kept for _ in range(rules.samples)]
-    said = write(asker, prompts, rules, uniforms_BT)
+    kept = [place for place, (prompt, _) in enumerate(encoded) if len(prompt) <= room]
+    said: dict[int, list[tuple[str, int, bool]]] = {}
+    for begin, places in _by_beginning(encoded, kept).items():
+        uniforms_BT = None if uniforms_NST is None else uniforms_NST[places].flatten(0, 1)
+        prompts = [encoded[place][0] for place in places for _ in range(rules.samples)]
+        written = iter(write(asker, prompts, len(begin), rules, uniforms_BT))
+        said |= {place: [next(written) for _ in range(rules.samples)] for place in places}
     items = []
-    for number, place in enumerate(kept):
-        own, exercise = said[number * rules.samples : (number + 1) * rules.samples], exercises[place]
+    for place in kept:
+        own, exercise = said[place], exercises[place]
         right = verifiable.number if rules.match == "number" else verifiable.exact
         reference = exercise.reference if rules.match == "number" else final_answer(exercise.reference)
         item: Item = {"item": exercise.item, "question": exercise.text, "reference": exercise.reference}
@@ -115,6 +117,17 @@ def score(
         item["correct"] = [right(text, reference) if is_ended else 0.0 for text, _, is_ended in own]
         items.append(item | ({"majority": _majority(item, rules.match)} if rules.samples > 1 else {}))
     return items
+
+
+def _by_beginning(
+    encoded: Sequence[tuple[tuple[int, ...], int]], places: Sequence[int]
+) -> dict[tuple[int, ...], list[int]]:
+    """The places of prompts by the tokens they share with others; a token of its own is left to each."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for place in places:
+        prompt, shared = encoded[place]
+        found.setdefault(prompt[: min(shared, len(prompt) - 1)], []).append(place)
+    return found
 
 
 def _majority(item: Item, match: str) -> float:

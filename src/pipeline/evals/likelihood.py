@@ -16,8 +16,6 @@ batch, R requests.
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.evals.statistics import Floats
+from pipeline.model.attention import reach_of_masks
 
 TOKEN_BUDGET = 4096
 """Tokens of a batch, padding included."""
@@ -114,7 +113,7 @@ def log_likelihoods(
     Equal requests are computed once. The softmax is float32 whatever the model's type. `tick` is called after
     every batch. `beginning` is what an earlier call has read, and what this one leaves.
     """
-    reach = _reach_of_masks(model)
+    reach = reach_of_masks(model)
     values: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     budget = max(1, min(token_budget, _LOGITS // model.config.get_text_config().vocab_size))
     beginning = Beginning() if beginning is None else beginning
@@ -144,27 +143,6 @@ def _by_beginning(requests: Sequence[Request], reach: float) -> dict[tuple[tuple
     for key, own in found.items():
         merged.setdefault(((), True) if key in lone else key, []).extend(own)
     return merged
-
-
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-
-
-def _reach_of_masks(model: PreTrainedModel) -> float:
-    """Tokens of the longest request for which the model can be given a mask of who sees whom, and positions of our own;
-    0 where it can't be, infinite where nothing bounds it.
-
-    A mask that is given is the one of all layers, those that look back on a window (or see a chunk) too.
-    """
-    config = model.config.get_text_config()
-    has_positions = "position_ids" in inspect.signature(model.forward).parameters
-    kinds = set(getattr(config, "layer_types", None) or ())
-    is_told = has_positions and not model._is_stateful and kinds <= _ATTENTION and not getattr(config, "alibi", False)
-    if not is_told or model.config._attn_implementation != "sdpa":
-        return 0
-    if kinds == {"full_attention"}:
-        return math.inf
-    bounds = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return min((bound for bound in bounds if bound), default=math.inf)
 
 
 def _rows(requests: Sequence[Request], skipped: int, shares: bool) -> list[_Row]:

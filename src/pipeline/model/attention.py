@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -139,3 +141,24 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
             return False
     hidden_28D = found.last_hidden_state
     return bool((hidden_28D[0, 4:] - hidden_28D[1, 4:]).abs().max() < 1e-4 * hidden_28D.abs().max())
+
+
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def reach_of_masks(model: PreTrainedModel) -> float:
+    """Tokens of the longest row for which the model can be given a mask of who sees whom, and positions of our own;
+    0 where it can't be, infinite where nothing bounds it.
+
+    A mask that is given is the one of all layers, those that look back on a window (or see a chunk) too.
+    """
+    config = model.config.get_text_config()
+    has_positions = "position_ids" in inspect.signature(model.forward).parameters
+    kinds = set(getattr(config, "layer_types", None) or ())
+    is_told = has_positions and not model._is_stateful and kinds <= _ATTENTION and not getattr(config, "alibi", False)
+    if not is_told or model.config._attn_implementation != "sdpa":
+        return 0
+    if kinds == {"full_attention"}:
+        return math.inf
+    bounds = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((bound for bound in bounds if bound), default=math.inf)

@@ -76,11 +76,18 @@ class Decoder:
 
     `logits_BV` are those of the next token. Prompts are padded on the left, so that all rows write side by
     side. With `owners_B` row b answers prompt owners_B[b]: each prompt goes through the model once, then its keys and
-    values (or states) are copied for its rows.
+    values (or states) are copied for its rows. So it is with `shared_S`, what stands before all prompts: padding then
+    stands between it and a prompt, so that only models that see nothing but the mask and positions may be given it
+    (`reach_of_masks` is infinite).
     """
 
     def __init__(
-        self, model: PreTrainedModel, prompt_ids_BP: Tensor, is_real_BP: Tensor, owners_B: Tensor | None = None
+        self,
+        model: PreTrainedModel,
+        prompt_ids_BP: Tensor,
+        is_real_BP: Tensor,
+        owners_B: Tensor | None = None,
+        shared_S: Tensor | None = None,
     ) -> None:
         parameters = inspect.signature(model.forward).parameters
         self.model = model
@@ -92,10 +99,16 @@ class Decoder:
             self.cache.layers = [_BlockLayer() if type(layer) is DynamicLayer else layer for layer in layers]
         self.takes_positions = "position_ids" in parameters  # not where positions are biases (BLOOM, MPT)
         self.is_recurrent = "cache_params" in parameters  # Mamba: a state a layer, no keys to mask
-        self.is_real_BL = is_real_BP.long()
-        positions_BP = (self.is_real_BL.cumsum(dim=1) - 1).clamp(min=0)
-        self.positions_B = positions_BP[:, -1]
-        self.logits_BV = self._forward(prompt_ids_BP, positions_BP, self.is_real_BL)
+        before = 0 if shared_S is None else len(shared_S)
+        self.is_real_BL = F.pad(is_real_BP.long(), (before, 0), value=1)
+        positions_BL = (self.is_real_BL.cumsum(dim=1) - 1).clamp(min=0)
+        self.positions_B = positions_BL[:, -1]
+        if shared_S is not None:
+            self._forward(shared_S[None], positions_BL[:1, :before], self.is_real_BL[:1, :before])
+            self.cache.reorder_cache(torch.zeros(len(prompt_ids_BP), dtype=torch.long, device=shared_S.device))
+        self.logits_BV = self._forward(
+            prompt_ids_BP, positions_BL[:, before:], self._seen() if before else self.is_real_BL
+        )
         if owners_B is not None:
             self.keep(owners_B)
             self.logits_BV = self.logits_BV[owners_B]
@@ -104,9 +117,7 @@ class Decoder:
         """Write one token a row."""
         self.positions_B = self.positions_B + 1
         self.is_real_BL = F.pad(self.is_real_BL, (0, 1), value=1)
-        length = self.is_real_BL.shape[1]
-        room = columns(length) - length if self.has_room else 0
-        self.logits_BV = self._forward(ids_B[:, None], self.positions_B[:, None], F.pad(self.is_real_BL, (0, room)))
+        self.logits_BV = self._forward(ids_B[:, None], self.positions_B[:, None], self._seen())
 
     @property
     def can_forget(self) -> bool:
@@ -141,6 +152,11 @@ class Decoder:
         been chosen."""
         self.cache.reorder_cache(rows)
         self.is_real_BL, self.positions_B = self.is_real_BL[rows], self.positions_B[rows]
+
+    def _seen(self) -> Tensor:
+        """Which columns of the cache, its room too, are there to be attended to. [B, W]"""
+        length = self.is_real_BL.shape[1]
+        return F.pad(self.is_real_BL, (0, columns(length) - length if self.has_room else 0))
 
     def _forward(self, ids_BT: Tensor, positions_BT: Tensor, is_real_BW: Tensor) -> Tensor:
         arguments: dict[str, Any]

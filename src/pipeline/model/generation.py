@@ -10,6 +10,7 @@ others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.model.attention import reach_of_masks
 from pipeline.model.decode_attention import fast_decoding
 from pipeline.model.decoding import Decoder, pad_left
 from pipeline.model.heard import Heard
@@ -115,14 +117,17 @@ def generate_batch(
     pad_id: int,
     sampling: Sampling,
     uniforms_BT: Tensor | None,
+    shared: int = 0,
 ) -> Generation:
     """As `generate`, for rows that go through the model side by side; row b answers prompts[owners[b]]."""
     device, rows = model.device, len(owners)
-    prompt_ids_NP, is_real_NP = (tensor.to(device) for tensor in pad_left(prompts, pad_id))
+    own = [prompt[shared:] for prompt in prompts]
+    prompt_ids_NP, is_real_NP = (tensor.to(device) for tensor in pad_left(own, pad_id))
+    shared_S = torch.tensor(prompts[0][:shared], device=device) if shared else None
     owners_B = None if len(prompts) == rows else torch.tensor(owners, device=device)
     uniforms_BT = None if uniforms_BT is None else uniforms_BT.to(device)
     written = _Written(rows, max_new_tokens, pad_id, device, stop_ids)
-    decoder = Decoder(model, prompt_ids_NP, is_real_NP, owners_B)
+    decoder = Decoder(model, prompt_ids_NP, is_real_NP, owners_B, shared_S)
     present_B = torch.arange(rows, device=device)  # the rows still in the batch
     for t in range(max_new_tokens):
         chosen = choose(decoder.logits_BV, sampling, None if uniforms_BT is None else uniforms_BT[present_B, t])
@@ -151,6 +156,7 @@ def generate(
     samples_per_prompt: int = 1,
     stop_strings: Sequence[str] = (),
     decode: Callable[[list[int]], str] | None = None,
+    shared: int = 0,
 ) -> Generation:
     """The model's answers to `prompts` (ids, none empty), in their order.
 
@@ -163,11 +169,15 @@ def generate(
     stop_strings: a row also ends with the first token at which the text of the row, `decode` of its ids, holds one of
     these. All of that token stays in the row, so that its text may go on for some letters behind the stop string
     (`stop_strings.before_stop` cuts it). Prompts are not looked at.
+    shared: how many tokens all prompts begin with, fewer than the shortest has. They are read once a batch, where the
+    architecture allows; what comes out is the same up to float order.
     """
     assert all(prompts), "an empty prompt leaves nothing to predict from"
     assert (sampling.temperature == 0) == (uniforms_BT is None), "greedy takes no randomness, sampling needs it"
     assert uniforms_BT is None or len(uniforms_BT) == len(prompts), "one row of random numbers a row"
     assert not stop_strings or decode is not None, "stop strings are looked for in text"
+    assert all(len(prompt) > shared and prompt[:shared] == prompts[0][:shared] for prompt in prompts), "not shared"
+    shared = shared if math.isinf(reach_of_masks(model)) else 0
     group = samples_per_prompt
     assert all(prompts[row] == prompts[row - row % group] for row in range(len(prompts))), f"not {group} rows a prompt"
     stops = None if not stop_strings or decode is None else StopStrings(stop_strings, decode)
@@ -187,6 +197,7 @@ def generate(
                 pad_id=pad_id,
                 sampling=sampling,
                 uniforms_BT=None if uniforms_BT is None else uniforms_BT[chunk],
+                shared=shared if len(distinct) > 1 else 0,
             )
             parts.append(part)
     place = torch.tensor(order).argsort()
