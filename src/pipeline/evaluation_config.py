@@ -28,6 +28,8 @@ ALL = "all"
 LM_EVAL = "lm_eval:"
 YAML = (".yaml", ".yml")
 FILES = (*YAML, ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".text", ".md", ".rst", ".gz", ".zst")
+ROWS = tuple(kind for kind in FILES if kind not in (*YAML, ".md", ".rst"))
+"""What a task's folder may hold one of, so that `data` can be left out; a README is none."""
 OF_LM_EVAL = ("task", "data", "content", "num_fewshot", "limit", "apply_chat_template")
 """Fields that a task of lm-eval takes."""
 
@@ -155,6 +157,16 @@ def with_files(task: Task, base: Path, where: str) -> Task:
     return task.model_copy(update={"task": task.name, "data": path} | own)
 
 
+def check_names(tasks: Sequence[Task], where: str) -> None:
+    """RecipeError where the YAMLs of two tasks give them one name; what the recipe says was looked at before."""
+    names = [task.name for task in tasks]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise RecipeError(
+            f"two tasks are called `{twice[0]}`", where=where, mend="another `task:` in one of their YAMLs"
+        )
+
+
 def _of_folder(name: str, path: Path, own: dict[str, Any]) -> Task:
     """The task that a folder's YAML, or a lone YAML, describes; `own`: what the recipe says over it."""
     folder = path if path.is_dir() else path.parent
@@ -166,8 +178,9 @@ def _of_folder(name: str, path: Path, own: dict[str, Any]) -> Task:
     document = read_yaml(found[0])
     values = {"task": name, **document.values}
     if values.get("data") is None:
-        rows = [each.name for each in sorted(folder.iterdir()) if each.suffix in (".jsonl", ".json", ".txt")]
-        rows = [each for each in rows if each != values.get("fewshot_data")]
+        shown = Path(str(values.get("fewshot_data") or "")).name
+        rows = [each.name for each in sorted(folder.iterdir()) if each.name.endswith(ROWS) and each.name != shown]
+        rows = [each for each in rows if not each.startswith(".")]
         if len(rows) != 1:
             what = f"no `data`, and the folder holds {len(rows)} files that could be it"
             raise MissingInputError(what, where=document.name, mend="data: questions.jsonl")

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from pipeline.data.sources import BUILT_IN, HUB
 from pipeline.errors import MissingInputError, RecipeError
-from pipeline.evaluation_config import Task, with_files
+from pipeline.evaluation_config import Task, check_names, with_files
 from pipeline.reading import Document, Key
 from pipeline.recipe import USER_CODE, DataEntry, is_data, is_section_list
 from pipeline.trainer_config import TrainerConfig
@@ -56,6 +56,7 @@ def absolute_paths(
                 section.model_copy(update=absolute_paths(document, (*place, i), section, rows))
                 for i, section in enumerate(value)
             )
+            check_names([each for each in updates[name] if isinstance(each, Task)], document.place(*place))
         elif isinstance(value, str) and USER_CODE.fullmatch(value) and name not in roles:
             file, _, member = value.rpartition(":")
             updates[name] = f"{_file(document, place, file)}:{member}"

@@ -57,6 +57,28 @@ def test_a_folder_says_what_the_task_is_and_the_recipe_has_the_last_word(folder:
     assert [each.task for each in task_of(folder, "[all, greedy, ./my_task]")] == ["all", "greedy", "my_task"]
 
 
+def test_a_folder_holds_one_file_of_rows_of_any_kind_beside_its_readme_and_examples(tmp_path: Path):
+    for name in ("README.md", ".rows.jsonl", "few.jsonl"):
+        write(tmp_path, f"mine/{name}", "{}\n")
+    write(tmp_path, "mine/task.yaml", "num_fewshot: 1\nfewshot_data: ./few.jsonl\n")
+    make_model(tmp_path / "made", context=256).rename(tmp_path / "chat")
+    for name in ("rows.ndjson", "rows.jsonl.gz", "rows.parquet"):
+        write(tmp_path, f"mine/{name}", "{}\n")
+        (task,) = task_of(tmp_path, "./mine")
+        assert (task.data, task.fewshot_data) == (tmp_path / "mine" / name, tmp_path / "mine/few.jsonl")
+        (tmp_path / "mine" / name).unlink()
+
+
+def test_yamls_cannot_give_two_tasks_one_name(folder: Path):
+    for name in ("one", "two"):
+        write(folder, f"{name}/rows.jsonl", lines(ROWS))
+        write(folder, f"{name}/task.yaml", "task: same\n")
+    assert task_of(folder, "./one")[0].name == "same"
+    with pytest.raises(RecipeError, match="two tasks are called `same`") as found:
+        task_of(folder, "[./one, ./two]")
+    assert found.value.where.endswith(":8")
+
+
 def test_the_rows_count_by_their_content_and_the_folder_not_by_its_place(folder: Path, tmp_path: Path):
     def planned(root: Path) -> str:
         os.symlink(folder / "chat", root / "chat")

@@ -55,6 +55,8 @@ def read(tmp_path: Path, *rows: dict[str, Any], **fields: Any) -> own_tasks.OwnT
         (MMLU, "mmlu", Question(0, "Which one sorts?", ("open", "sort", "read", "close"), 1, "verbs", False)),
         (MMLU | {"answer": "b"}, "mmlu", Question(0, "Which one sorts?", tuple(MMLU["choices"]), 1, "verbs", False)),
         (MMLU | {"answer": "sort"}, "mmlu", Question(0, "Which one sorts?", tuple(MMLU["choices"]), 1, "verbs", False)),
+        (MMLU | {"choices": list("3456"), "answer": "4"}, "mmlu",
+         Question(0, "Which one sorts?", tuple("3456"), 1, "verbs", False)),
         (ARC, "arc", Question(0, "What is read?", ("a door", "a file"), 1, "", False)),
         (OLD_ARC, "arc", Question(0, "What?", ("x", "y"), 1, "", False)),
         (
@@ -79,6 +81,9 @@ def test_layouts_are_known_by_their_fields(
     [
         (MMLU | {"answer": 4}, "field `answer` names none of the 4 choices"),
         (MMLU | {"answer": "E"}, "field `answer` names none of the 4 choices"),
+        (MMLU | {"answer": "²"}, "field `answer` names none of the 4 choices"),
+        (MMLU | {"choices": list("1234"), "answer": "2"}, "'2' is the text of choice 1 and stands for choice 2"),
+        (MMLU | {"choices": list("CABD"), "answer": "A"}, "'A' is the text of choice 1 and stands for choice 0"),
         (MMLU | {"answer": True}, "field `answer` names none of the 4 choices"),
         (MMLU | {"choices": ["one"]}, "field `choices` is no list of two texts or more"),
         (MMLU | {"question": " "}, "field `question` holds no text"),
@@ -107,7 +112,7 @@ def test_what_a_task_refuses(tmp_path: Path) -> None:
         with pytest.raises(error, match=why):
             read(tmp_path, *rows, **fields)
     few = write(tmp_path / "few.jsonl", MMLU)
-    with pytest.raises(ConfigError, match="1 rows, and num_fewshot is 2"):
+    with pytest.raises(ConfigError, match="1 rows of the subject verbs, and num_fewshot is 2"):
         read(tmp_path, MMLU, num_fewshot=2, fewshot_data=few)
 
 
@@ -121,6 +126,20 @@ def test_examples_are_the_first_rows_and_not_asked(tmp_path: Path) -> None:
     own = read(tmp_path, *rows, num_fewshot=1, fewshot_data=other)
     assert [question.item for question in own.questions] == [0, 1, 2, 3, 4]
     assert own.shown("nouns").examples == own.shown("verbs").examples == ((f"Q0?{listed}", " A"),)
+
+
+def test_no_subject_gets_fewer_examples_than_were_asked_for(tmp_path: Path) -> None:
+    """Of the rows themselves the first ones are before every question; of another file there must be enough."""
+    rows = [MMLU | {"question": f"Q{i}?", "subject": "ab"[i % 2]} for i in range(6)]
+    own = read(tmp_path, *rows, num_fewshot=3)
+    for subject in "ab":
+        assert [question[:3] for question, _ in own.shown(subject).examples] == ["Q0?", "Q1?", "Q2?"]
+    few = write(tmp_path / "few.jsonl", *rows[:3])
+    with pytest.raises(ConfigError, match="1 rows of the subject b, and num_fewshot is 2") as found:
+        read(tmp_path, *rows, num_fewshot=2, fewshot_data=few)
+    assert found.value.mend == "num_fewshot: 1, or more rows"
+    own = read(tmp_path, *rows, num_fewshot=1, fewshot_data=few)
+    assert [question[:3] for question, _ in own.shown("b").examples] == ["Q1?"]
 
 
 def logprob(subject: Subject, before: list[int], after: list[int]) -> float:

@@ -91,11 +91,7 @@ def read_file(
 
 def _mmlu(item: int, row: Row, where: str) -> Question:
     choices = _choices(row.get("choices"), "choices", where)
-    answer = row.get("answer")
-    if isinstance(answer, str) and not answer.isdigit():
-        answer = LETTERS.find(answer.strip().upper()) if len(answer.strip()) == 1 else choices.index(answer) if (
-            answer in choices
-        ) else -1  # fmt: skip
+    answer = _by_letter_or_text(row.get("answer"), choices, where)
     subject = row.get("subject")
     text = _text(row, "question", where).strip()
     return Question(
@@ -106,6 +102,20 @@ def _mmlu(item: int, row: Row, where: str) -> Question:
         subject if isinstance(subject, str) else "",
         False,
     )
+
+
+def _by_letter_or_text(answer: Any, choices: tuple[str, ...], where: str) -> Any:
+    """The place that a letter, a number or a choice's text names, -1 for none; DataError where it names two."""
+    if not isinstance(answer, str):
+        return answer
+    key = answer.strip()
+    place = int(key) if key.isdecimal() else LETTERS.find(key.upper()) if len(key) == 1 else -1
+    place = place if place < len(choices) else -1
+    named = choices.index(answer) if answer in choices else -1
+    if place >= 0 and named >= 0 and place != named:
+        what = f"field `answer`: {answer!r} is the text of choice {named} and stands for choice {place}"
+        raise DataError(what, where=where, mend=f"write the place as a number, 0 to {len(choices) - 1}, not as a text")
+    return max(place, named)
 
 
 def _arc(item: int, row: Row, where: str) -> Question:
@@ -183,7 +193,7 @@ def _choices(value: Any, key: str, where: str) -> tuple[str, ...]:
 
 def _place(value: Any, choices: tuple[str, ...], key: str, where: str) -> int:
     """The place of the right choice, from 0."""
-    place = int(value) if isinstance(value, str) and value.isdigit() else value
+    place = int(value) if isinstance(value, str) and value.isdecimal() else value
     if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < len(choices):
         letters = f"0 to {len(choices) - 1}, or one of its labels"
         raise DataError(f"field `{key}` names none of the {len(choices)} choices", where=where, mend=letters)

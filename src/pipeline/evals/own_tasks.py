@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,15 +102,25 @@ def _examples(
         return [], rows, places
     if task.fewshot_data is not None:
         _, examples, _ = read_file(task.fewshot_data, None, (layout,))
-        if len(examples) < count:
-            what = f"{len(examples)} rows, and num_fewshot is {count}"
-            raise ConfigError(what, where=str(task.fewshot_data), mend=f"num_fewshot: {len(examples)}")
+        _check_examples(task, examples, {row.subject for row in rows})
         return examples, rows, places
     if len(rows) <= count:
         what = f"{len(rows)} rows, and {count} of them are examples: none is left to ask"
         raise ConfigError(what, where=str(task.data), mend="fewshot_data: another file, or fewer examples")
     say(f"{task.name}: the first {count} rows are examples and not asked")
-    return rows[:count], rows[count:], places[count:]
+    return [replace(row, subject="") for row in rows[:count]], rows[count:], places[count:]
+
+
+def _check_examples(task: Task, examples: Sequence[Question | Exercise], subjects: set[str]) -> None:
+    """ConfigError for a subject that is asked and has fewer examples than a question shall have."""
+    is_by_subject = any(row.subject for row in examples)
+    for subject in sorted(subjects):
+        found = sum(row.subject == subject for row in examples) if is_by_subject and subject else len(examples)
+        if found < task.num_fewshot:
+            what = (
+                f"{found} rows{f' of the subject {subject}' if subject else ''}, and num_fewshot is {task.num_fewshot}"
+            )
+            raise ConfigError(what, where=str(task.fewshot_data), mend=f"num_fewshot: {found}, or more rows")
 
 
 def _first(path: Path) -> dict[str, Any]:
