@@ -156,6 +156,9 @@ def _plan(config: EvalConfig, inputs: dict[str, Any], runtime: Runtime) -> Plan:
         rows = read_rows(config.data, "prompt", split="held_out", held_out=config.held_out, say=runtime.say)
         rows = _shuffled([row for row in rows if row["reference"]], config.seed, "prompts")
         prompts = rows[: config.prompts]
+        if not prompts:
+            what, mend = "no held-out row has an answer to compare with", "a larger held_out, or other data"
+            raise ConfigError(what, where="eval.data", mend=mend)
     if {"reward_accuracy", "preference_accuracy"} & set(tasks):
         assert config.preferences is not None
         rows = read_rows(config.preferences, "ranked", split="held_out", held_out=config.held_out)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.evals.results import Result, write_jsonl
-from pipeline.evals.table import render_table
+from pipeline.evals.table import render_table, style
 
 RESULTS = [
     Result("pretrain", "aa", "bits_per_byte", "bits_per_byte", 1.8123, 1.79, 1.83, 200),
@@ -38,6 +38,13 @@ def test_headlines() -> None:
         ["against other, %", "80.0 ± 5.0"],
         ["above baseline, sd", "–"],
     ]
+
+
+def test_a_subset_of_reward_bench_is_no_kind_of_negative() -> None:
+    assert style("reward_bench", "accuracy/hep-go") == ("  hep-go, %", 1, 100)
+    assert style("reward_bench", "section/chat_hard") == ("  chat hard, %", 1, 100)
+    assert style("reward_accuracy", "accuracy/other") == ("  against other, %", 1, 100)
+    assert style("preference_accuracy", "length_only/other") == ("  lengths only, against other, %", 1, 100)
 
 
 def test_details_hold_the_rest_too() -> None:

@@ -269,6 +269,14 @@ def test_files_of_ones_own(house: dict[str, Artifact], tmp_path: Path) -> None:
     assert prompts < {row["prompt"] for row in said}
 
 
+def test_prompts_without_answers_are_refused(house: dict[str, Artifact], tmp_path: Path) -> None:
+    """A figure of no prompt at all would be null, and nothing would say why."""
+    asked = [{"messages": [{"role": "user", "content": f"{entry.name}?"}]} for entry in ENTRIES]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    with pytest.raises(ConfigError, match="no held-out row has an answer"):
+        measure(house, tmp_path / "out", data=(DataEntry(source=str(tmp_path / "asked.jsonl")),), held_out=0.5)
+
+
 def test_a_list_is_one_row_of_the_reward_model_and_a_policys_pairs(house: dict[str, Artifact], tmp_path: Path) -> None:
     """Held out are lists of three and ties: a list's three pairs are one row and its answers count once; ties are of
     ece and nll alone, and of no policy's."""

@@ -218,6 +218,8 @@ def style(task: str, metric: str) -> tuple[str, int, int]:
         _, digits, factor = HEADLINES[task, name]
         if name == "section":
             return f"  {kind.replace('_', ' ')}, %", digits, factor
+        if task == "reward_bench":
+            return f"  {kind}, %", digits, factor
         return f"  {'lengths only, ' if name == 'length_only' else ''}against {kind}, %", digits, factor
     if task not in BUILT_IN and name in OWN:
         label, digits, factor = OWN[name]
