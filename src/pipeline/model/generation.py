@@ -177,7 +177,7 @@ def generate(
     assert uniforms_BT is None or len(uniforms_BT) == len(prompts), "one row of random numbers a row"
     assert not stop_strings or decode is not None, "stop strings are looked for in text"
     assert all(len(prompt) > shared and prompt[:shared] == prompts[0][:shared] for prompt in prompts), "not shared"
-    shared = shared if math.isinf(reach_of_masks(model)) else 0
+    shared = shared if shared and math.isinf(reach_of_masks(model)) else 0
     group = samples_per_prompt
     assert all(prompts[row] == prompts[row - row % group] for row in range(len(prompts))), f"not {group} rows a prompt"
     stops = None if not stop_strings or decode is None else StopStrings(stop_strings, decode)
