@@ -480,7 +480,9 @@ def _loop(config: PretrainConfig, steps: OptimizerSteps, step: int, held_out: He
         bar.start_at(step)
         while step < config.max_steps:
             if step and step % config.eval_steps == 0:  # after its checkpoint, and again when resumed from it
+                looked = time.monotonic()
                 bits, samples = held_out.look()
+                began += time.monotonic() - looked  # a rate is that of steps
                 runtime.metrics.log(step, step * tokens_a_step, bits_per_byte=bits, **samples)
                 runtime.say(f"step {step:,}: {bits:.3f} bits per byte, held out")
                 for text in samples.values():
