@@ -40,7 +40,7 @@ def write_report(
         print(json.dumps({"run": name, "path": str(path), "bytes": path.stat().st_size, "unfinished": unfinished}))
         return
     left = f", unfinished: {', '.join(unfinished)}" if unfinished else ""
-    print(f"{path}  {len(ours.stages)} stages{left}, {path.stat().st_size / 1e6:.2f} MB")
+    print(f"{path}  {len(ours.stages)} stage{'s' * (len(ours.stages) != 1)}{left}, {path.stat().st_size / 1e6:.2f} MB")
 
 
 def _write(path: Path, page: str) -> None:

@@ -108,7 +108,11 @@ SHAPES = (
         factor=100,
     ),
     Shape(
-        "Wins over the start", "%", {"eval_win_rate": "held out"}, factor=100, note="of the reward; a tie counts half"
+        "Wins over the start",
+        "%",
+        {"eval_win_rate": "held out"},
+        factor=100,
+        note="by gold, else by the reward; a tie counts half",
     ),
     Shape(
         "Length", "tokens", {"length": "answer", "eval_length": "answer, held out", "row_length": "prompt and answer"}
