@@ -1,5 +1,6 @@
 """`llmpipe plan`: figures by hand, what fits, what is said where nothing can be told."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from pipeline.artifacts import Store
 from pipeline.cli.session import open_session
+from pipeline.data.formats import read_rows
 from pipeline.data.tokenizers import train_bytes
 from pipeline.errors import ConfigError
 from pipeline.hardware import Device, known_device, measure_device, peak_flops
@@ -19,6 +21,8 @@ from pipeline.model.presets import build_model, shape_of
 from pipeline.plan.lengths import mean_length, si
 from pipeline.plan.planner import Planner
 from pipeline.plan.site import Estimate
+from pipeline.plan.speed import Probe, Work, flops_of_step, timed
+from pipeline.recipe import DataEntry
 
 CPU = Device("2 CPU cores", "cpu", 1, 24 * 2**30, 4e11, bf16=True)
 H100 = Device("an H100", "cuda", 1, 80 * 2**30, 8e14, bf16=True)
@@ -43,7 +47,7 @@ stages:
   dpo: {init: sft, data: pairs.jsonl, max_steps: 5, per_device_train_batch_size: 4, held_out: 0.0}
   simpo: {stage: dpo, objective: simpo, init: sft, data: pairs.jsonl, max_steps: 5, held_out: 0.0}
   kto: {stage: dpo, objective: kto, init: sft, data: pairs.jsonl, max_steps: 5, held_out: 0.0}
-  eval: {models: [sft], questions: 10}
+  eval: {models: [pretrain, sft, dpo], data: rows.jsonl, preferences: pairs.jsonl, held_out: 0.25, prompts: 5}
 """
 
 
@@ -122,7 +126,7 @@ def test_every_stage_by_hand(road: Path) -> None:
     assert found["pretrain"].tokens == 50 * 8 * 128
     a_token = 6 * total + 12 * 2 * 64 * 128
     assert found["pretrain"].flops == 50 * 8 * 128 * a_token
-    assert found["pretrain"].seconds == pytest.approx(50 * 8 * 128 * a_token / (0.3 * 4e11))
+    assert found["pretrain"].seconds == pytest.approx(2 + 50 * 8 * 128 * a_token / (0.3 * 4e11))
     assert found["tokenize"].tokens == 20_000
     row = 35 / 3.5 + 70 / 3.5 + 16  # bytes a token, eight tokens more a message
     assert found["sft"].tokens == pytest.approx(10 * 4 * row)
@@ -130,15 +134,13 @@ def test_every_stage_by_hand(road: Path) -> None:
     assert found["reward"].tokens == pytest.approx(20 * 4 * 2 * pair)  # 2 epochs of 40 pairs, 4 a step
     assert found["dpo"].tokens == pytest.approx(5 * 4 * 2 * pair)
     per_token = {name: found[name].flops / found[name].tokens for name in ("reward", "dpo", "simpo", "kto")}  # type: ignore[operator]
-    assert per_token["dpo"] / per_token["reward"] == pytest.approx(4 / 3)  # the reference's forward
+    assert per_token["simpo"] - per_token["reward"] == pytest.approx(6 * 64 * 1000)  # the head, which a reward lacks
+    assert per_token["dpo"] / per_token["simpo"] == pytest.approx(4 / 3)  # the reference's forward
     long = planned(road, CPU, "dpo.max_steps=40")["dpo"]  # four epochs of 40 pairs, which the reference reads once
-    assert long.flops / long.tokens / per_token["reward"] == pytest.approx(1 + 1 / 12)  # type: ignore[operator]
-    assert per_token["simpo"] == pytest.approx(per_token["reward"])
-    assert per_token["kto"] / per_token["reward"] == pytest.approx(2)  # own row, and three forwards
+    assert long.flops / long.tokens / per_token["simpo"] == pytest.approx(1 + 1 / 12)  # type: ignore[operator]
+    assert per_token["kto"] / per_token["simpo"] == pytest.approx(2)  # own row, and three forwards
     assert found["kto"].tokens == pytest.approx(5 * 8 * pair)
     assert found["ppo"].tokens == pytest.approx(128 * (35 / 3.5 + 8 + 16))
-    assert found["eval"].flops is None
-    assert "not estimated" in found["eval"].notes[0]
     assert found["pretrain"].loss is None, "the law says nothing of so small a model"
     more = planned(road, CPU, 'tokenize.added_tokens=["<|a|>", "<|b|>"]')
     assert more["pretrain"].parameters == total + 2 * 64
@@ -162,6 +164,51 @@ def test_sample_by_hand(road: Path) -> None:
     assert found["sample"].memory["weights"] == 2 * plain.memory["weights"] == 8 * total
     assert found["sample"].memory["cache"] == 64 * 34 * 2 * 2 * 64 * 4
     assert found["again"].notes == ("not estimated: its rows are written by sample, which has not run",)
+
+
+def test_eval_by_hand(road: Path) -> None:
+    """Rows of 35 + 70 bytes, pairs of 35 + 70 and 35 + 35: what each model reads, and 5 prompts answered twice."""
+    rows, pairs = (
+        read_rows([DataEntry(source=str(road.parent / name))], "prompt", split="held_out", held_out=0.25)
+        for name in ("rows.jsonl", "pairs.jsonl")
+    )
+    assert len(rows) >= 5
+    found = planned(road)
+    total = found["pretrain"].parameters
+    assert total is not None
+    text = 0.1 * 70_000 / 3.5  # the last tenth of the one document
+    pair = ((35 + 70) + (35 + 35)) / 2 / 3.5 + 16
+    answer = 5 * (35 / 3.5 + 8 + 70 / 3.5 + 1)
+    sides = 2 * len(pairs) * pair
+    read = 3 * text + 2 * sides + answer + (sides + 2 * 2 * answer)  # dpo's KL; the reward model, which prices both
+    assert found["eval"].tokens == pytest.approx(read + 2 * 2 * 5 * 96)
+    texts_of_1024 = 2 * total + 4 * 2 * 64 * 1024
+    assert found["eval"].work[0].flops == pytest.approx(text * texts_of_1024)
+    assert [work.how for work in found["eval"].work] == [*["read"] * 3, "write", *["read"] * 3, "write", "read", "read"]
+    alone = planned(road, CPU, "eval.models=[pretrain]", "eval.reward=null", "eval.baseline=null")["eval"]
+    assert alone.tokens == pytest.approx(text)
+    some = planned(road, CPU, f"eval.tasks=[greedy, {road.parent}/rows.jsonl]", "eval.match=exact")["eval"]
+    assert some.tokens == pytest.approx(2 * 5 * 96 + 2 * answer)
+    assert "not counted: rows" in some.notes
+
+
+def test_revisions_are_in_the_plan(road: Path) -> None:
+    """Two rounds of 30 x 4 answers: prompt and answer are read twice, a principle and a critique beside them."""
+    (road.parent / "rules.md").write_text("- " + "r" * 35 + "\n")
+    path = road.parent / "revised.yaml"
+    path.write_text(ROAD + "  sample: {prompts: 30, response_length: 16}\n")
+    plain = planned(path)["sample"]
+    revised = planned(
+        path, CPU, "sample.revisions=2", f"sample.constitution={road.parent}/rules.md", "sample.critique_length=20"
+    )["sample"]
+    prompt, total = 35 / 3.5 + 8, plain.parameters
+    assert plain.tokens is not None
+    assert plain.flops is not None
+    assert total is not None
+    written, read = 30 * 4 * 2 * (20 + 16), 30 * 4 * 2 * (2 * (prompt + 16) + 10 + 20)
+    assert revised.tokens == pytest.approx(plain.tokens + written + read)
+    a_token = 2 * total + 4 * 2 * 64 * 64  # 18 + 16 + 20 + 10 tokens long
+    assert revised.flops == pytest.approx(plain.flops + (written + read) * a_token)
 
 
 def test_memory_by_part_by_hand() -> None:
@@ -304,6 +351,9 @@ def test_what_ran_here_sets_the_speed(trained: Path) -> None:
     assert rate == 5e10
     assert "1 pretrain here before (12% of" in source
     assert Planner(session.recipe, session.store, H100, 1).rate("pretrain")[0] == 0.4 * 8e14
+    assert planner.rate("pretrain", cost=4 * 5e12 / held["tokens"])[0] == 5e10
+    assert planner.rate("pretrain", cost=4.1 * 5e12 / held["tokens"])[0] == 0.3 * 4e11, "a model of another size"
+    assert planner.rate("pretrain", cost=5e12 / held["tokens"] / 4.1)[0] == 0.3 * 4e11
     named = Planner(session.recipe, session.store, replace(CPU, is_here=False), 1)
     assert named.rate("pretrain") == (0.3 * 4e11, "at 30% of the maker's peak"), "what ran here says nothing of it"
 
@@ -388,6 +438,40 @@ def test_the_large_recipes_fit_eight_gpus(recipe: str, hours: float, count: floa
     assert found.parameters == pytest.approx(count, rel=1e-3)
     assert found.peak < 80 * 2**30
     assert found.seconds == pytest.approx(hours * 3600, rel=0.03)
+
+
+def test_a_probe_measures_what_the_formula_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes on by a second at each look: a step takes one, an update too."""
+    model = build_model("llama", shape_of({"depth": 2, "hidden_size": 64}, 128, 1000), {}).to("meta")
+    total, attention = 2 * (4 * 64 * 64 + 3 * 64 * 192 + 2 * 64) + 64 + 1000 * 64, 2 * 64
+    train = Work("train", model, 0.0, 4, 16, bf16=False)
+    assert flops_of_step(train, 4) == 4 * 16 * (6 * total + 12 * attention * 16)
+    assert flops_of_step(replace(train, head=0.0), 4) == flops_of_step(train, 4) - 4 * 16 * 6 * 64 * 1000
+    assert flops_of_step(replace(train, how="write"), 4) == pytest.approx(4 * (2 * total + 4 * attention * 16))
+    ticks = itertools.count()
+    monkeypatch.setattr("pipeline.plan.speed.time.monotonic", lambda: float(next(ticks)))
+    probe = Probe(CPU)
+    assert probe.rate(train) == flops_of_step(train, 4) / 2
+    for how in ("read", "write"):
+        assert probe.rate(replace(train, how=how)) == pytest.approx(flops_of_step(replace(train, how=how), 4))
+    assert probe.rate(replace(train, head=0.0, optimizer="muon")) == flops_of_step(replace(train, head=0.0), 4) / 2
+    looks = next(ticks)
+    assert probe.rate(train) == flops_of_step(train, 4) / 2
+    assert next(ticks) == looks + 1, "measured once"
+    for other in (replace(CPU, is_here=False), H100, replace(CPU, flops_per_second=1e4), replace(CPU, memory=1e6)):
+        assert Probe(other).rate(train) is None
+
+
+def test_a_step_is_timed_after_a_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.3 s at first and then 0.02, 0.02, 0.1 and 0.02; half a second is full, the first one counted."""
+    took = iter([0.3, 0.02, 0.02, 0.1, 0.02, 0.02, 0.02])
+    now = [0.0]
+    monkeypatch.setattr("pipeline.plan.speed.time.monotonic", lambda: now[0])
+
+    def step() -> None:
+        now[0] += next(took)
+
+    assert timed(step) == pytest.approx(0.02)
 
 
 def test_an_empty_store_has_nothing_to_say(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.cli.init_recipe import Asked, shown_path
-from pipeline.data.looking import look_at_rows, look_at_text
+from pipeline.cli.init_recipe import Asked, Found, Stages, shown_path
+from pipeline.cli.init_sizing import _steps
+from pipeline.data.looking import Rows, look_at_rows, look_at_text
 from pipeline.errors import ConfigError, DataError
 from tests.conftest import invented_text
 from tests.stages.conftest import make_model
@@ -165,6 +166,40 @@ def test_the_run_is_named_after_what_it_learns_from():
     assert asked(base="/w/model").run == "model"
     assert asked(data=Path("/w/データ"), base="/w/model").run == "model"
     assert asked(data=Path("/w/texts"), out=Path("/w/tuned.yaml")).run == "tuned"
+
+
+def sized(rows: int, accumulated: int, paid: float) -> dict[str, Any]:
+    stages = Stages({"dpo": {"per_device_train_batch_size": rows, "max_steps": 100}})
+    if accumulated > 1:
+        stages.set("dpo", "gradient_accumulation_steps", accumulated)
+    held = Rows("preference", [1] * 1000, [1] * 1000, [0.5] * 1000)
+    _steps(stages, "dpo", Found([], None, None, held, None, 3.5, 1000), paid)
+    return stages.values["dpo"]
+
+
+def test_few_steps_are_of_few_rows_however_they_are_cut():
+    """32 rows paid for: eight steps of four, whether sixteen fit at once or two."""
+    assert sized(16, 1, 0.02) == {"per_device_train_batch_size": 4, "max_steps": 8}
+    small = {"per_device_train_batch_size": 2, "max_steps": 8, "gradient_accumulation_steps": 2}
+    assert sized(2, 8, 0.02) == small
+    assert sized(2, 8, 0.4)["max_steps"] == 40  # 640 rows of 16: steps enough
+
+
+@pytest.mark.slow
+def test_a_word_is_refused_and_a_page_runs(warm: Any):
+    """Of a page fewer tokens can be made than of the whole sample, as its last tenth is held out."""
+    (warm.folder / "texts").mkdir()
+    (warm.folder / "texts" / "a.txt").write_text("Hello world.\n")
+    refused = warm("init", "--data", "texts", "--hours", "0.01")
+    assert refused.code == 1
+    assert "text: 13 bytes in 1 .txt" in refused.stderr
+    assert "tokens of text, and a sample has 128" in refused.stderr
+    assert not (warm.folder / "recipe.yaml").exists()
+    (warm.folder / "texts" / "a.txt").write_text(invented_text(0, 300))
+    done = warm("init", "--data", "texts", "--hours", "0.01")
+    assert done.code == 0, done.stderr
+    ran = warm("run", "recipe.yaml", "--json")
+    assert ran.code == 0, ran.stderr
 
 
 def test_paths_are_written_from_the_recipe():

@@ -28,7 +28,7 @@ def init(asked: Asked, *, force: bool, as_json: bool) -> None:
     for line in describe(asked, found):
         print(line, file=sys.stderr)
     stages = _stages(asked, found)
-    size(stages, asked, found)
+    probe = size(stages, asked, found)
     text = render(stages, asked.run, _head(asked, found), asked.out)
     make_parent(asked.out)
     asked.out.write_text(text, encoding="utf-8")
@@ -39,7 +39,7 @@ def init(asked: Asked, *, force: bool, as_json: bool) -> None:
         return
     from pipeline.cli.plan import show_plan
 
-    show_plan(session, budget=None, price=2.5, on=None, fit=[], as_json=False)
+    show_plan(session, budget=None, price=2.5, on=None, fit=[], as_json=False, probe=probe)
     print(f"wrote {asked.out}\nnext: llmpipe run {shlex.quote(str(asked.out))}")
 
 
@@ -89,7 +89,8 @@ def look(asked: Asked) -> Found:
     assert text is not None
     each, made = try_tokenizer(text.sample, vocab)
     if text.bytes < SAMPLE_BYTES:  # else the sample says nothing of how many the whole text makes
-        vocab = min(vocab, max(SMALLEST_VOCAB, made))
+        short = max(SMALLEST_VOCAB, int(0.95 * made))  # a part of the text is held out
+        vocab = vocab if made >= vocab else short
     return Found(sources, text, chats, preferences, None, each, vocab)
 
 
@@ -100,12 +101,13 @@ def describe(asked: Asked, found: Found) -> list[str]:
     lines = []
     if found.text is not None:
         text = found.text
+        size = f"{si(text.bytes)}B" if text.bytes >= 1000 else f"{text.bytes:.0f} bytes"
         about = "about " if text.is_guessed else ""
         files = ", ".join(f"{count:,} {suffix or 'nameless'}" for suffix, count in text.kinds.items())
         scripts = ", ".join(f"{name} {share:.0%}" for name, share in text.scripts.items() if share >= 0.005)
         documents = "document" if text.documents == 1 else "documents"
         read = f"{text.documents:,} {'read of more' if text.is_guessed else documents}"
-        lines.append(f"text: {about}{text.bytes / 1e6:,.4g} MB in {files} ({read}); letters: {scripts or 'none'}")
+        lines.append(f"text: {about}{size} in {files} ({read}); letters: {scripts or 'none'}")
         lines.append(
             f"about {found.bytes_a_token:.2f} bytes a token of {found.vocab:,}: "
             f"{si(text.bytes / found.bytes_a_token)} tokens"

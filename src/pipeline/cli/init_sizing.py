@@ -6,18 +6,18 @@ What a stage costs is what `llmpipe plan` says of it with some steps; its share 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.artifacts import Store
 from pipeline.cli import sizes
 from pipeline.cli.init_recipe import Asked, Found, Stages
 from pipeline.cli.session import open_stages
-from pipeline.errors import MachineError
+from pipeline.errors import DataError, MachineError
 from pipeline.launch import Launch
 
 if TYPE_CHECKING:
-    from pipeline.hardware import Device
     from pipeline.plan.site import Estimate
+    from pipeline.plan.speed import Probe
 
 TRIED_STEPS = 100
 LARGE = 300e6
@@ -28,35 +28,76 @@ LONGEST_ROW = 2048
 LORA = {"r": 16}
 
 
-def size(stages: Stages, asked: Asked, found: Found) -> None:
-    """Give every stage its sizes. MachineError where nothing makes one fit the memory."""
+def size(stages: Stages, asked: Asked, found: Found) -> Probe:
+    """Give every stage its sizes; what was measured for it. MachineError where nothing makes one fit the memory."""
     from pipeline.hardware import measure_device
+    from pipeline.plan.speed import Probe
 
-    device = measure_device()
+    probe = Probe(measure_device())
     seconds = sizes.seconds_of(list(stages.values), asked.hours)
     if found.text is not None:
-        stages_of_text(stages, asked, found, device, seconds["pretrain"])
-    parameters, context = _model(stages, asked, device, found)
+        stages_of_text(stages, asked, found, probe, seconds["pretrain"])
+    parameters, context = _model(stages, found)
     for name in [name for name in ("sft", "reward", "dpo", "ppo") if name in stages.values]:
         _row_stage(stages, name, found, parameters, context)
-        tried = _fitted(stages, name, asked, device)
-        assert tried.seconds is not None, tried.notes
-        _steps(stages, name, found, seconds[name] / tried.seconds)
+        tried = _fitted(stages, name, asked, probe)
+        _steps(stages, name, found, _paid(seconds[name], tried))
+    _evaluation(stages, asked, probe)
+    return probe
 
 
-def stages_of_text(stages: Stages, asked: Asked, found: Found, device: Device, seconds: float) -> None:
+def _paid(seconds: float, tried: Estimate) -> float:
+    """How many times the tried steps these seconds pay for, once the stage's beginning is paid."""
+    assert tried.seconds is not None, tried.notes
+    return max(0.0, seconds - tried.beginning) / (tried.seconds - tried.beginning)
+
+
+def _evaluation(stages: Stages, asked: Asked, probe: Probe) -> None:
+    """Fewer prompts, rows and documents for eval, halved until they fit into its share of the hours."""
+    usual = {"prompts": 256, "preference_rows": 512, "documents": 200}
+    why = "fewer than usual: what the hours pay for"
+    for times in (1, 2, 4, 8):
+        if times > 1:
+            for name, count in usual.items():
+                stages.set("eval", name, count // times, why)
+        found = _estimate(stages, "eval", asked, probe)
+        if found.seconds is None or found.seconds <= sizes.EVALUATION * asked.hours * 3600:
+            return
+
+
+def stages_of_text(stages: Stages, asked: Asked, found: Found, probe: Probe, seconds: float) -> None:
     """tokenize's vocabulary and pretrain's model, batch and steps."""
     assert found.text is not None
     tokens = 0.95 * found.text.bytes / found.bytes_a_token
-    flops = seconds * _rate(stages, asked, device) * Launch().processes()
+    flops = seconds * _rate(stages, asked, probe) * Launch().processes()
     if found.base is not None:
-        _continued(stages, asked, found, device, tokens, seconds)
+        _continued(stages, asked, found, probe, tokens, seconds)
         return
     from pipeline.model.scaling import CHINCHILLA
 
     stages.set("tokenize", "vocab_size", found.vocab, f"for {found.text.bytes / 1e6:,.3g} MB")
     rows = [[min(LONGEST_ROW, length) for length in kind] for kind in found.row_lengths]
-    plan = sizes.pretraining(flops, tokens, rows, CHINCHILLA.best_split, functools.partial(_cost, found.vocab))
+    cost = functools.partial(_cost, found.vocab)
+    plan = sizes.pretraining(flops, tokens, rows, CHINCHILLA.best_split, cost)
+    _check_text(asked, tokens, plan.context)
+    _set_pretrain(stages, found, plan, tokens)
+    tried = _estimate(stages, "pretrain", asked, probe)
+    assert tried.seconds is not None, tried.notes
+    assert tried.flops is not None
+    rate = tried.flops / (tried.seconds - tried.beginning)  # of this very model: small ones are slower
+    plan = sizes.pretraining(max(0.0, seconds - tried.beginning) * rate, tokens, rows, CHINCHILLA.best_split, cost)
+    _set_pretrain(stages, found, plan, tokens)
+    _fitted(stages, "pretrain", asked, probe)
+
+
+def _check_text(asked: Asked, tokens: float, context: int) -> None:
+    if 0.9 * tokens <= context:
+        what = f"about {tokens:.0f} tokens of text, and a sample has {context}"
+        raise DataError(what, where=f"--data {asked.data}", mend="more text, or a --base without --data")
+
+
+def _set_pretrain(stages: Stages, found: Found, plan: sizes.Pretraining, tokens: float) -> None:
+    """The model, the batch and the steps; `tokens` of the text."""
     seen = plan.steps * plan.batch * plan.context
     stages.set("pretrain", "model", {"depth": plan.depth}, "blocks; 64 channels wide for each")
     fitting = [sum(length <= plan.context for length in kind) / len(kind) for kind in found.row_lengths]
@@ -68,17 +109,16 @@ def stages_of_text(stages: Stages, asked: Asked, found: Found, device: Device, s
         end += ": more text would serve better than more time"
     stages.set("pretrain", "max_steps", plan.steps, end)
     stages.set("pretrain", "optimizer", "muon", "its learning rate follows from the width and the batch")
-    _fitted(stages, "pretrain", asked, device)
 
 
-def _rate(stages: Stages, asked: Asked, device: Device) -> float:
+def _rate(stages: Stages, asked: Asked, probe: Probe) -> float:
     """FLOP/s that pretrain reaches in a process here."""
     from pipeline.plan.planner import Planner
 
     session = open_stages(
         {"tokenize": stages.values["tokenize"]}, run=asked.run, store=Store(asked.artifacts), named=asked.run
     )
-    return Planner(session.recipe, session.store, device, 1).rate("pretrain")[0]
+    return Planner(session.recipe, session.store, probe.device, 1).rate("pretrain")[0]
 
 
 @functools.cache
@@ -94,7 +134,7 @@ def _cost(vocab: int, depth: int, context: int) -> tuple[float, float]:
     return float(count_parameters(model)[1]), float(flops_per_token(model, context))
 
 
-def _continued(stages: Stages, asked: Asked, found: Found, device: Device, tokens: float, seconds: float) -> None:
+def _continued(stages: Stages, asked: Asked, found: Found, probe: Probe, tokens: float, seconds: float) -> None:
     """pretrain on a base: one pass over the text at most."""
     from pipeline.model.build import count_parameters, reach_of
     from pipeline.plan.models import empty_model
@@ -102,19 +142,19 @@ def _continued(stages: Stages, asked: Asked, found: Found, device: Device, token
     assert found.base is not None
     base = empty_model(found.base.model)
     context = min(reach_of(base.config) or 1024, 1024)
+    _check_text(asked, tokens, context)
     stages.set("pretrain", "context_length", context)
     stages.set("pretrain", "per_device_train_batch_size", 8)
     stages.set("pretrain", "max_steps", TRIED_STEPS)
     if count_parameters(base)[0] >= LARGE:
         stages.set("pretrain", "peft", LORA, "adapters: the base is large")
-    tried = _fitted(stages, "pretrain", asked, device)
-    assert tried.seconds is not None, tried.notes
-    paid = TRIED_STEPS * seconds / tried.seconds
+    tried = _fitted(stages, "pretrain", asked, probe)
+    paid = TRIED_STEPS * _paid(seconds, tried)
     steps = max(2, round(min(paid, tokens / 8 / context)))
     stages.set("pretrain", "max_steps", steps, f"{steps * 8 * context / tokens:.2g} of the text")
 
 
-def _model(stages: Stages, asked: Asked, device: Device, found: Found) -> tuple[float, int]:
+def _model(stages: Stages, found: Found) -> tuple[float, int]:
     """(parameters, tokens it reaches) of the model that the rows are taught to."""
     from pipeline.model.build import count_parameters, reach_of
     from pipeline.plan.models import empty_model
@@ -176,23 +216,24 @@ def _steps(stages: Stages, name: str, found: Found, paid: float) -> None:
         del fields["max_steps"]
         stages.set(name, "num_train_epochs", float(most))
         return
-    if steps == 1:
-        smaller = sizes.fewer_a_step(seen, fields["per_device_train_batch_size"], 4)
-        stages.set(name, "per_device_train_batch_size", smaller)
-    batch = fields["per_device_train_batch_size"] * steps
+    batch = sizes.fewer_a_step(seen, fields["per_device_train_batch_size"] * steps, 4)
+    at_once = min(batch, fields["per_device_train_batch_size"])
+    stages.set(name, "per_device_train_batch_size", at_once)
+    if steps > 1:
+        stages.set(name, "gradient_accumulation_steps", batch // at_once)
     why = f"{seen / rows.count:.2g} epochs: what the hours pay for"
     stages.set(name, "max_steps", max(2, int(seen / batch)), why)
 
 
-def _fitted(stages: Stages, name: str, asked: Asked, device: Device) -> Estimate:
+def _fitted(stages: Stages, name: str, asked: Asked, probe: Probe) -> Estimate:
     """The stage's estimate, after what makes it fit the memory: smaller micro-steps, recomputation, adapters."""
     while True:
-        found = _estimate(stages, name, asked, device)
-        if found.peak <= FILLED * device.memory:
+        found = _estimate(stages, name, asked, probe)
+        if found.peak <= FILLED * probe.device.memory:
             return found
         fields = stages.values[name]
         rows = fields["per_device_train_batch_size"]
-        why = f"for {device.memory / 2**30:.0f} GiB"
+        why = f"for {probe.device.memory / 2**30:.0f} GiB"
         if rows > Launch().processes():
             stages.set(name, "per_device_train_batch_size", rows // 2, why)
             if name != "ppo":  # there it is a forward's share of the batch
@@ -203,16 +244,17 @@ def _fitted(stages: Stages, name: str, asked: Asked, device: Device) -> Estimate
         elif asked.base is not None and "peft" not in fields:
             stages.set(name, "peft", LORA, f"adapters {why}")
         else:
-            what = f"{name} takes {found.peak / 2**30:.1f} GiB, and there are {device.memory / 2**30:.1f}"
+            what = f"{name} takes {found.peak / 2**30:.1f} GiB, and there are {probe.device.memory / 2**30:.1f}"
             raise MachineError(what, mend="a smaller --base, fewer --hours, or a machine with more memory")
 
 
-def _estimate(stages: Stages, name: str, asked: Asked, device: Device) -> Estimate:
+def _estimate(stages: Stages, name: str, asked: Asked, probe: Probe) -> Estimate:
     from pipeline.lineage import survey
     from pipeline.plan.planner import Planner
 
-    values: dict[str, dict[str, Any]] = {key: fields for key, fields in stages.values.items() if key != "eval"}
+    is_left = name != "eval"
+    values = {key: fields for key, fields in stages.values.items() if not (is_left and key == "eval")}
     session = open_stages(values, run=asked.run, store=Store(asked.artifacts), named=asked.run)
     standing = survey(session.recipe, session.store)[name]
-    planner = Planner(session.recipe, session.store, device, Launch().processes())
+    planner = Planner(session.recipe, session.store, probe.device, Launch().processes(), probe=probe)
     return planner.estimate(standing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.session import Session
@@ -17,23 +17,37 @@ if TYPE_CHECKING:
     from pipeline.hardware import Device
     from pipeline.model.scaling import Run
     from pipeline.plan.site import Estimate
+    from pipeline.plan.speed import Probe
 
 GIB = 2**30
 BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?)\s*(h|eur|)")
 
 
 def show_plan(
-    session: Session, *, budget: str | None, price: float, on: str | None, fit: Sequence[str], as_json: bool
+    session: Session,
+    *,
+    budget: str | None,
+    price: float,
+    on: str | None,
+    fit: Sequence[str],
+    as_json: bool,
+    probe: Probe | None = None,
 ) -> None:
-    """A line a stage and its notes; with `budget` the best model for it, with `fit` the loss that own runs predict."""
+    """A line a stage and its notes; with `budget` the best model for it, with `fit` the loss that own runs predict.
+
+    probe: what has been measured of this machine before; measured now unless given.
+    """
     from pipeline.hardware import known_device, measure_device
     from pipeline.plan.lengths import si
     from pipeline.plan.planner import Planner
+    from pipeline.plan.speed import Probe
 
     asked = _budget(budget) if budget is not None else None
-    device = known_device(on) if on else measure_device()
+    device = known_device(on) if on else probe.device if probe else measure_device()
     processes = device.count if on else session.launch.processes()
-    planner = Planner(session.recipe, session.store, device, processes, session.launch.strategy == "fsdp")
+    planner = Planner(
+        session.recipe, session.store, device, processes, session.launch.strategy == "fsdp", probe or Probe(device)
+    )
     standings = survey(session.recipe, session.store)
     found = [planner.estimate(standing) for standing in standings.values()]
     extra: list[str] = []
@@ -42,7 +56,7 @@ def show_plan(
     if fit:
         extra += _predictions(session, fit, found)
     if as_json:
-        rows = [{**asdict(each), "memory": dict(each.memory), "peak": each.peak} for each in found]
+        rows = [_fields(each) for each in found]
         print(json.dumps({"device": asdict(device), "processes": processes, "stages": rows, "more": extra}, indent=1))
         return
     hardware = f"{device.name} × {processes}, {device.memory / GIB:.0f} GiB"
@@ -51,6 +65,12 @@ def show_plan(
     _print_table(found)
     for line in extra:
         print(line)
+
+
+def _fields(found: Estimate) -> dict[str, Any]:
+    """What `--json` has of a stage."""
+    values = {each.name: getattr(found, each.name) for each in fields(found) if each.name != "work"}
+    return {**values, "memory": dict(found.memory), "peak": found.peak}
 
 
 def _print_table(found: Sequence[Estimate]) -> None:

@@ -15,7 +15,8 @@ EPOCHS = 4
 SHARES = {"pretrain": 10, "sft": 4, "reward": 2, "dpo": 2, "ppo": 4}
 """Parts of the time that the stages get, of those that there are."""
 TRAINING = 0.85
-"""Share of the hours for them; the rest is for tokenizing, measuring and starting."""
+"""Share of the hours for them; the rest is for tokenizing, evaluating and starting."""
+EVALUATION = 0.1
 LEAST_DEPTH, LEAST_STEPS = 3, 300
 DEEPEST = 48
 LEAST_TOKENS, MOST_TOKENS = 1024, 524_288

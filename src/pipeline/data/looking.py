@@ -114,7 +114,8 @@ def _text_field(files: Sequence[Path]) -> str:
     layout = next((name for name, keys in KEYS.items() if all(key in row for key in keys)), None)
     what = f"{layout} rows, no documents" if layout else f"no field with a text (it has {', '.join(row) or 'none'})"
     flag = "--preferences" if layout and "chosen" in KEYS[layout] else "--chats"
-    mend = f"{flag} {first}, and a --data without it" if layout else f"rename the field to one of {TEXT_FIELDS}"
+    mend = f"rename the field to one of {', '.join(TEXT_FIELDS)}, or a --data without this file"
+    mend = f"{flag} {first}, and a --data without it" if layout else mend
     raise ConfigError(what, where=where, mend=mend)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.data.answers import pairs_of, read_answers
@@ -11,6 +11,10 @@ from pipeline.graph import Node
 from pipeline.model.build import count_parameters, flops_per_token
 from pipeline.model.memory import Load, adapter_parameters, memory_of
 from pipeline.plan.site import Estimate, Site
+from pipeline.plan.speed import Work
+from pipeline.plan.training import START
+from pipeline.rl.revising import principles_in
+from pipeline.rl.scoring import text_in
 
 
 def ppo(site: Site, node: Node, found: Estimate) -> Estimate:
@@ -20,9 +24,10 @@ def ppo(site: Site, node: Node, found: Estimate) -> Estimate:
     model = site.model(node.inputs["init"][0])
     if model is None:
         return replace(found, notes=("not estimated: what it starts from is not known",))
-    rows, prompt = site.prompts(config)
+    rows, prompt, answer = site.prompts(config, config.response_length)
     episodes = config.total_episodes or round(config.num_train_epochs * rows * config.num_generations)
-    length = prompt + config.response_length
+    length = prompt + answer
+    longest = round(prompt + config.response_length)
     tokens = episodes * length
     total, _ = count_parameters(model)
     scoring = site.reward_models(node)
@@ -42,7 +47,7 @@ def ppo(site: Site, node: Node, found: Estimate) -> Estimate:
     on_device = site.on_device(config.per_device_train_batch_size)
     load = Load(
         on_device,
-        round(length),
+        longest,
         trained,
         moments=8.0,
         bf16=site.bf16(config),
@@ -51,14 +56,26 @@ def ppo(site: Site, node: Node, found: Estimate) -> Estimate:
         others=total * copies + judges,
         four_bit=config.load_in_4bit,
     )
+    a_token, at_once = flops_per_token(model, round(length)), max(2, round(length))
+    written = episodes * config.response_length * a_token / 3  # a step is as long as its longest row
+    read, bf16 = a_token / 3 * (tokens * (forwards - 1) + episodes * prompt), site.bf16(config)
+    head = answer / length
     return replace(
         found,
         parameters=total,
         tokens=tokens,
-        flops=tokens * flops_per_token(model, round(length)) * (forwards / 3 + updates),
+        flops=tokens * a_token * (forwards / 3 + updates),
         memory=memory_of(model, load),
         disk=4 * total + 3 * 12 * trained,
-        notes=(f"{episodes:,} responses of up to {config.response_length} tokens",),
+        notes=(
+            f"{episodes:,} responses of up to {config.response_length} tokens, of about {answer:.0f} as in the rows",
+        ),
+        work=(
+            Work("write", model, written, on_device, at_once, bf16),
+            Work("read", model, read, on_device, at_once, bf16, head),
+            Work("train", model, tokens * a_token * updates, on_device, at_once, bf16, head),
+        ),
+        beginning=START,
     )
 
 
@@ -75,7 +92,7 @@ def sample(site: Site, node: Node, found: Estimate) -> Estimate:
     model = site.model(node.inputs["init"][0])
     if model is None:
         return replace(found, notes=("not estimated: what answers is not known",))
-    rows, prompt = site.prompts(config, split=config.split)
+    rows, prompt, _ = site.prompts(config, config.response_length, split=config.split)
     prompts, samples = min(config.prompts or rows, rows), config.num_generations
     tokens = prompts * (prompt + samples * config.response_length)
     total, _ = count_parameters(model)
@@ -85,19 +102,68 @@ def sample(site: Site, node: Node, found: Estimate) -> Estimate:
     scored = prompts * samples * length * (rewards + judges / total)
     on_device = max(config.batch_size, samples)
     shape = model.config.get_text_config()
+    a_token, bf16 = flops_per_token(model, length) / 3, site.bf16(config)
+    written = prompts * samples * config.response_length * a_token
+    more = _revisions(site, node, prompts * samples, prompt, on_device)
     return replace(
         found,
         parameters=total,
-        tokens=tokens,
-        flops=(tokens + scored) * flops_per_token(model, length) / 3,
+        tokens=tokens + more.tokens,
+        flops=(tokens + scored) * a_token + more.flops,
+        work=(
+            Work("write", model, written, on_device, length, bf16),
+            Work("read", model, (tokens + scored) * a_token - written, on_device, length, bf16),
+            *more.work,
+        ),
+        beginning=START,
         memory={
             "weights": 4 * (total * (1 + rewards) + judges),
             "cache": 8.0 * on_device * length * shape.num_hidden_layers * shape.hidden_size,
             "logits": 8.0 * on_device * shape.vocab_size,
         },
         disk=prompts * samples * config.response_length * 2 * site.bytes_a_token(),
-        notes=(f"{prompts:,} prompts, {samples} answers of up to {config.response_length} tokens to each",),
+        notes=(
+            f"{prompts:,} prompts, {samples} answers of up to {config.response_length} tokens to each",
+            *more.notes,
+        ),
     )
+
+
+@dataclass(frozen=True)
+class _More:
+    """What revisions add."""
+
+    tokens: float = 0.0
+    flops: float = 0.0
+    work: tuple[Work, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _revisions(site: Site, node: Node, answers: int, prompt: float, on_device: int) -> _More:
+    """Each round reads prompt and answer twice, a principle and a critique beside them, and writes a critique and an
+    answer in full length."""
+    config: Any = node.config
+    if not config.revisions:
+        return _More()
+    if config.judge_url is not None:
+        return _More(notes=("without its revisions, which another machine writes",))
+    refs = node.inputs.get("judge") or node.inputs["init"]
+    model = site.model(refs[0])
+    if model is None:
+        return _More(notes=("without its revisions: the model that writes them is not known",))
+    rules = principles_in(text_in(config.constitution), str(config.constitution))
+    rule = sum(len(each.encode()) for each in rules) / len(rules) / site.bytes_a_token()
+    written = answers * config.revisions * (config.critique_length + config.response_length)
+    read = answers * config.revisions * (2 * (prompt + config.response_length) + rule + config.critique_length)
+    length = round(prompt + config.response_length + config.critique_length + rule)
+    a_token, bf16 = flops_per_token(model, length) / 3, site.bf16(config)
+    parts = (
+        Work("write", model, written * a_token, on_device, length, bf16),
+        Work("read", model, read * a_token, on_device, length, bf16),
+    )
+    rounds = "round" if config.revisions == 1 else "rounds"
+    note = f"{config.revisions} {rounds} of critique and revision of every answer, in full length"
+    return _More(written + read, sum(part.flops for part in parts), parts, (note,))
 
 
 def label(site: Site, node: Node, found: Estimate) -> Estimate:
@@ -125,13 +191,18 @@ def label(site: Site, node: Node, found: Estimate) -> Estimate:
     else:
         sides = [{side for pair in of for side in pair} for of in pairs]
         size = sum(prompt + sizes[side] for prompt, sizes, of in zip(prompts, texts, sides) for side in of)
-    read = size / site.bytes_a_token()
+    read, bf16 = size / site.bytes_a_token(), site.bf16(config)
     a_text = max(1, round(read / max(1, 2 * count)))
     return replace(
         found,
         tokens=read,
         flops=sum(read * flops_per_token(model, a_text) / 3 for model in models),
         memory={"weights": sum(4.0 * count_parameters(model)[0] for model in models)},
+        work=tuple(
+            Work("read", model, read * flops_per_token(model, a_text) / 3, config.batch_size, max(2, a_text), bf16)
+            for model in models
+        ),
+        beginning=START,
         disk=float(size),
         notes=(compared,),
     )

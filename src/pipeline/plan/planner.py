@@ -12,13 +12,14 @@ from pipeline.errors import PipelineError
 from pipeline.graph import Node, Recipe
 from pipeline.hardware import Device
 from pipeline.lineage import Standing
-from pipeline.plan import answering, training
+from pipeline.plan import answering, evaluating, training
 from pipeline.plan.site import Estimate, Site
+from pipeline.plan.speed import SHARES, Probe
 from pipeline.recipe import PeftConfig
 
 GIB = 2**30
-UTILISATION = {"cpu": 0.3, "cuda": 0.4}
-"""Share of the matrix product's FLOP/s that training reaches, until a stage of the kind has run here."""
+LIKE = 4.0
+"""A run's speed is taken for a stage whose FLOPs a token are up to so many times more or less."""
 ESTIMATES = {
     "tokenize": training.tokenize,
     "pretrain": training.pretrain,
@@ -28,14 +29,28 @@ ESTIMATES = {
     "ppo": answering.ppo,
     "sample": answering.sample,
     "label": answering.label,
+    "eval": evaluating.evaluate,
 }
 
 
 class Planner:
-    """Estimates for the stages of one recipe; `shards`: pretrain keeps its model in shards over the processes."""
+    """Estimates for the stages of one recipe.
 
-    def __init__(self, recipe: Recipe, store: Store, device: Device, processes: int, shards: bool = False) -> None:
+    shards: pretrain keeps its model in shards over the processes. probe: what measures speeds here; a share of the
+    product stands for them without one.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        store: Store,
+        device: Device,
+        processes: int,
+        shards: bool = False,
+        probe: Probe | None = None,
+    ) -> None:
         self.site = Site(recipe, store, device, processes, processes if shards else 1)
+        self.probe = probe
 
     def estimate(self, standing: Standing) -> Estimate:
         """What the stage takes, whether it stands or not."""
@@ -43,10 +58,7 @@ class Planner:
         found = Estimate(node.name, standing.state)
         make = ESTIMATES.get(node.stage.type)
         if make is None:
-            what = (
-                "a stage of your own" if "/" in node.stage.type else f"{node.stage.type} hangs on its models' answers"
-            )
-            return replace(found, notes=(f"not estimated: {what}",))
+            return replace(found, notes=("not estimated: a stage of your own",))
         unwritten = [writer for source, writer in node.rows.items() if not Path(source).exists()]
         if unwritten:
             return replace(found, notes=(f"not estimated: its rows are written by {unwritten[0]}, which has not run",))
@@ -55,15 +67,32 @@ class Planner:
         except (PipelineError, OSError) as error:
             return replace(found, notes=(f"not estimated: {error}",))
         if found.flops is not None:
-            rate, source = self.rate(node.stage.type)
-            seconds = found.flops / rate / self.site.processes
-            found = replace(found, seconds=seconds, notes=(*found.notes, source))
+            found = self._timed(node.stage.type, found)
         return replace(found, notes=(*found.notes, *self._advice(node, found)))
 
-    def rate(self, kind: str) -> tuple[float, str]:
-        """(FLOP/s of training in one process, where it is from)."""
+    def _timed(self, kind: str, found: Estimate) -> Estimate:
+        """The estimate with its seconds, and a note on where the speed is from."""
+        assert found.flops is not None
+        cost = found.flops / found.tokens if found.tokens else None
+        processes, product = self.site.processes, self.site.device.flops_per_second
+        if self._reached(kind, cost):  # their seconds were those of the whole stage
+            rate, source = self.rate(kind, cost)
+            seconds = found.flops / rate / processes
+            return replace(found, seconds=seconds, beginning=0.0, notes=(*found.notes, source))
+        measured = [self.probe.rate(work) if self.probe else None for work in found.work]
+        shares = SHARES[self.site.device.kind]
+        rates = [rate or shares[work.how] * product for rate, work in zip(measured, found.work, strict=True)]
+        seconds = sum(work.flops / rate for work, rate in zip(found.work, rates, strict=True)) / processes
+        source = self.rate(kind, 0.0)[1]
+        if all(measured) and seconds:
+            share = sum(work.flops for work in found.work) / seconds / processes / product
+            source = f"at the speed of some steps of it, measured now ({share:.0%} of the measured product)"
+        return replace(found, seconds=seconds + found.beginning, notes=(*found.notes, source))
+
+    def _reached(self, kind: str, cost: float | None) -> list[float]:
+        """FLOP/s a process of the finished stages of a kind on this device whose FLOPs a token are like `cost`."""
         device = self.site.device
-        reached = [
+        return [
             artifact.manifest["flops"] / artifact.manifest["seconds"] / artifact.manifest["processes"]
             for artifact in artifacts_of(self.site.store)
             if device.is_here
@@ -71,12 +100,19 @@ class Planner:
             and artifact.manifest.get("flops")
             and artifact.manifest["seconds"] > 10  # a tiny run is all start and end
             and artifact.manifest["device"].startswith(device.kind)
+            and (cost is None or _are_like(cost, artifact.manifest["flops"] / max(1, artifact.manifest["tokens"])))
         ]
+
+    def rate(self, kind: str, cost: float | None = None) -> tuple[float, str]:
+        """(FLOP/s of a stage of this kind in one process, where it is from); `cost`: its FLOPs a token, which the
+        finished ones that count are like."""
+        device = self.site.device
+        reached = self._reached(kind, cost)
         if reached:
             rate = sorted(reached)[len(reached) // 2]
             share = rate / device.flops_per_second
             return rate, f"at the speed of {len(reached)} {kind} here before ({share:.0%} of the measured product)"
-        share = UTILISATION[device.kind]
+        share = SHARES[device.kind]["train"]
         of = f"measured product: no {kind} ran here yet" if device.is_here else "maker's peak"
         return share * device.flops_per_second, f"at {share:.0%} of the {of}"
 
@@ -118,6 +154,11 @@ class Planner:
         recipe = replace(self.site.recipe, nodes={**self.site.recipe.nodes, node.name: other})
         site = replace(self.site, recipe=recipe, shards=self.site.processes if shards else self.site.shards)
         return ESTIMATES[node.stage.type](site, other, Estimate(node.name, "")).peak <= site.device.memory
+
+
+def _are_like(cost: float, other: float) -> bool:
+    """Whether two costs of a token are within `LIKE` times of each other."""
+    return 0 < cost <= LIKE * other <= LIKE * LIKE * cost
 
 
 def _goes_in_shards(config: Any) -> bool:

@@ -15,6 +15,7 @@ from pipeline.hardware import Device
 from pipeline.model.build import count_parameters
 from pipeline.plan.lengths import BYTES_A_TOKEN, mean_length
 from pipeline.plan.models import model_of
+from pipeline.plan.speed import Work
 
 SAMPLED_ROWS = 2000
 
@@ -35,6 +36,10 @@ class Estimate:
     loss: float | None = None
     """Nats a token by the Chinchilla law, where the model is within its range."""
     notes: tuple[str, ...] = ()
+    work: tuple[Work, ...] = ()
+    """What its time goes into."""
+    beginning: float = 0.0
+    """Seconds before and after: what no step is."""
 
     @property
     def peak(self) -> float:
@@ -74,10 +79,15 @@ class Site:
         """Tokens of a row: the mean over the first ones."""
         return mean_length(rows[:SAMPLED_ROWS], self.bytes_a_token())
 
-    def prompts(self, config: Any, **more: Any) -> tuple[int, float]:
-        """(rows of the stage's data, tokens of a prompt)."""
+    def prompts(self, config: Any, longest: int, **more: Any) -> tuple[int, float, float]:
+        """(rows of the stage's data, tokens of a prompt, of an answer: as long as the rows' own, `longest` without)."""
         rows = read_rows(config.data, "prompt", held_out=config.held_out, **more)
-        return len(rows), self.row_length(rows)
+        return len(rows), self.row_length(rows), self.answer_length(rows, longest)
+
+    def answer_length(self, rows: Sequence[Mapping[str, Any]], longest: int) -> float:
+        """Tokens of an answer and its stop token: as the rows' references; `longest` where there are none."""
+        sizes = [len(row["reference"].encode()) for row in rows[:SAMPLED_ROWS] if row["reference"]]
+        return min(longest, sum(sizes) / len(sizes) / self.bytes_a_token() + 1) if sizes else float(longest)
 
     def members(self, ref: str) -> int:
         """Reward models that a reference stands for: several for a stage of the recipe that trains an ensemble."""

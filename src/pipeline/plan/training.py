@@ -18,7 +18,12 @@ from pipeline.model.memory import Load, adapter_parameters, memory_of
 from pipeline.model.scaling import CHINCHILLA
 from pipeline.plan.lengths import BYTES_A_TOKEN, si
 from pipeline.plan.site import Estimate, Site
+from pipeline.plan.speed import Work, head_flops
 
+START = 2.0
+"""Seconds in which a stage is begun, measured and written."""
+ENCODED = 7000
+"""Rows that are made into tokens in a second."""
 BUILT_IN_BYTES = {"pydocs": 30e6, "arithmetic": 1.1e6}
 
 
@@ -67,11 +72,15 @@ def pretrain(site: Site, node: Node, found: Estimate) -> Estimate:
     if have is not None:
         notes.append(f"{tokens / have:.2f} epochs of {si(have)} tokens")
     in_range = counted >= 40e6  # smaller ones lie outside of what the law was fitted to
+    flops = tokens * (flops_per_token(model, config.context_length) * share + 2 * teacher)
+    work = Work("train", model, flops, rows, config.context_length, bf16, optimizer=config.optimizer)
     return replace(
         found,
         parameters=total,
         tokens=tokens,
-        flops=tokens * (flops_per_token(model, config.context_length) * share + 2 * teacher),
+        flops=flops,
+        work=(work,),
+        beginning=START,
         memory=memory_of(model, load),
         disk=4 * total + 3 * (4 + load.moments) * trained,
         loss=CHINCHILLA.loss(counted, tokens) if in_range else None,
@@ -117,11 +126,18 @@ def rows(site: Site, node: Node, found: Estimate) -> Estimate:
         layers=layers,
         four_bit=getattr(config, "load_in_4bit", False),
     )
+    a_token = flops_per_token(model, round(length)) - (head_flops(model) if is_reward else 0.0)
+    flops = tokens * (a_token * (share + beside) + 2 * teacher)
+    head = 0.0 if is_reward else 0.5
+    at_once = site.on_device(round(config.per_device_train_batch_size * sides))
+    work = Work("train", model, flops, at_once, max(2, round(length)), bf16, head, config.optimizer)
     return replace(
         found,
         parameters=total,
         tokens=tokens,
-        flops=tokens * (flops_per_token(model, round(length)) * (share + beside) + 2 * teacher),
+        flops=flops,
+        work=(work,),
+        beginning=START + len(data) * sides / ENCODED,
         memory=memory_of(model, load),
         disk=members * 4 * total + 3 * (4 + load.moments) * trained,
         notes=(f"{len(data):,} rows of about {length * sides:.0f} tokens, {steps * batch / len(data):.2f} epochs",),
