@@ -463,15 +463,25 @@ def test_a_probe_measures_what_the_formula_counts(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_step_is_timed_after_a_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.3 s at first and then 0.02, 0.02, 0.1 and 0.02; half a second is full, the first one counted."""
-    took = iter([0.3, 0.02, 0.02, 0.1, 0.02, 0.02, 0.02])
+    """What the first takes never counts; three steps of a fifth of a second, one of three seconds."""
     now = [0.0]
     monkeypatch.setattr("pipeline.plan.speed.time.monotonic", lambda: now[0])
 
-    def step() -> None:
-        now[0] += next(took)
+    def steps(*seconds: float) -> tuple[float, list[float]]:
+        left = list(seconds)
 
-    assert timed(step) == pytest.approx(0.02)
+        def step() -> None:
+            now[0] += left.pop(0)
+
+        return timed(step), left
+
+    for seconds, found, left in (
+        ((9.0, 0.4, 0.2, 0.3, 0.7), 0.2, 1),
+        ((9.0, 3.0, 1.0), 3.0, 1),
+        ((9.0, *[0.01] * 12), 0.01, 3),
+    ):
+        best, rest = steps(*seconds)
+        assert (best, len(rest)) == (pytest.approx(found), left)
 
 
 def test_an_empty_store_has_nothing_to_say(tmp_path: Path) -> None:

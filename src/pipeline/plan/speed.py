@@ -6,7 +6,6 @@ it within a second. GPUs are not probed: what they reach hangs on kernels that w
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,16 +99,15 @@ def head_flops(model: PreTrainedModel) -> float:
 
 
 def timed(step: Callable[[], object]) -> float:
-    """Seconds of a step: the median of some after a first one, or the first where that takes long."""
-    began = time.monotonic()
+    """Seconds of a step: the best of three to nine after a first one, in which kernels are made ready; of fewer where
+    they take long. One in which threads wait for another process can take thirty times as long as the others."""
     step()
-    first = time.monotonic() - began
     taken: list[float] = []
-    while sum(taken) + first < PROBED_SECONDS / 2 and len(taken) < 9:
+    while len(taken) < 9 and sum(taken) < PROBED_SECONDS / 2 * (1 if len(taken) >= 3 else 4):
         began = time.monotonic()
         step()
         taken.append(time.monotonic() - began)
-    return statistics.median(taken) if taken else first
+    return min(taken)
 
 
 def _with_weights(model: PreTrainedModel) -> PreTrainedModel:
