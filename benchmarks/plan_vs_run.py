@@ -4,7 +4,8 @@
 
 The planner is given an empty store, so that it has no run to look up. Manifests made on an idle machine are the fair
 ones. `--processor-time`: on a machine that others use, steps are timed on one thread in the processor's time and taken
-to be CORES times faster on the run's own threads (1.8 of two was measured); what begins a stage is left as it is.
+to be CORES times faster on the run's own threads (for two 1.8, which is an assumption); what begins a stage is left as
+it is.
 """
 
 from __future__ import annotations

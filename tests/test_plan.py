@@ -463,9 +463,10 @@ def test_a_probe_measures_what_the_formula_counts(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_step_is_timed_after_a_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the first takes never counts; three steps of a fifth of a second, one of three seconds."""
+    """What the first takes never counts; three steps at least, nine at most."""
     now = [0.0]
     monkeypatch.setattr("pipeline.plan.speed.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 9.0, 9.0))
 
     def steps(*seconds: float) -> tuple[float, list[float]]:
         left = list(seconds)
@@ -476,12 +477,31 @@ def test_a_step_is_timed_after_a_first_one(monkeypatch: pytest.MonkeyPatch) -> N
         return timed(step), left
 
     for seconds, found, left in (
-        ((9.0, 0.4, 0.2, 0.3, 0.7), 0.2, 1),
-        ((9.0, 3.0, 1.0), 3.0, 1),
+        ((9.0, 0.4, 0.2, 0.3, 0.1), 0.2, 1),
+        ((9.0, *[0.04] * 6), 0.04, 2),
         ((9.0, *[0.01] * 12), 0.01, 3),
     ):
         best, rest = steps(*seconds)
         assert (best, len(rest)) == (pytest.approx(found), left)
+
+
+def test_on_a_busy_machine_one_thread_bounds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock a step takes 30 seconds, in one thread's processor time 2: 2 where others work, 30 where none do."""
+    now, spent, threads = [0.0], [0.0], []
+
+    def step() -> None:
+        now[0], spent[0] = now[0] + 30, spent[0] + 2
+        threads.append(torch.get_num_threads())
+
+    monkeypatch.setattr("pipeline.plan.speed.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.plan.speed.time.process_time", lambda: spent[0])
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    before = torch.get_num_threads()
+    for load, found in ((2.5, 2.0), (1.5, 30.0)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert timed(step) == found
+    assert threads == [before] * 4 + [1, 1] + [before] * 4
+    assert torch.get_num_threads() == before
 
 
 def test_an_empty_store_has_nothing_to_say(tmp_path: Path) -> None:
