@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.data.tokenizers import train_bpe
+from pipeline.data.tokenizers import load_tokenizer, split_pattern, train_bpe
 from pipeline.errors import ConfigError, MismatchError
 from pipeline.model.build import initialise, save_model
-from pipeline.model.gguf_file import greedy, paired, read_back, stop_of, tensors, write_gguf
+from pipeline.model.gguf_file import PROBES, greedy, paired, read_back, stop_of, tensors, write_gguf
 from pipeline.model.presets import Shape, build_config
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -20,9 +20,11 @@ SAME = "read back: the same greedy tokens on 3 texts"
 TEXTS = ["Hello, world! 1234 été naïve", "def f(x):\n    return x + 1"] * 30
 
 
-def made(folder: Path, architecture: str, *, tied: bool = True, kv_heads: int = 2, fields: Any = None) -> Path:
+def made(
+    folder: Path, architecture: str, *, tied: bool = True, kv_heads: int = 2, fields: Any = None, digits: int = 1
+) -> Path:
     """A random model of two layers whose logits differ well, with a ChatML tokenizer of 320 tokens."""
-    tokenizer = train_bpe(iter(TEXTS), 320)
+    tokenizer = train_bpe(iter(TEXTS), 320, pattern=split_pattern(digits))
     tokenizer.save_pretrained(folder / "tokenizer")
     shape = Shape(2, 64, 4, kv_heads, 96, 64, len(tokenizer), tied)
     config = build_config(architecture, shape, fields or {})
@@ -36,18 +38,20 @@ def made(folder: Path, architecture: str, *, tied: bool = True, kv_heads: int = 
     return folder / "model"
 
 
-@pytest.mark.parametrize(
-    ("architecture", "options"),
-    [
-        ("llama", {}),
-        ("llama", {"tied": False, "kv_heads": 4}),
-        ("mistral", {"kv_heads": 1}),
-        ("qwen2", {"fields": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-                              "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 64,
-                              "tie_word_embeddings": True}}),
-        ("qwen3", {"fields": {"head_dim": 128}}),  # the width that transformers' reader takes for granted
-    ],
-)  # fmt: skip
+QWEN2 = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 96, "max_position_embeddings": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+MODELS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"tied": False, "kv_heads": 4}),
+    ("mistral", {"kv_heads": 1}),
+    ("qwen2", {"fields": QWEN2}),
+    ("qwen3", {"fields": {"head_dim": 128}}),  # the width that transformers' reader takes for granted
+]
+
+
+@pytest.mark.parametrize(("architecture", "options"), MODELS)
 def test_what_is_read_back_says_the_same(tmp_path: Path, architecture: str, options: dict[str, Any]):
     folder = made(tmp_path, architecture, **options)
     write_gguf(folder, tmp_path / "m.gguf", "f32", "m")
@@ -58,6 +62,33 @@ def test_what_is_read_back_says_the_same(tmp_path: Path, architecture: str, opti
     ids = torch.tensor([[5, 90, 200, 7, 11]])
     with torch.no_grad():
         torch.testing.assert_close(read(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "options"), [*MODELS, ("qwen3", {}), ("llama", {"digits": 3})])
+def test_llama_cpp_says_the_same(tmp_path: Path, architecture: str, options: dict[str, Any]):
+    """Tokens of texts, what the chat template writes, and greedy tokens within a window of 32; all in float32."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    folder = made(tmp_path, architecture, **options)
+    write_gguf(folder, tmp_path / "m.gguf", "f32", "m")
+    tokenizer = load_tokenizer(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, n_threads=1, type_k=0, type_v=0, verbose=False)
+    for text in (*PROBES, "  two  spaces\tand\r\n\r\nlines 3.14159 it's WE'LL"):
+        ids = tokenizer(text).input_ids
+        assert theirs.tokenize(text.encode(), special=False) == ids
+        with torch.no_grad():
+            ours = greedy(plain, ids[:8], 20)[len(ids[:8]) :]
+        theirs.reset()
+        said = theirs.generate(ids[:8], temp=0.0, top_k=1, repeat_penalty=1.0)
+        assert [token for token, _ in zip(said, ours, strict=False)] == ours
+    messages = [{"role": "user", "content": "Name a colour."}]
+    told = theirs.metadata["tokenizer.chat_template"]
+    written = Jinja2ChatFormatter(template=told, eos_token="<|im_end|>", bos_token="")(messages=messages).prompt
+    assert written == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert theirs.token_eos() == tokenizer.eos_token_id
 
 
 def test_a_qwen3_of_other_heads_says_how_it_is_read(tmp_path: Path):
