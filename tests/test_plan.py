@@ -192,6 +192,16 @@ def test_eval_by_hand(road: Path) -> None:
     assert "not counted: rows" in some.notes
 
 
+def test_eval_of_another_runs_tokens(trained: Path) -> None:
+    """No stage of the recipe makes them: their manifest says how long the held-out documents are."""
+    path = trained.parent / "elsewhere.yaml"
+    stage = "{models: [tiny/pretrain], tokens: tiny/tokenize, tasks: [bits_per_byte], documents: 3}"
+    path.write_text(f"run: elsewhere\nstages:\n  eval: {stage}\n")
+    held = json.loads((trained.parent / "artifacts" / "tiny" / "tokenize" / "manifest.json").read_text())["metrics"]
+    assert held["valid_documents"] > 3
+    assert planned(path)["eval"].tokens == pytest.approx(3 * held["valid_tokens"] / held["valid_documents"])
+
+
 def test_revisions_are_in_the_plan(road: Path) -> None:
     """Two rounds of 30 x 4 answers: prompt and answer are read twice, a principle and a critique beside them."""
     (road.parent / "rules.md").write_text("- " + "r" * 35 + "\n")

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from pipeline.artifacts import Artifact
 from pipeline.data.formats import read_rows
 from pipeline.data.pydocs import questions
 from pipeline.data.sources import read_documents
@@ -71,7 +72,7 @@ def evaluate(site: Site, node: Node, found: Estimate) -> Estimate:
     lm-eval, and win rates, are not counted, and it is said."""
     config: Any = node.config
     tasks = _tasks(node)
-    asked = _asked(site, config, tasks)
+    asked = _asked(site, node, tasks)
     refs = list(dict.fromkeys([*node.inputs["models"], *node.inputs.get("baseline", ())]))
     models = {ref: model for ref in refs if (model := site.model(ref)) is not None}
     scorers = [model for ref in site.reward_models(node) if (model := site.model(ref)) is not None]
@@ -132,12 +133,13 @@ def _tasks(node: Node) -> set[str]:
     return {task for task, can in applies.items() if can and (is_all or task in named)} | won
 
 
-def _asked(site: Site, config: Any, tasks: set[str]) -> _Asked:
+def _asked(site: Site, node: Node, tasks: set[str]) -> _Asked:
     """Counts and mean lengths of what the tasks read."""
+    config: Any = node.config
     a_token = site.bytes_a_token()
     found = _Asked(longest=config.max_new_tokens)
     if "bits_per_byte" in tasks:
-        found = replace(found, texts=_documents(site, config.documents))
+        found = replace(found, texts=_documents(site, node, config.documents))
     if "multiple_choice" in tasks:
         found = replace(found, questions=_questions(config.questions, config.swapped_questions, a_token))
     if {"reward_accuracy", "preference_accuracy"} & tasks:
@@ -168,15 +170,21 @@ def _questions(count: int, swapped: int, a_token: float) -> _Reads:
     return _Reads(rows, choices + question * (rows - count) / rows)
 
 
-def _documents(site: Site, count: int) -> _Reads:
-    """Held-out documents: the mean of what stands in the run, else of the data's first ones, each up to all of it."""
-    tokenize = next(node for node in site.recipe.nodes.values() if node.stage.kind == "tokens")
-    artifact = site.store.find(site.recipe.run, tokenize.name)
+def _documents(site: Site, node: Node, count: int) -> _Reads:
+    """Held-out documents of the stage's tokens: the mean where they stand, else of the data's first ones, each up to
+    all of it."""
+    (ref,) = node.inputs["tokens"]
+    writer = site.recipe.nodes.get(ref)
+    if writer is None:
+        artifact: Artifact | None = input_of(site.store, ref, node.stage.inputs["tokens"])
+    else:
+        artifact = site.store.find(site.recipe.run, ref)
     if artifact is not None:
         metrics = artifact.manifest["metrics"]
         documents = metrics["valid_documents"]
         return _Reads(min(count, documents), metrics["valid_tokens"] / max(1, documents))
-    config: Any = tokenize.config
+    assert writer is not None, "tokens of another run stand: the recipe was checked"
+    config: Any = writer.config
     texts = (document.text for entry in config.data for document in read_documents(entry))
     sizes = [len(text.encode()) for text in itertools.islice(texts, LOOKED_AT)]
     share = 1.0 if len(sizes) == LOOKED_AT else 0.1  # of few documents the last tenth of each is held out
