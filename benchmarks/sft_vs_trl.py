@@ -11,25 +11,22 @@ checkpointing, a line of metrics every 10 steps, and the precision that llmpipe 
   left is what the frame costs (progress, metrics, the check for a signal, the rows' order).
 
 Each side is a process of its own and they take turns, step by step, so that a busy machine is as busy for all. Ratios
-are of pairs of steps on one batch, after WARM_UP of them. CLOCK=processor counts time of the processor, for a machine
-that others use; else it is the wall's.
+are of pairs of steps on one batch, after WARM_UP of them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from turns import CLOCK, Turns, ratios, spread, timed
+
 ROWS, BATCH, RATE, WARM_UP = 4000, 8, 1e-3, 5
 SIDES = ("trl", "llmpipe", "llmpipe, trl's head and attention")
-clock = time.process_time if os.environ.get("CLOCK") == "processor" else time.perf_counter
 
 
 def prepare(folder: Path) -> None:
@@ -53,23 +50,6 @@ def prepare(folder: Path) -> None:
     save_model(
         model, folder / "model", folder / "tokenizer", [stop_token_id(tokenizer)], int(tokenizer.pad_token_id or 0)
     )
-
-
-class Turns:
-    """Tells what a step took and waits to be asked for the next."""
-
-    def __init__(self) -> None:
-        self.out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # whatever else prints is no part of the conversation
-        self.start = 0.0
-
-    def take(self) -> None:
-        """A step is over; the clock starts when the next may begin."""
-        self.out.write(f"{clock() - self.start}\n")
-        self.out.flush()
-        if not sys.stdin.readline():
-            os._exit(0)
-        self.start = clock()
 
 
 def side(name: str, folder: Path, out: Path, steps: int) -> None:
@@ -137,33 +117,14 @@ def raw(
     ).train()
 
 
-def timed(folder: Path, steps: int) -> dict[str, list[float]]:
-    """What each side's steps took, all sides taking turns."""
-    processes = {}
+def commands(folder: Path, steps: int) -> dict[str, list[str]]:
+    """Each side's own process."""
+    found = {}
     for place, name in enumerate(SIDES):
-        (folder / f"out{place}").mkdir()
-        command = [sys.executable, __file__, str(steps), name, str(folder), str(folder / f"out{place}")]
-        processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    found: dict[str, list[float]] = {name: [] for name in SIDES}
-
-    def read(name: str) -> None:
-        line = processes[name].stdout.readline()  # type: ignore[union-attr]
-        if not line:
-            sys.exit(f"{name} ended: {processes[name].wait()}")
-        found[name].append(float(line))
-
-    for name in SIDES:
-        read(name)  # its first step, on a clock that began before it was there
-    for number in range(steps - 1):
-        for name in SIDES if number % 2 else reversed(SIDES):
-            stdin = processes[name].stdin
-            assert stdin is not None
-            stdin.write("go\n")
-            stdin.flush()
-            read(name)
-    for process in processes.values():
-        process.communicate()  # the end of its input ends it
-    return {name: values[WARM_UP:] for name, values in found.items()}
+        out = folder / f"out{place}"
+        out.mkdir()
+        found[name] = [sys.executable, __file__, str(steps), name, str(folder), str(out)]
+    return found
 
 
 def main() -> None:
@@ -174,17 +135,16 @@ def main() -> None:
         return
     import torch
 
-    of = "processor" if clock is time.process_time else "wall"
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {steps} steps of {BATCH} rows, {of} time")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {steps} steps of {BATCH} rows, {CLOCK} time")
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
-        found = timed(Path(folder), steps)
+        found, _ = timed(commands(Path(folder), steps), steps, WARM_UP)
     for name, values in found.items():
-        ratios = sorted(own / theirs for own, theirs in zip(values, found["trl"], strict=True))
-        quarter = len(ratios) // 4
+        pairs = ratios(values, found["trl"])
+        middle, low, high = spread(pairs)
         print(
-            f"{name:<34} {1000 * statistics.median(values):6.1f} ms a step, {statistics.median(ratios):.3f} of trl's "
-            f"(half of the {len(ratios)} pairs within {ratios[quarter]:.3f} and {ratios[-1 - quarter]:.3f})"
+            f"{name:<34} {1000 * statistics.median(values):6.1f} ms a step, {middle:.3f} of trl's "
+            f"(half of the {len(pairs)} pairs within {low:.3f} and {high:.3f})"
         )
 
 

@@ -35,6 +35,7 @@ def derive_seed(*keys: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+@functools.cache
 def cpu_multiplies_bf16() -> bool:
     """Whether the CPU has bf16 products: by tiles (AMX, about six times fp32) or by vectors (AVX-512, twice)."""
     cpu = Path("/proc/cpuinfo")

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from pipeline.checkpoint import load_optimizer, optimizer_tensors
-from pipeline.model import sharding
+from pipeline.model import muon, sharding
 from pipeline.model.build import load_parameters, unique_parameters
 from pipeline.model.optim import build_optimizers
 from pipeline.recipe import StageConfig, field
@@ -29,7 +29,7 @@ class ShardConfig(StageConfig):
     kind: str = field("adamw", "x")
 
 INPUTS, KIND, SHARDS = {}, "rows", True
-torch.Tensor.bfloat16 = torch.Tensor.float  # Muon's iteration, whose rounding depends on how its products are cut
+muon.bf16_pays = lambda device: False  # the rounding of Muon's iteration depends on how its products are cut
 
 class Tied(nn.Module):
     # 7 rows of embedding, 5 and 6 of the matrices: over two ranks some share evenly and some do not

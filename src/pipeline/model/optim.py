@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.model.build import embedding_parameters
+from pipeline.model.muon import Muon
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
@@ -113,9 +114,7 @@ def build_optimizers(
         rest.insert(0, {"params": decayed, "lr": learning_rate, "weight_decay": weight_decay})
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=betas, eps=eps, fused=True)]
     if kind == "muon":
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
+        optimizers.append(Muon(matrices, lr=learning_rate, weight_decay=weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
