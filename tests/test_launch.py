@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from pipeline import launch
 from pipeline.artifacts import Store
 from pipeline.errors import ConfigError
-from pipeline.launch import Launch
+from pipeline.launch import ChildFailed, Launch
 
 ACT = """
 import os, signal, time
@@ -245,3 +246,40 @@ def test_launches_that_make_no_sense(processes: int | None, strategy: str, what:
 
 def test_one_process_is_the_plain_case():
     assert (Launch().processes(), Launch(strategy="single").processes(), Launch(3).processes()) == (1, 1, 3)
+
+
+@pytest.mark.slow
+def test_with_a_gpu_nothing_opens_cuda_before_the_fork(tmp_path: Path):
+    """peft imports bitsandbytes where it is installed, which looks at the GPUs; without one it is imported once for all
+    stages."""
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").touch()
+    script = """
+import sys
+from pathlib import Path
+from pipeline import launch
+from stages import sft
+for has_gpu in (True, False):
+    launch._has_gpu = lambda: has_gpu
+    launch._preload(Path(sft.__file__))
+    print("pipeline.runtime" in sys.modules, "bitsandbytes" in sys.modules)
+"""
+    path = os.pathsep.join([*filter(None, sys.path), str(tmp_path)])
+    told = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", script], env=told, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "True", "True"]
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_a_stage_that_could_not_open_cuda_says_so(
+    has_gpu: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """And does not train on the CPU instead. Without a GPU there is nothing to open."""
+    monkeypatch.setattr(launch, "_has_gpu", lambda: has_gpu)
+    monkeypatch.setattr("torch.cuda._is_in_bad_fork", lambda: True)
+    if not has_gpu:
+        launch._fork(lambda rank: None, 1)
+        return
+    with pytest.raises(ChildFailed):
+        launch._fork(lambda rank: None, 1)
+    assert "CUDA was opened before the stage's process began" in capfd.readouterr().err

@@ -1,13 +1,15 @@
 """Randomness that is derived, threads, and what a stage finds in its runtime."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.errors import Interrupted, MachineError, Stopped
-from pipeline.runtime import Runtime, default_threads, derive_seed
+from pipeline.runtime import Runtime, bf16_pays, default_threads, derive_seed, join_ranks, numbered
 
 
 @pytest.fixture
@@ -68,6 +70,47 @@ def test_what_an_earlier_try_without_a_checkpoint_wrote_is_dropped(runtime: Runt
 def test_fewer_processes_than_asked_for_are_refused(tmp_path: Path):
     with pytest.raises(MachineError, match="2 processes were asked for and 1 came up"):
         Runtime.start(tmp_path, seed=0, threads=1, world_size=2)
+
+
+def test_ranks_wait_for_one_that_works_alone_for_hours():
+    """Of a real process group; torch's own patience is half an hour, and ten minutes with GPUs."""
+    script = """
+import torch
+from pipeline.runtime import join_ranks
+join_ranks()
+group = torch.distributed.distributed_c10d._get_default_group()
+print(group._get_backend(torch.device("cpu")).options._timeout.days)
+torch.distributed.destroy_process_group()
+"""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    told = {**os.environ, **place, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-c", script], env=told, capture_output=True, text=True, check=True)
+    assert done.stdout == "30\n"
+
+
+def test_a_gpu_without_bf16_products_trains_in_fp32(monkeypatch: pytest.MonkeyPatch):
+    """torch says that it has bf16 where it imitates it; asked not to count that, it says what an A100 or a T4 has."""
+    for is_real in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, is_real=is_real: (
+            including_emulation or is_real
+        ))  # fmt: skip
+        assert bf16_pays(torch.device("cuda")) is is_real
+
+
+def test_a_lone_gpu_gets_its_number(monkeypatch: pytest.MonkeyPatch):
+    """accelerate calls it `cuda`, which `torch.cuda.set_device` refuses."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert numbered(torch.device("cuda")) == torch.device("cuda", 2)
+    assert numbered(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert numbered(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(MachineError, match="3 processes and 2 GPUs") as caught:
+        join_ranks()
+    assert caught.value.mend == "--num-processes 2"
 
 
 @pytest.mark.parametrize("kind", [Stopped, Interrupted])

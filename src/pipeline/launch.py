@@ -28,7 +28,7 @@ from pydantic_core import to_jsonable_python
 
 from pipeline import failure
 from pipeline.artifacts import Artifact, Store, need_disk, now, template_hash, tokenizer_hash
-from pipeline.errors import ConfigError, Halt, Interrupted, PipelineError, Stopped, TrainingError
+from pipeline.errors import ConfigError, Halt, Interrupted, MachineError, PipelineError, Stopped, TrainingError
 from pipeline.fingerprint import PACKAGES, reached
 from pipeline.lineage import Standing
 from pipeline.progress import leave_on_signals
@@ -96,20 +96,24 @@ def run_stage(standing: Standing, inputs: Mapping[str, Any], store: Store, run: 
 def _preload(stage_file: Path) -> None:
     """Import what the stage will need before forking, so that it is imported once a command.
 
+    Where there is a GPU, only what does not look at it: bitsandbytes, which peft imports where it is installed, opens
+    CUDA, and no forked process can open it again.
+
     Waiting threads of OpenMP sleep almost at once: spinning for them costs up to twenty times on cores that somebody
     else uses too, and nothing that can be measured on cores of one's own (docs/notes.md).
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is there one? Asked of the driver, nothing opened
     import pipeline.runtime
 
-    if PACKAGES / "pipeline" / "trainer.py" in reached(stage_file):
+    if not _has_gpu() and PACKAGES / "pipeline" / "trainer.py" in reached(stage_file):
         import pipeline.trainer  # noqa: F401
 
 
 def _fork(work: Callable[[int], None], processes: int) -> None:
     """Run `work(rank)` in forked children and wait; a child's failure becomes the exception it reported."""
     port = _free_port() if processes > 1 else 0
-    parent = os.getpid()
+    parent, has_gpu = os.getpid(), _has_gpu()
     sys.stdout.flush()
     sys.stderr.flush()
     children: dict[int, int] = {}
@@ -128,7 +132,7 @@ def _fork(work: Callable[[int], None], processes: int) -> None:
         if pid == 0:
             leave_on_signals(speaks=rank == 0)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            _child(work, rank, processes, port, parent)
+            _child(work, rank, processes, port, parent, has_gpu=has_gpu)
         children[pid] = rank
     for number in SIGNALS:
         signal.signal(number, forward)
@@ -154,11 +158,13 @@ class ChildFailed(PipelineError):
         self.exit_code = code
 
 
-def _child(work: Callable[[int], None], rank: int, processes: int, port: int, parent: int) -> None:
+def _child(work: Callable[[int], None], rank: int, processes: int, port: int, parent: int, *, has_gpu: bool) -> None:
     """The life of a forked child; never returns."""
     code = 1
     try:
         _die_with(parent)
+        if has_gpu:
+            _check_cuda_is_unopened()
         if processes > 1:
             os.environ.update(
                 RANK=str(rank),
@@ -167,7 +173,7 @@ def _child(work: Callable[[int], None], rank: int, processes: int, port: int, pa
                 LOCAL_WORLD_SIZE=str(processes),
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
-                ACCELERATE_USE_CPU="false" if _has_gpu() else "true",
+                ACCELERATE_USE_CPU="false" if has_gpu else "true",
             )
         work(rank)
         code = 0
@@ -361,6 +367,15 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     if os.getppid() != parent:
         raise Stopped("the launching process is gone", mend="run the same command again")
+
+
+def _check_cuda_is_unopened() -> None:
+    """MachineError in a forked process that could not open CUDA, since its parent has."""
+    import torch
+
+    if torch.cuda._is_in_bad_fork():
+        problem = "CUDA was opened before the stage's process began (by a package that is imported, or without NVML)"
+        raise MachineError(problem, mend="torchrun --nproc-per-node 1 -m pipeline run RECIPE starts it without a fork")
 
 
 def _has_gpu() -> bool:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -45,8 +46,29 @@ def cpu_multiplies_bf16() -> bool:
 def bf16_pays(device: torch.device) -> bool:
     """Whether autocast to bf16 is the faster choice on this device."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))  # V100 and T4 only imitate it, slowly
     return device.type == "cpu" and cpu_multiplies_bf16()
+
+
+WAIT = timedelta(days=30)
+"""How long a rank waits for the others: rank 0 may work alone for hours (tokenize, a judge), and torch gives up after
+ten minutes on GPUs, after thirty on CPUs. One that died is noticed by who started the ranks."""
+
+
+def join_ranks() -> PartialState:
+    """This process among the ranks, on its device. MachineError where a machine has fewer GPUs than processes."""
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < gpus < local:
+        raise MachineError(f"{local} processes and {gpus} GPUs: each takes one", mend=f"--num-processes {gpus}")
+    on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    return PartialState(cpu=True, timeout=WAIT) if on_cpu else PartialState(timeout=WAIT)
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The device with its number, which a lone process is not told and torch asks for (`torch.cuda.set_device`)."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 @dataclass
@@ -72,8 +94,7 @@ class Runtime:
     ) -> Runtime:
         """Join the other ranks and set up this process. `world_size` is what was asked for: fewer is an error."""
         transformers.utils.logging.disable_progress_bar()
-        on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
-        state = PartialState(cpu=True) if on_cpu else PartialState()
+        state = join_ranks()
         if state.num_processes != world_size:
             raise MachineError(
                 f"{world_size} processes were asked for and {state.num_processes} came up",
@@ -90,7 +111,7 @@ class Runtime:
             metrics.cut(0, 0.0)  # what a run wrote that ended before its first checkpoint
         torch.set_num_threads(threads)
         torch.manual_seed(derive_seed(seed, "process", rank))
-        device = torch.device(state.device)
+        device = numbered(torch.device(state.device))
         return cls(
             device=device,
             rank=rank,

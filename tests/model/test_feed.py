@@ -67,3 +67,22 @@ def test_what_is_no_target_is_ignored() -> None:
     assert batch.targets_BT.tolist() == [[IGNORED, 3]]
     assert batch.positions_BT is not None
     assert batch.positions_BT.tolist() == [[0, 0]]
+
+
+def test_what_a_gpu_copies_lies_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's inputs and targets are views into it; from page-locked memory with gaps torch would copy by another way,
+    through memory that is not."""
+    pieces: list[torch.Tensor] = []
+
+    def pinned(tensor: torch.Tensor) -> torch.Tensor:
+        pieces.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    views = micro_batch(numbered(range(2)))
+    made = views.pinned()
+    assert not views.inputs_BT.is_contiguous()
+    assert len(pieces) == 2
+    assert all(piece.is_contiguous() for piece in pieces)
+    assert made.inputs_BT.tolist() == [[0, 1], [10, 11]]
+    assert made.targets_BT.tolist() == [[1, 2], [11, 12]]

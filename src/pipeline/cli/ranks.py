@@ -9,22 +9,21 @@ import atexit
 import contextlib
 import shutil
 
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from pipeline.cli.session import Session
 from pipeline.launch import execute, wait_line, world_size_from_outside
 from pipeline.lineage import inputs_of, survey
+from pipeline.runtime import join_ranks
 
 
 def run_as_rank(session: Session, name: str, force: bool) -> bool:
     """Run the stage as one of the ranks; False where it stands. Collective."""
     import torch
 
-    on_cpu = not torch.cuda.is_available()
     if not torch.distributed.is_initialized():
         atexit.register(_part)
-    state = PartialState(cpu=True) if on_cpu else PartialState()
+    state = join_ranks()
     run, processes = session.recipe.run, world_size_from_outside()
     with contextlib.ExitStack() as held:
         decision = [False]

@@ -26,8 +26,8 @@ class MicroBatch:
         return self._each(lambda part: part.to(device, non_blocking=True))
 
     def pinned(self) -> MicroBatch:
-        """In memory that a GPU copies from by itself."""
-        return self._each(lambda part: part.pin_memory())
+        """In memory that a GPU copies from by itself: in one piece, or it would be gathered into other memory first."""
+        return self._each(lambda part: part.contiguous().pin_memory())
 
     def _each(self, do: Callable[[Tensor], Tensor]) -> MicroBatch:
         positions = None if self.positions_BT is None else do(self.positions_BT)

@@ -158,7 +158,7 @@ def bits_per_byte(
         own = rows[start + ranks.rank : end : ranks.world_size]
         inputs, targets = (part.to(losses.model.device) for part in padded(own or rows[:1]))
         found = losses.nats(inputs, targets)
-        nats += float(found.double().sum()) if own else 0.0
+        nats += float(found.cpu().double().sum()) if own else 0.0  # Apple's GPUs have no float64
         start = end
     if ranks.world_size > 1:
         over_all = torch.tensor(nats, dtype=torch.float64, device=losses.model.device)
