@@ -6,28 +6,35 @@ vocabulary has no tokens to spend on numbers; pad is a token of its own, not eos
 anything looks at them, so neither the tokenizer nor a model ever sees held-out text.
 
 Leaves model/ (the tokenizer, with a chat template), and train.ds and valid.ds, each with its index, bytes and
-metadata (see pipeline.data.shards).
+metadata (see pipeline.data.shards). Killed at any moment, it goes on from what it has kept (pipeline.data.begun) to the
+same bytes, under any number of processes.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import ValidationInfo, field_validator
 
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ArtifactError, ConfigError, DataError, Halt, MachineError
 from pipeline.recipe import Data, Ref, StageConfig, field
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from transformers import PreTrainedTokenizerFast
 
     from pipeline.artifacts import Artifact
-    from pipeline.data.corpus import Piece, Survey
+    from pipeline.data.begun import Begun
+    from pipeline.data.corpus import Survey
+    from pipeline.data.encoding import BulkEncoder
+    from pipeline.data.passes import Files
     from pipeline.data.shards import ShardWriter
+    from pipeline.data.units import Unit
     from pipeline.progress import Bar
     from pipeline.runtime import Runtime
 
@@ -55,7 +62,7 @@ class TokenizeConfig(StageConfig):
         0.1, "share held out at the end of each document, where a source has fewer than 100", gt=0, lt=1
     )
     num_proc: int | None = field(
-        None, "processes that encode; unset: one for each 32 MB, up to the cores", run_only=True
+        None, "processes that read and encode; unset: one for each 32 MB, up to the cores", run_only=True
     )
 
     @field_validator("added_merges")
@@ -78,26 +85,97 @@ def run(
     """Makes the tokenizer and the token files in `out`; all of it on rank 0. Returns the counts."""
     figures: dict[str, float] = {}
     if runtime.is_main:
-        survey = look_through(config, runtime)
-        tokenizer = make_tokenizer(config, inputs["tokenizer"], survey, out, runtime)
-        figures = write_tokens(config, tokenizer, survey, out, runtime)
+        given = inputs["tokenizer"]
+        assert not isinstance(given, list)
+        units, begun = begin(config, given, out, runtime)
+        survey = look_through(config, units, begun, runtime)
+        tokenizer = make_tokenizer(config, given, survey, begun, runtime)
+        figures = write_tokens(config, tokenizer, units, survey, begun, runtime)
     runtime.barrier()
     return figures
+
+
+def begin(config: TokenizeConfig, given: Artifact | None, out: Path, runtime: Runtime) -> tuple[list[Unit], Begun]:
+    """The corpus in units, and what is there of an earlier try."""
+    from pipeline.artifacts import tokenizer_hash
+    from pipeline.data.begun import Begun
+    from pipeline.data.units import cut
+
+    harvest_pydocs(config, runtime)
+    units = cut(config.data, config.held_out, config.held_out_tail, runtime.say)
+    values = config.model_dump(
+        mode="json", exclude={"data": {"__all__": {"source"}}, "num_proc": True, "tokenizer": True}
+    )
+    begun = Begun(out)
+    if not begun.check(units, [values, tokenizer_hash(given.model) if given else "", RESULT_VERSION]):
+        runtime.say("begun anew: the data or the libraries are others than when it was broken off")
+    return units, begun
+
+
+class Meter:
+    """Bytes that are done, from whichever thread, as a bar of MB; hears the wish to stop."""
+
+    def __init__(self, bar: Bar, runtime: Runtime, done: int) -> None:
+        self.bar, self.halt, self.done, self.before = bar, runtime.halt, done, done
+        self.lock, self.start = threading.Lock(), time.monotonic()
+        bar.start_at(done // 1_000_000)
+
+    def tell(self, done: int) -> None:
+        """So many more."""
+        with self.lock:
+            self.done += done
+
+    def look_up(self) -> None:
+        """Shows what is done. Raises where the stage is to stop; what is kept is kept by then, or on the way out."""
+        if self.halt.asked is not None:
+            raise self.halt.asked(
+                "stopped; what is done is kept", mend="run the same command again to go on from there"
+            )
+        if self.done // 1_000_000 > self.bar.done:
+            speed = (self.done - self.before) / 1e6 / (time.monotonic() - self.start)
+            self.bar.advance(self.done // 1_000_000 - self.bar.done, **{"MB/s": speed})
 
 
 # 1. Look through the corpus: count it, divide it, draw the tokenizer's sample.
 
 
-def look_through(config: TokenizeConfig, runtime: Runtime) -> Survey:
+def look_through(config: TokenizeConfig, units: list[Unit], begun: Begun, runtime: Runtime) -> Survey:
     """Both sides counted, and a sample of the training side. DataError where a side is empty."""
-    from pipeline.data.corpus import Sample, Survey
+    from pipeline.data import encoding, passes
+    from pipeline.data.workers import Crew
 
-    harvest_pydocs(config, runtime)
-    survey = Survey(Sample(config.sample_bytes))
-    with runtime.progress("read", None, "documents") as bar:
-        for piece in read(config, runtime, runtime.say):
-            survey.add(piece, config.data[piece.source].weight)
-            bar.advance(1, MB=(survey.train_bytes + survey.held_out_bytes) / 1e6)
+    survey, seconds = begun.survey(config.sample_bytes)
+    done, total = len(survey.units), sum(unit.bytes for unit in units)
+    if done:
+        runtime.metrics.cut(0, seconds)
+        runtime.checkpoints.resumed_from = done
+        runtime.say(f"kept: {done:,} of {len(units):,} parts of the data had been read, {survey.bytes / 1e6:,.1f} MB")
+    pays = encoding.processes_for(sum(unit.bytes for unit in units[done:]))
+    processes = min(config.num_proc or pays, pays)
+    with (
+        runtime.progress("read", total // 1_000_000, "MB") as bar,
+        Crew(processes) if processes > 1 else nullcontext() as crew,
+    ):
+        meter = Meter(bar, runtime, survey.bytes)
+        try:
+            read = sum(unit.bytes for unit in units[:done])
+            for unit in passes.look_through(units, survey, passes.Hands(crew, meter.tell, meter.look_up)):
+                begun.looked_through(unit, runtime.metrics.seconds())
+                read += units[len(survey.units) - 1].bytes
+                bar.total = round(survey.bytes / max(1, read) * total) // 1_000_000
+        finally:
+            if done or begun.log.exists() or runtime.halt.asked:
+                begun.save_survey()
+    check(config, survey)
+    runtime.say(
+        f"{survey.train_documents:,} documents, {survey.train_bytes / 1e6:.1f} MB to train on; "
+        f"{survey.held_out_documents:,} held out, {survey.held_out_bytes / 1e6:.1f} MB"
+    )
+    return survey
+
+
+def check(config: TokenizeConfig, survey: Survey) -> None:
+    """DataError where a side is empty."""
     sources = ", ".join(entry.source for entry in config.data)
     if survey.train_documents + survey.held_out_documents == 0:
         raise DataError("there is no text in the data", where=sources, mend="name files that hold text")
@@ -109,20 +187,6 @@ def look_through(config: TokenizeConfig, runtime: Runtime) -> Survey:
         )
     if survey.train_documents == 0:
         raise DataError("all documents are held out", where=sources, mend="lower held_out")
-    runtime.say(
-        f"{survey.train_documents:,} documents, {survey.train_bytes / 1e6:.1f} MB to train on; "
-        f"{survey.held_out_documents:,} held out, {survey.held_out_bytes / 1e6:.1f} MB"
-    )
-    return survey
-
-
-def read(config: TokenizeConfig, runtime: Runtime, say: Callable[[str], None]) -> Iterator[Piece]:
-    """The corpus, piece by piece; ends the stage between two of them where it is asked to stop."""
-    from pipeline.data.corpus import pieces
-
-    for piece in pieces(config.data, config.held_out, config.held_out_tail, say):
-        runtime.check_stop()
-        yield piece
 
 
 def harvest_pydocs(config: TokenizeConfig, runtime: Runtime) -> None:
@@ -146,25 +210,31 @@ def harvest_pydocs(config: TokenizeConfig, runtime: Runtime) -> None:
 
 
 def make_tokenizer(
-    config: TokenizeConfig, given: Artifact | list[Artifact] | None, survey: Survey, out: Path, runtime: Runtime
+    config: TokenizeConfig, given: Artifact | None, survey: Survey, begun: Begun, runtime: Runtime
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer, saved to out/model."""
+    """The tokenizer, saved as the stage's model; the one that is there already, where it had been made."""
     from pipeline.data import extend, tokenizers
 
+    if begun.model.exists():
+        runtime.say("kept: the tokenizer")
+        return tokenizers.load_tokenizer(begun.model)
+    begun.forget_written()
     if given is not None:
-        assert not isinstance(given, list)
         tokenizer = tokenizers.load_tokenizer(given.model)
         runtime.say(tokenizers.complete(tokenizer))
     else:
         tokenizer = train_tokenizer(config, survey, runtime)
     if config.added_tokens:
         runtime.say(extend.add_specials(tokenizer, config.added_tokens))
+    made = begun.folder / "model"
     if not config.added_merges:
-        tokenizer.save_pretrained(out / "model")
-        return tokenizer
-    with runtime.progress("learn merges", None, "texts") as bar:
-        texts = watched(survey, runtime, bar)
-        return extend.extend(tokenizer, texts, config.added_merges, out / "model")
+        tokenizer.save_pretrained(made)
+    else:
+        with runtime.progress("learn merges", None, "texts") as bar:
+            texts = watched(survey, runtime, bar)
+            tokenizer = extend.extend(tokenizer, texts, config.added_merges, made)
+    begun.save_model(made)
+    return tokenizer
 
 
 def train_tokenizer(config: TokenizeConfig, survey: Survey, runtime: Runtime) -> PreTrainedTokenizerFast:
@@ -200,58 +270,97 @@ def watched(survey: Survey, runtime: Runtime, bar: Bar) -> Iterator[str]:
 
 
 def write_tokens(
-    config: TokenizeConfig, tokenizer: PreTrainedTokenizerFast, survey: Survey, out: Path, runtime: Runtime
+    config: TokenizeConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    units: list[Unit],
+    survey: Survey,
+    begun: Begun,
+    runtime: Runtime,
 ) -> dict[str, float]:
     """train.ds and valid.ds; returns the stage's figures."""
-    from pipeline.artifacts import need_disk, tokenizer_hash
+    from pipeline.artifacts import need_disk
     from pipeline.data import encoding
-    from pipeline.data.shards import ShardWriter, Source, token_dtype
-    from pipeline.data.sources import labels
-    from pipeline.data.tokenizers import separator_id
+    from pipeline.data.shards import token_dtype
 
     sample = survey.sample.spread(500_000)
-    encoder, choice = encoding.choose(out / "model", sample)
+    encoder, choice = encoding.choose(begun.model, sample)
     runtime.say(choice)
-    total_bytes = survey.train_bytes + survey.held_out_bytes
-    tokens = total_bytes / encoding.bytes_per_token(encoder, sample)
-    need_disk(out, int(1.1 * tokens * token_dtype(len(tokenizer)).itemsize), "writing the token files")
-    processes = config.num_proc or encoding.processes_for(total_bytes)
-
-    sources = [Source(label, entry.weight) for label, entry in zip(labels(config.data), config.data, strict=True)]
-    what = (len(tokenizer), separator_id(tokenizer), tokenizer_hash(out / "model"), sources)
+    files = open_files(config, tokenizer, begun, runtime)
+    left = survey.bytes - files.text_bytes
+    tokens = left / encoding.bytes_per_token(encoder, sample)
+    need_disk(begun.out, int(1.1 * tokens * token_dtype(len(tokenizer)).itemsize), "writing the token files")
     start = time.monotonic()
-    with (
-        runtime.progress("encode", total_bytes // 1_000_000, "MB") as bar,
-        ShardWriter(out / "train.ds", *what) as train,
-        ShardWriter(out / "valid.ds", *what) as valid,
-    ):
-        corpus = again(config, survey, runtime)
-        tagged = (((piece.is_held_out, piece.bytes, piece.source), piece.text) for piece in corpus)
-        for (is_held_out, size, source), ids in encoding.encode_all(tagged, encoder, processes):
-            (valid if is_held_out else train).append(ids, size, source)
-            done = train.text_bytes + valid.text_bytes
-            if done // 1_000_000 > bar.done:
-                bar.advance(done // 1_000_000 - bar.done, **{"MB/s": done / 1e6 / (time.monotonic() - start)})
-    figures = counts(train, valid) | {"mb_per_second": total_bytes / 1e6 / (time.monotonic() - start)}
+    with files.train as train, files.valid as valid:
+        encode(units, survey, encoder, files, config.num_proc or encoding.processes_for(left), begun, runtime)
+    figures = counts(train, valid) | {"mb_per_second": left / 1e6 / (time.monotonic() - start)}
     runtime.metrics.log(0, tokens=train.tokens, **figures)
     runtime.say(
         f"{train.tokens:,} tokens to train on, {valid.tokens:,} held out; "
         f"{figures['bytes_per_token']:.2f} bytes a token, {figures['mb_per_second']:.1f} MB/s"
     )
-    if len(sources) > 1:
+    if len(train.sources) > 1:
         for one, other in zip(train.sources, valid.sources, strict=True):
             runtime.say(f"  {one.label}: {one.documents:,} documents, {one.tokens:,} tokens; {other.tokens:,} held out")
     return figures
 
 
-def again(config: TokenizeConfig, survey: Survey, runtime: Runtime) -> Iterator[Piece]:
-    """The corpus a second time: from memory where it is small enough to have been kept, else read again."""
-    if survey.pieces is None:
-        yield from read(config, runtime, lambda text: None)
-        return
-    for piece in survey.pieces:
-        runtime.check_stop()
-        yield piece
+def open_files(config: TokenizeConfig, tokenizer: PreTrainedTokenizerFast, begun: Begun, runtime: Runtime) -> Files:
+    """The token files, empty or where an earlier try had saved them."""
+    from pipeline.artifacts import tokenizer_hash
+    from pipeline.data.passes import SIDES, Files
+    from pipeline.data.shards import ShardWriter, Source
+    from pipeline.data.sources import labels
+    from pipeline.data.tokenizers import separator_id
+
+    sources = [Source(label, entry.weight) for label, entry in zip(labels(config.data), config.data, strict=True)]
+    what = (len(tokenizer), separator_id(tokenizer), tokenizer_hash(begun.model), sources)
+    written, seconds = begun.written()
+    if written is not None:
+        try:
+            files = Files(
+                *[ShardWriter(begun.out / side, *what, have) for side, have in zip(SIDES, written, strict=True)]
+            )
+        except ArtifactError as error:
+            runtime.say(f"encoding begins anew: {error.where}: {error.what}")
+        else:
+            runtime.metrics.cut(0, seconds)
+            runtime.checkpoints.resumed_from += files.documents
+            runtime.say(f"kept: {files.text_bytes / 1e6:,.1f} MB of text had been encoded")
+            return files
+    return Files(*[ShardWriter(begun.out / side, *what) for side in SIDES])
+
+
+def encode(
+    units: list[Unit],
+    survey: Survey,
+    encoder: BulkEncoder,
+    files: Files,
+    processes: int,
+    begun: Begun,
+    runtime: Runtime,
+) -> None:
+    """Writes what `files` lack of the corpus; saves how far it is now and then, and where it is stopped."""
+    from pipeline.data import passes
+    from pipeline.data.workers import Crew
+
+    with (
+        runtime.progress("encode", survey.bytes // 1_000_000, "MB") as bar,
+        Crew(processes) if processes > 1 else nullcontext() as crew,
+    ):
+        meter = Meter(bar, runtime, files.text_bytes)
+        hands = passes.Hands(crew, meter.tell, meter.look_up)
+        try:
+            for _ in passes.write(units, survey, encoder, files, hands, begun.parts()):
+                if begun.is_due():
+                    begun.save_written(files, runtime.metrics.seconds())
+        except DataError:  # what was read before can't be read again: it is other data
+            begun.forget()
+            raise
+        except (Halt, MachineError):
+            begun.save_written(files, runtime.metrics.seconds())
+            raise
+        if begun.mark.exists():  # what is left, publishing, takes a while too
+            begun.save_written(files, runtime.metrics.seconds())
 
 
 def counts(train: ShardWriter, valid: ShardWriter) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pipeline.data import arithmetic
 from pipeline.data.corpus import pieces
 from pipeline.data.formats import read_rows
 from pipeline.data.sources import read_documents, source_fingerprint
+from pipeline.data.units import cut
 from pipeline.errors import ConfigError
 from pipeline.recipe import DataEntry
 
@@ -108,7 +109,7 @@ def test_as_a_source(rows: dict[str, list[tuple[str, str]]]):
     assert list(map(pair, messages)) == rows["train"][:3]
     prompts = read_rows([ENTRY], "prompt", split="held_out", held_out=0.9)  # it is divided by itself
     assert [(row["prompt"][0]["content"], row["reference"]) for row in prompts] == rows["held_out"]
-    divided = [(piece.text, piece.is_held_out) for piece in pieces([ENTRY], 0.5, 0.5, print)]
+    divided = [(piece.text, piece.is_held_out) for unit in cut([ENTRY], 0.5, 0.5, print) for piece in pieces(unit)]
     assert [text for text, is_held_out in divided if not is_held_out] == list(arithmetic.corpus("train"))
     assert [text for text, is_held_out in divided if is_held_out] == [
         document.text for document in read_documents(ENTRY, split="held_out")

@@ -1,12 +1,14 @@
 """The division of a corpus, and the sample a tokenizer is trained on."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.data.corpus import Piece, Sample, Survey, pieces, tail_start
 from pipeline.data.sources import share
+from pipeline.data.units import cut
 from pipeline.recipe import DataEntry
 
 
@@ -15,8 +17,12 @@ def entry(path: Path, texts: list[str], **options: object) -> DataEntry:
     return DataEntry(source=str(path), **options)
 
 
+def all_pieces(entries: list[DataEntry], held_out: float, tail: float, say: Callable[[str], None]) -> list[Piece]:
+    return [piece for unit in cut(entries, held_out, tail, say) for piece in pieces(unit)]
+
+
 def divided(entries: list[DataEntry], held_out: float = 0.1, tail: float = 0.1) -> tuple[list[str], list[str]]:
-    found = list(pieces(entries, held_out, tail, lambda text: None))
+    found = all_pieces(entries, held_out, tail, lambda text: None)
     return tuple([piece.text for piece in found if piece.is_held_out == side] for side in (False, True))
 
 
@@ -35,7 +41,7 @@ def test_few_documents_give_their_last_tenth(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text("".join(f"{i}: line {line:03}\n" for line in range(100)))
     said: list[str] = []
-    found = list(pieces([DataEntry(source=str(tmp_path))], 0.5, 0.1, said.append))
+    found = all_pieces([DataEntry(source=str(tmp_path))], 0.5, 0.1, said.append)
     assert [piece.is_held_out for piece in found] == [False, True] * 3
     assert [found[i].text + found[i + 1].text for i in (0, 2, 4)] == [p.read_text() for p in sorted(tmp_path.iterdir())]
     assert found[1].text.startswith("0: line 090\n")
@@ -59,9 +65,8 @@ def test_where_a_tail_begins(text: str, start: int) -> None:
 
 def test_weights_repeat_what_the_tokenizer_sees_not_what_is_written(tmp_path: Path) -> None:
     texts = [f"document {i}" for i in range(500)]
-    found = list(
-        pieces([entry(tmp_path / "a.jsonl", texts), entry(tmp_path / "b.jsonl", ["x"] * 200)], 0.1, 0.1, print)
-    )
+    entries = [entry(tmp_path / "a.jsonl", texts), entry(tmp_path / "b.jsonl", ["x"] * 200)]
+    found = all_pieces(entries, 0.1, 0.1, print)
     assert [piece.source for piece in found] == [0] * 500 + [1] * 200
     survey = Survey(Sample(10_000_000))
     for piece in found[:500]:
@@ -115,3 +120,35 @@ def test_a_survey_counts_both_sides_and_samples_one(tmp_path: Path) -> None:
     survey.add(Piece("a", True))
     assert (survey.pieces, survey.held_out_documents) == (None, 3)
     assert [len(text) for text in survey.sample.texts] == [1 << 20, 1_500_000 - (1 << 20)]
+
+
+def test_units_counted_apart_make_the_same_survey_and_sample() -> None:
+    """Each with the threshold that was known when it was begun: of the first, some units before."""
+    found = [[Piece(f"{unit} {i} " * 9, i % 10 == 0) for i in range(200)] for unit in range(20)]
+    together = Survey(Sample(9_000), pieces=None)
+    for pieces_ in found:
+        for piece in pieces_:
+            together.add(piece)
+    thresholds, survey = [1.0], Survey(Sample(9_000))
+    for number, pieces_ in enumerate(found):
+        unit = Survey(Sample(9_000, thresholds[max(0, number - 3)]), pieces=[])
+        for piece in pieces_:
+            unit.add(piece)
+        survey.add_unit(unit)
+        thresholds.append(survey.sample.threshold)
+    assert thresholds[-1] < 0.1
+    assert survey.sample == together.sample
+    assert survey.counts == together.counts == survey.units[-1]
+    assert survey.units[0] == (180, *survey.units[0][1:2], 20, *survey.units[0][3:])
+    assert survey.pieces is None
+
+
+def test_units_of_a_small_corpus_are_kept_in_memory() -> None:
+    survey = Survey(Sample(100))
+    for text in ("a" * 40, "b" * 60):
+        unit = Survey(Sample(100))
+        unit.add(Piece(text, False))
+        survey.add_unit(unit)
+    assert survey.pieces == [Piece("a" * 40, False), Piece("b" * 60, False)]
+    survey.add_unit(unit)
+    assert survey.pieces is None

@@ -13,7 +13,7 @@ import tiktoken
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data import encoding
+from pipeline.data import encoding, workers
 from pipeline.data.tokenizers import encode_text
 from pipeline.errors import MachineError
 
@@ -73,30 +73,30 @@ def test_only_a_bounded_part_of_the_corpus_is_under_way(folder: Path, monkeypatc
 
 
 @pytest.fixture
-def workers(monkeypatch: pytest.MonkeyPatch) -> list[encoding.Worker]:
-    """Those that were started, in order; a text a batch."""
-    started: list[encoding.Worker] = []
+def crew(monkeypatch: pytest.MonkeyPatch) -> list[workers.Worker]:
+    """The workers that were started, in order; a text a batch."""
+    started: list[workers.Worker] = []
 
-    class Watched(encoding.Worker):
-        def __init__(self, encoder: encoding.BulkEncoder) -> None:
-            super().__init__(encoder)
+    class Watched(workers.Worker):
+        def __init__(self) -> None:
+            super().__init__()
             started.append(self)
 
-    monkeypatch.setattr(encoding, "Worker", Watched)
+    monkeypatch.setattr(workers, "Worker", Watched)
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1)
     return started
 
 
 @pytest.mark.parametrize("when", [0, 20])
 def test_a_worker_that_is_killed_ends_the_work_with_an_error(
-    folder: Path, workers: list[encoding.Worker], when: int
+    folder: Path, crew: list[workers.Worker], when: int
 ) -> None:
     """At its start (0), before it has read anything, and in the midst of its work."""
 
     def texts() -> Iterator[tuple[int, str]]:
         for number in range(100):
             if number == when:
-                workers[1].process.kill()
+                crew[1].process.kill()
             yield number, "the king"
 
     done: list[tuple[int, object]] = []
@@ -105,7 +105,7 @@ def test_a_worker_that_is_killed_ends_the_work_with_an_error(
     assert [number for number, _ in done] == list(range(len(done)))
     assert max(0, when - 5) <= len(done) < 100
     assert "num_proc: 1" in caught.value.mend
-    assert [worker.process.poll() for worker in workers] == [0, -signal.SIGKILL], "the other one was told to end"
+    assert [worker.process.poll() for worker in crew] == [0, -signal.SIGKILL], "the other one was told to end"
 
 
 def test_a_worker_that_cannot_start_ends_the_work_with_an_error(folder: Path, tmp_path: Path) -> None:
@@ -115,18 +115,18 @@ def test_a_worker_that_cannot_start_ends_the_work_with_an_error(folder: Path, tm
         list(encoding.encode_all([(0, "the king")], encoder, 2))
 
 
-def test_workers_end_with_their_work(folder: Path, workers: list[encoding.Worker]) -> None:
+def test_workers_end_with_their_work(folder: Path, crew: list[workers.Worker]) -> None:
     work = encoding.encode_all(((i, "the king") for i in range(100)), encoding.BulkEncoder(folder, True), 2)
     next(work)
-    assert [worker.process.poll() for worker in workers] == [None, None]
+    assert [worker.process.poll() for worker in crew] == [None, None]
     work.close()
-    assert [worker.process.poll() for worker in workers] == [0, 0]
+    assert [worker.process.poll() for worker in crew] == [0, 0]
 
 
 SCRIPT = """
 import itertools, os, signal, sys
 from pathlib import Path
-from pipeline.data import encoding
+from pipeline.data import encoding, workers
 signal.signal(signal.SIGINT, lambda *_: print("heard", flush=True))
 encoding.BATCH_CHARACTERS = 1
 count = itertools.count() if sys.argv[2] == "endless" else range(20)

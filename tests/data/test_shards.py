@@ -95,3 +95,46 @@ def test_a_part_of_another_size_is_refused(tmp_path: Path, suffix: str) -> None:
     part.unlink()
     with pytest.raises(ArtifactError, match="is missing"):
         TokenFile(tmp_path / "train.ds")
+
+
+def parts(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_writer_goes_on_where_it_was_saved_and_takes_whole_files(tmp_path: Path) -> None:
+    sources = [Source("books", 2.0), Source("web")]
+    documents = [([1, 2], 9, 0), ([], 4, 0), ([4], 5, 1), ([5, 6], 7, 1)]
+    for name in ("calm", "saved", "taken"):
+        (tmp_path / name).mkdir()
+    with ShardWriter(tmp_path / "calm" / "train.ds", 400, 7, "hash", sources) as shard:
+        for document in documents:
+            shard.append(*document)
+
+    shard = ShardWriter(tmp_path / "saved" / "train.ds", 400, 7, "hash", sources)
+    for document in documents[:3]:
+        shard.append(*document)
+    begun = shard.sync()
+    shard.append([9] * 1000, 3, 1)  # and killed
+    for file in shard.files:
+        file.close()
+    with ShardWriter(tmp_path / "saved" / "train.ds", 400, 7, "hash", sources, begun) as shard:
+        assert (shard.tokens, shard.documents, shard.text_bytes, shard.last) == (6, 3, 18, 1)
+        shard.append(*documents[3])
+    assert parts(tmp_path / "saved") == parts(tmp_path / "calm")
+    assert begun == [Source("books", 2.0, 4, 2, 13), Source("web", 1.0, 2, 1, 5)]
+
+    with ShardWriter(tmp_path / "taken" / "train.ds", 400, 7, "hash", sources) as whole:
+        for number, (source, own) in enumerate([(0, documents[:2]), (0, []), (1, documents[2:])]):
+            with ShardWriter(tmp_path / f"{number}.ds", 400, 7, "hash") as shard:
+                for ids, size, _ in own:
+                    shard.append(ids, size)
+            whole.take(TokenFile(tmp_path / f"{number}.ds"), source)
+    assert parts(tmp_path / "taken") == parts(tmp_path / "calm")
+
+
+def test_a_writer_does_not_go_on_behind_what_is_lost(tmp_path: Path) -> None:
+    write(tmp_path / "train.ds")
+    with pytest.raises(ArtifactError, match="the file has 16 bytes, and 20 were written"):
+        ShardWriter(tmp_path / "train.ds", 400, 7, "hash", begun=[Source("text", 1.0, 10, 3, 15)])
+    with pytest.raises(ArtifactError, match="the file is missing"):
+        ShardWriter(tmp_path / "none.ds", 400, 7, "hash", begun=[Source("text", 1.0, 10, 3, 15)])

@@ -107,6 +107,7 @@ def test_the_same_bits_whatever_the_processes(tmp_path: Path) -> None:
     run(tmp_path / "a", corpus)
     run(tmp_path / "b", corpus, num_proc=2)
     names = [path.relative_to(tmp_path / "a") for path in sorted((tmp_path / "a").rglob("*")) if path.is_file()]
+    names = [name for name in names if name.parts[0] != "checkpoints"]
     assert len(names) == 12  # two token files of four parts, the tokenizer's three, metrics.jsonl
     for name in names:
         if name.name != "metrics.jsonl":

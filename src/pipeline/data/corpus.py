@@ -7,13 +7,12 @@ tenth is held out. pydocs brings its own division, made by functions and shared 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pipeline.data.sources import BUILT_IN, copies, is_few_documents, read_documents, share
-from pipeline.recipe import DataEntry
+from pipeline.data.sources import BUILT_IN, copies, share
+from pipeline.data.units import Unit, read
 
-FEW = 100
 SLICE = 1 << 20
 
 
@@ -52,14 +51,22 @@ class Sample:
             self.texts.append(text)
             self.size += text_bytes(text)
             while self.size > self.limit and len(self.texts) > 1:
-                self.threshold /= 2
-                self.texts = [text for text in self.texts if sample_share(text) < self.threshold]
-                self.size = sum(map(text_bytes, self.texts))
+                self.lower(self.threshold / 2)
+
+    def lower(self, threshold: float) -> None:
+        """Drops what is not below a lower threshold."""
+        self.threshold = threshold
+        self.texts = [text for text in self.texts if sample_share(text) < threshold]
+        self.size = sum(map(text_bytes, self.texts))
 
     def spread(self, characters: int) -> list[str]:
         """About so many characters of the sample, at least one text, from its beginning to its end."""
         step = max(1, self.size // characters)
         return [text[:characters] for text in self.texts[::step]]
+
+
+Counts = tuple[int, int, int, int]
+"""Documents and UTF-8 bytes of what is trained on, then of what is held out."""
 
 
 @dataclass
@@ -74,7 +81,19 @@ class Survey:
     train_bytes: int = 0
     held_out_documents: int = 0
     held_out_bytes: int = 0
-    pieces: list[Piece] | None = field(default_factory=list)
+    pieces: list[Piece] | None = field(default_factory=list, kw_only=True)
+    units: list[Counts] = field(default_factory=list)
+    """What had been counted at the end of each unit."""
+
+    @property
+    def counts(self) -> Counts:
+        """Documents and bytes of both sides."""
+        return self.train_documents, self.train_bytes, self.held_out_documents, self.held_out_bytes
+
+    @property
+    def bytes(self) -> int:
+        """Of both sides."""
+        return self.train_bytes + self.held_out_bytes
 
     def add(self, piece: Piece, weight: float = 1.0) -> None:
         """Counts a piece; the sample is of what is trained on alone, and has it as often as its source's weight."""
@@ -93,6 +112,22 @@ class Survey:
             for start in range(0, len(piece.text), SLICE):
                 self.sample.add(piece.text[start : start + SLICE])
 
+    def add_unit(self, unit: Survey) -> None:
+        """What a unit was found to hold, perhaps by another process."""
+        if self.pieces is None or unit.pieces is None or self.bytes + unit.bytes > self.sample.limit:
+            self.pieces = None
+        else:
+            self.pieces += unit.pieces
+        self.train_documents += unit.train_documents
+        self.train_bytes += unit.train_bytes
+        self.held_out_documents += unit.held_out_documents
+        self.held_out_bytes += unit.held_out_bytes
+        if unit.sample.threshold < self.sample.threshold:
+            self.sample.lower(unit.sample.threshold)
+        for text in unit.sample.texts:
+            self.sample.add(text)
+        self.units.append(self.counts)
+
 
 def sample_share(text: str) -> float:
     """A number in [0, 1) that decides whether a sample keeps `text`."""
@@ -104,38 +139,20 @@ def text_bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 
 
-def pieces(
-    entries: Sequence[DataEntry], held_out: float, held_out_tail: float, say: Callable[[str], None]
-) -> Iterator[Piece]:
-    """All documents of all entries, in order, each on its side.
-
-    A share `held_out` of the documents of a source is held out; of a source with fewer than 100 documents the
-    last share `held_out_tail` of each, which `say` is told of.
-    """
-    for place, entry in enumerate(entries):
-        is_few = is_few_documents(entry, FEW)
-        if is_few:
-            say(f"{entry.source}: fewer than {FEW} documents, so the last {held_out_tail:.0%} of each is held out")
-        for text, is_held_out in divided(entry, is_few, held_out, held_out_tail):
-            yield Piece(text, is_held_out, place)
-
-
-def divided(entry: DataEntry, is_few: bool, held_out: float, held_out_tail: float) -> Iterator[tuple[str, bool]]:
-    """The documents of one entry, each with whether it is held out."""
-    if entry.source in BUILT_IN:
-        for document in read_documents(entry, split="train"):
-            yield document.text, False
-        for document in read_documents(entry, split="held_out"):
-            yield document.text, True
-        return
-    for document in read_documents(entry):
-        if is_few:
-            cut = tail_start(document.text, held_out_tail)
-            for part, is_held_out in ((document.text[:cut], False), (document.text[cut:], True)):
-                if part:
-                    yield part, is_held_out
+def pieces(unit: Unit) -> Iterator[Piece]:
+    """The documents of one unit, each on its side."""
+    tail = unit.division.tail
+    for document in read(unit):
+        text = document.text
+        if unit.entry.source in BUILT_IN:
+            yield Piece(text, unit.split == "held_out", unit.source)
+        elif tail is None:
+            yield Piece(text, share(text) < unit.division.held_out, unit.source)
         else:
-            yield document.text, share(document.text) < held_out
+            cut = tail_start(text, tail)
+            for part, is_held_out in ((text[:cut], False), (text[cut:], True)):
+                if part:
+                    yield Piece(part, is_held_out, unit.source)
 
 
 def tail_start(text: str, tail: float) -> int:

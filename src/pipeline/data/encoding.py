@@ -9,20 +9,14 @@ second.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
-import pickle
 import re
-import signal
-import subprocess
-import sys
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,7 +24,7 @@ import numpy.typing as npt
 import tiktoken
 from tokenizers import Tokenizer
 
-from pipeline.errors import MachineError
+from pipeline.data.workers import Crew, Tell, in_order, result_of
 
 Ids = npt.NDArray[np.uint32]
 Tag = TypeVar("Tag")
@@ -136,6 +130,11 @@ class BulkEncoder:
         self.fast = as_tiktoken(state) if use_tiktoken else None
         self.first_free_id = first_free_id(state) if self.fast is not None else 0
 
+    @property
+    def how(self) -> tuple[Path, bool]:
+        """What another process makes the same encoder of."""
+        return self.folder, self.fast is not None
+
     def encode(self, texts: list[str]) -> list[Ids]:
         """The ids of each text."""
         if self.fast is None:
@@ -172,87 +171,39 @@ def encode_all(tagged: Iterable[tuple[Tag, str]], encoder: BulkEncoder, processe
     process ends before its work does.
     """
     if processes == 1:
-        for tags, texts in batched(tagged):
-            yield from zip(tags, encoder.encode(texts), strict=True)
+        yield from encode_here(tagged, encoder)
         return
-    with ExitStack() as stack:
-        idle: SimpleQueue[Worker] = SimpleQueue()
-        for _ in range(processes):
-            idle.put(stack.enter_context(Worker(encoder)))
-        threads = ThreadPoolExecutor(processes)  # one waits for each worker
-        stack.callback(threads.shutdown, cancel_futures=True)
-        waiting: deque[tuple[list[Tag], Future[list[Ids]]]] = deque()
-        for tags, texts in batched(tagged):
-            waiting.append((tags, threads.submit(_by_the_next, idle, texts)))
-            if len(waiting) > 2 * processes:
-                done, result = waiting.popleft()
-                yield from zip(done, result.result(), strict=True)
-        for done, result in waiting:
-            yield from zip(done, result.result(), strict=True)
+    with Crew(processes) as crew:
+        yield from encode_by(crew, tagged, encoder, lambda: None)
 
 
-def _by_the_next(idle: SimpleQueue[Worker], texts: list[str]) -> list[Ids]:
-    worker = idle.get()
-    try:
-        return worker.encode(texts)
-    finally:
-        idle.put(worker)
+def encode_here(tagged: Iterable[tuple[Tag, str]], encoder: BulkEncoder) -> Iterator[tuple[Tag, Ids]]:
+    """`encode_all` in this process."""
+    for tags, texts in batched(tagged):
+        yield from zip(tags, encoder.encode(texts), strict=True)
 
 
-class Worker:
-    """A process that encodes a batch at a time, and ends when its stdin does: closed, or the parent killed.
+def encode_by(
+    crew: Crew, tagged: Iterable[tuple[Tag, str]], encoder: BulkEncoder, look_up: Callable[[], None]
+) -> Iterator[tuple[Tag, Ids]]:
+    """`encode_all` by workers that are there; `look_up` is called while they are waited for."""
 
-    A plain interpreter with pipes, not one of `multiprocessing`'s: those import the parent's script, wait for ever
-    where one dies, and a signal to the whole group (Ctrl-C) reaches them before the parent can end its work.
-    """
+    def submit(batch: tuple[list[Tag], list[str]]) -> Future[list[Ids]]:
+        return crew.submit(lambda _: None, encode_texts, *encoder.how, batch[1])
 
-    def __init__(self, encoder: BulkEncoder) -> None:
-        what = f"{str(encoder.folder)!r}, {encoder.fast is not None}"
-        code = f"import sys; sys.path[:] = {sys.path!r}; from pipeline.data.encoding import serve; serve({what})"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-
-    def encode(self, texts: list[str]) -> list[Ids]:
-        """The ids of each text; MachineError if the process has ended."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            pickle.dump(texts, self.process.stdin, protocol=5)
-            self.process.stdin.flush()
-            ids: list[Ids] = pickle.load(self.process.stdout)
-            return ids
-        except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
-            code = self.process.wait()
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            raise MachineError(
-                f"a process that encodes text {how} before its work was done",
-                where="tokenize.num_proc",
-                mend="look for what ended it (too little memory?), or num_proc: 1",
-            ) from error
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # of what a dead one has not read
-            self.process.stdin.close()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+    for (tags, _), ids in in_order(batched(tagged), submit, 2 * crew.count):
+        yield from zip(tags, result_of(ids, look_up), strict=True)
 
 
-def serve(folder: str, use_tiktoken: bool) -> None:
-    """A worker's life: batches on stdin, their ids on stdout, until there are no more."""
-    encoder = BulkEncoder(Path(folder), use_tiktoken)
-    try:
-        while True:
-            texts = pickle.load(sys.stdin.buffer)
-            pickle.dump(encoder.encode(texts), sys.stdout.buffer, protocol=5)
-            sys.stdout.buffer.flush()
-    except (EOFError, BrokenPipeError):
-        os._exit(0)  # the parent is done or dead; an ordinary exit would complain of what it has not read
+def encode_texts(folder: Path, use_tiktoken: bool, texts: list[str], tell: Tell) -> list[Ids]:
+    """What a worker is called for: the ids of each text."""
+    return encoder_of(folder, use_tiktoken).encode(texts)
+
+
+@functools.lru_cache(maxsize=1)
+def encoder_of(folder: Path, use_tiktoken: bool) -> BulkEncoder:
+    """An encoder, made once in a process."""
+    return BulkEncoder(folder, use_tiktoken)
 
 
 def batched(tagged: Iterable[tuple[Tag, str]]) -> Iterator[tuple[list[Tag], list[str]]]:

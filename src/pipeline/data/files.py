@@ -28,6 +28,8 @@ ROWS = (*LINES, ".json", ".parquet")
 COMPRESSED = (".gz", ".zst")
 
 Row = dict[str, Any]
+Span = tuple[int, int]
+"""A part of a file: of its bytes the lines that begin there, or of a parquet file the row groups."""
 Bad = Callable[[DataError], None]
 """What is told of a bad row: it raises, or the row is left out."""
 
@@ -130,28 +132,70 @@ def decoded(data: bytes, where: str) -> str:
         ) from error
 
 
-def file_rows(path: Path, bad: Bad | None = None) -> Iterator[tuple[Row, str]]:
+def file_rows(path: Path, bad: Bad | None = None, span: Span | None = None) -> Iterator[tuple[Row, str]]:
     """The rows of one file, each with where it stands: `file:line`, or `file: row n` without lines.
 
-    `bad` is told of each row that can't be read by itself; without it the first one is the error.
+    `bad` is told of each row that can't be read by itself; without it the first one is the error. `span` is for what
+    `spans` cuts: a part of the rows, whose lines are counted from the part's first (`lines_before` counts the others).
     """
     bad = bad or BadRows()
     if kind(path) == ".parquet":
-        yield from parquet_rows(path)
+        yield from parquet_rows(path, span)
     elif kind(path) in LINES:
-        yield from line_rows(path, bad)
+        yield from line_rows(path, bad, span)
     else:
         with open_bytes(path) as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
         yield from list_rows(path, bad) if start == b"[" else line_rows(path, bad)
 
 
-def line_rows(path: Path, bad: Bad) -> Iterator[tuple[Row, str]]:
+def spans(path: Path, size: int) -> list[Span]:
+    """A file in parts of about `size` bytes that can be read by themselves; [] where it can't be cut."""
+    if kind(path) in LINES and path.suffix not in COMPRESSED:
+        end = path.stat().st_size
+        return [(start, min(start + size, end)) for start in range(0, end, size)]
+    if path.suffix != ".parquet":
+        return []
+    with open_parquet(path) as file:
+        groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
+    found, start, held = [], 0, 0
+    for end, bytes_of_group in enumerate(groups, start=1):
+        held += bytes_of_group
+        if held >= size or end == len(groups):
+            found.append((start, end))
+            start, held = end, 0
+    return found
+
+
+def to_first_line(file: IO[bytes], start: int) -> int:
+    """Goes to the first line that begins at byte `start` or behind it; returns where that is."""
+    if start:
+        file.seek(start - 1)
+        file.readline()
+    return file.tell()
+
+
+def lines_before(path: Path, start: int) -> int:
+    """How many lines end before the first one that begins at byte `start` or behind it."""
+    with path.open("rb") as file:
+        left, count = to_first_line(file, start), 0
+        file.seek(0)
+        while left:
+            chunk = file.read(min(left, 1 << 20))
+            count, left = count + chunk.count(b"\n"), left - len(chunk)
+    return count
+
+
+def line_rows(path: Path, bad: Bad, span: Span | None = None) -> Iterator[tuple[Row, str]]:
     """A JSON object a line; empty lines are skipped."""
     with open_bytes(path) as file:
+        place = to_first_line(file, span[0]) if span else 0
         for number, line in enumerate(file, start=1):
+            if span and place >= span[1]:
+                return
+            place += len(line)
             where = f"{path}:{number}"
-            if number == 1:
+            if place == len(line):
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
@@ -197,21 +241,29 @@ def list_rows(path: Path, bad: Bad) -> Iterator[tuple[Row, str]]:
         yield row, where
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[Row, str]]:
-    """The rows of a parquet file, a batch in memory."""
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """A pyarrow ParquetFile; DataError where it is none."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with open_bytes(path) as file:
             source = pyarrow.BufferReader(file.read()) if path.suffix in COMPRESSED else file
-            number = 0
-            for batch in pyarrow.parquet.ParquetFile(source).iter_batches(1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, f"{path}: row {number}"
+            yield pyarrow.parquet.ParquetFile(source)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"not a parquet file: {error}", where=str(path), mend="write it again") from error
+
+
+def parquet_rows(path: Path, span: Span | None = None) -> Iterator[tuple[Row, str]]:
+    """The rows of a parquet file, a batch in memory."""
+    with open_parquet(path) as file:
+        first, last = span or (0, file.num_row_groups)
+        number = sum(file.metadata.row_group(i).num_rows for i in range(first))
+        for batch in file.iter_batches(1024, row_groups=list(range(first, last))):
+            for row in batch.to_pylist():
+                number += 1
+                yield row, f"{path}: row {number}"
 
 
 def as_row(value: Any, where: str) -> Row:

@@ -14,11 +14,12 @@ byte.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -74,14 +75,21 @@ class ShardWriter:
         separator_id: int,
         tokenizer_hash: str,
         sources: Sequence[Source] = (Source("text"),),
+        begun: Sequence[Source] | None = None,
     ) -> None:
+        """`begun` is what `sync` returned once: the file goes on behind that; ArtifactError where it is shorter."""
         self.path = path
-        self.sources = [Source(source.label, source.weight) for source in sources]
-        self.last = 0
+        self.sources = [replace(source) for source in begun] if begun else [Source(s.label, s.weight) for s in sources]
+        self.last = max([place for place, source in enumerate(self.sources) if source.documents], default=0)
         self.dtype = token_dtype(vocab_size)
         self.vocab_size, self.separator_id, self.tokenizer_hash = vocab_size, separator_id, tokenizer_hash
-        self.tokens = self.documents = self.text_bytes = 0
-        self.files = [beside(path, suffix).open("wb", buffering=1 << 20) for suffix in ("", ".index", ".bytes")]
+        self.tokens = sum(source.tokens for source in self.sources)
+        self.documents = sum(source.documents for source in self.sources)
+        self.text_bytes = sum(source.text_bytes for source in self.sources)
+        sizes = self.tokens * self.dtype.itemsize, self.documents * 8, self.documents * 8
+        self.files = [
+            opened_at(beside(path, suffix), size) for suffix, size in zip(("", ".index", ".bytes"), sizes, strict=True)
+        ]
 
     def append(self, ids: list[int] | Tokens, text_bytes: int, source: int = 0) -> None:
         """Adds one document, without its separator: that is written here. Sources come one after the other."""
@@ -98,6 +106,29 @@ class ShardWriter:
         self.text_bytes += text_bytes
         for file, value in zip(self.files, (document, np.uint64(self.tokens), np.uint64(text_bytes)), strict=True):
             file.write(value.tobytes())
+
+    def take(self, shard: TokenFile, source: int = 0) -> None:
+        """Adds all documents of another token file of these tokens, as documents of one source."""
+        assert source >= self.last, "the documents of a source stand together"
+        assert (shard.metadata.tokenizer_hash, shard.tokens.dtype) == (self.tokenizer_hash, self.dtype)
+        self.last = source
+        part, more = self.sources[source], shard.metadata
+        part.tokens, part.documents = part.tokens + more.tokens, part.documents + more.documents
+        part.text_bytes += more.text_bytes
+        for file, values in zip(
+            self.files, (shard.tokens, shard.ends + self.tokens, shard.document_bytes), strict=True
+        ):
+            file.write(values.data)
+        self.tokens += more.tokens
+        self.documents += more.documents
+        self.text_bytes += more.text_bytes
+
+    def sync(self) -> list[Source]:
+        """What is written so far, on disk when it returns: `begun` of a writer that goes on from here."""
+        for file in self.files:
+            file.flush()
+            os.fsync(file.fileno())
+        return [replace(source) for source in self.sources]
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -120,6 +151,20 @@ class ShardWriter:
                 tuple(self.sources),
             )
             beside(self.path, ".metadata").write_text(json.dumps(asdict(metadata), indent=1) + "\n")
+
+
+def opened_at(path: Path, size: int) -> BinaryIO:
+    """The file to write on from `size` bytes: anew from 0, else what it has more is dropped."""
+    if not size:
+        return path.open("wb", buffering=1 << 20)
+    found = path.stat().st_size if path.exists() else -1
+    if found < size:
+        what = f"has {found:,} bytes" if found >= 0 else "is missing"
+        raise ArtifactError(f"the file {what}, and {size:,} were written", where=str(path), mend="begin it anew")
+    file = path.open("r+b", buffering=1 << 20)
+    file.truncate(size)
+    file.seek(size)
+    return file
 
 
 class TokenFile:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.data.files import ROWS, TEXT, Bad, Row, file_rows, kind, read_text
+from pipeline.data.files import ROWS, TEXT, Bad, Row, Span, file_rows, kind, lines_before, read_text
 from pipeline.errors import ConfigError, DataError, MissingInputError
 from pipeline.recipe import DataEntry
 
@@ -43,9 +43,7 @@ def read_documents(entry: DataEntry, *, split: Split = "train") -> Iterator[Docu
     MissingInputError for what is not there, DataError (file and line) for what can't be read, ConfigError for options
     that documents have no use for.
     """
-    check_entry(entry)
-    if entry.deduplicate is not None:
-        raise ConfigError("`deduplicate` is for rows, and these are documents", where=entry.source, mend="take it out")
+    check_documents_entry(entry)
     count = 0
     for document in _documents(entry, split):
         if document.text.strip():
@@ -90,6 +88,13 @@ def check_entry(entry: DataEntry) -> None:
             )
 
 
+def check_documents_entry(entry: DataEntry) -> None:
+    """ConfigError where an entry of documents says what only rows have a use for."""
+    check_entry(entry)
+    if entry.deduplicate is not None:
+        raise ConfigError("`deduplicate` is for rows, and these are documents", where=entry.source, mend="take it out")
+
+
 def check_rows_entry(entry: DataEntry, without: Sequence[str] = (), why: str = "") -> None:
     """ConfigError where an entry of rows says what only documents have a use for, or one of the fields `without`,
     which do nothing here; `why` says so."""
@@ -117,11 +122,23 @@ def _documents(entry: DataEntry, split: Split) -> Iterator[Document]:
             yield Document(text_of(row, entry.text_field, where), where)
     else:
         for path in local_files(entry):
-            if is_text(path, entry):
-                yield Document(read_text(path), str(path))
-            else:
-                for row, where in file_rows(path):
-                    yield Document(text_of(row, entry.text_field, where), where)
+            yield from file_documents(path, entry)
+
+
+def file_documents(path: Path, entry: DataEntry, span: Span | None = None) -> Iterator[Document]:
+    """The documents of one file, or of a part of it (see `files.spans`); empty ones too."""
+    if is_text(path, entry):
+        yield Document(read_text(path), str(path))
+        return
+    try:
+        for row, where in file_rows(path, span=span):
+            yield Document(text_of(row, entry.text_field, where), where)
+    except DataError as error:
+        if span is None or kind(path) == ".parquet":
+            raise
+        name, _, number = error.where.rpartition(":")
+        where = f"{name}:{int(number) + lines_before(path, span[0])}"
+        raise DataError(error.what, where=where, mend=error.mend) from error
 
 
 def read_source_rows(entry: DataEntry, bad: Bad | None = None) -> Iterator[tuple[Row, str]]:
@@ -199,12 +216,17 @@ def text_of(row: Row, text_field: str, where: str) -> str:
 
 def hub_rows(entry: DataEntry) -> Iterator[tuple[Row, str]]:
     """The rows of a dataset of the hub (split `train` unless the entry names one)."""
+    for number, row in enumerate(hub_dataset(entry), start=1):
+        yield dict(row), f"{entry.source} {entry.split or 'train'}: row {number}"
+
+
+def hub_dataset(entry: DataEntry) -> Any:
+    """A dataset of the hub, from the local cache if it is there; MissingInputError where it can't be had."""
     import datasets
 
     name, revision = hub_name(entry)
-    split = entry.split or "train"
     try:
-        rows = datasets.load_dataset(name, entry.name, split=split, revision=revision)
+        return datasets.load_dataset(name, entry.name, split=entry.split or "train", revision=revision)
     except (
         OSError,
         ValueError,
@@ -215,8 +237,6 @@ def hub_rows(entry: DataEntry) -> Iterator[tuple[Row, str]]:
             where=entry.source,
             mend="check the name, `name:` and `split:`; without a hub, name local jsonl or parquet files",
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield dict(row), f"{entry.source} {split}: row {number}"
 
 
 def hub_name(entry: DataEntry) -> tuple[str, str | None]:
