@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_what_goes_wrong_behind_is_raised_by_the_next_save(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", no_space)
+        patch.setattr("os.pwrite", no_space)
         checkpoints.save(2, {"a": torch.ones(3)}, {})
         with pytest.raises(MachineError, match=r"could not be written: .*No space left"):
             checkpoints.save(3, {"a": torch.ones(3)}, {})
@@ -135,6 +136,47 @@ def test_what_is_half_written_is_ignored_and_removed(checkpoints: Checkpoints, t
     assert steps(tmp_path) == ["step-00000005"]
 
 
+def flip(file: Path) -> None:
+    """One bit of the last byte."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a bit": (lambda path: flip(path / "state.safetensors"), "the bytes of state.safetensors have changed"),
+    "cut short": (lambda path: os.truncate(path / "state.safetensors", 70), "state.safetensors has 70 of 80 bytes"),
+    "gone": (lambda path: (path / "state.safetensors").unlink(), "state.safetensors is missing"),
+    "its marker": (
+        lambda path: (path / "whole.json").write_text((path / "whole.json").read_text().replace("0.125", "0.625")),
+        "what whole.json says has changed",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_one_that_is_damaged_is_said_and_the_one_before_it_taken(checkpoints: Checkpoints, tmp_path: Path, how: str):
+    damage, wrong = DAMAGE[how]
+    for step in (5, 10):
+        checkpoints.metrics.log(step, loss=1.0)
+        checkpoints.save(step, {"a": torch.full((4,), float(step))}, {"rate": 0.125})
+    damage(tmp_path / "checkpoints" / "step-00000010")
+    said: list[str] = []
+    after = fresh(tmp_path)
+    after.say = said.append
+    newest = after.latest()
+    assert newest is not None
+    assert (newest.step, newest.state, after.resumed_from) == (5, {"rate": 0.125}, 5)
+    assert newest.tensors()["a"].tolist() == [5.0] * 4
+    assert said == [f"the checkpoint of step 10 is damaged ({wrong}): the one before it is taken"]
+    assert steps(tmp_path) == ["step-00000005"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    damage(tmp_path / "checkpoints" / "step-00000005")
+    with pytest.raises(CheckpointError, match=f"damaged \\({wrong}\\), and there is no older one"):
+        fresh(tmp_path).latest()
+    assert steps(tmp_path) == ["step-00000005"]  # nothing is lost that somebody might mend
+
+
 def test_an_older_one_goes_only_when_the_next_is_whole(
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -162,8 +204,8 @@ def test_an_older_one_goes_only_when_the_next_is_whole(
             fresh(tmp_path).save(step, {"a": torch.tensor(step)}, {"step": step})
         count = 0
         with monkeypatch.context() as patch:
-            for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir")):
-                patch.setattr(module, name, dying(getattr(module, name)))
+            for name in ("open", "mkdir", "pwrite", "fsync", "rename", "replace", "unlink", "rmdir"):
+                patch.setattr(os, name, dying(getattr(os, name)))
             try:
                 fresh(tmp_path).save(3, {"a": torch.tensor(3)}, {"step": 3})
                 break

@@ -20,7 +20,7 @@ LAYERS = [
     {"recipe", "hub"},
     {"artifacts", "adapted", "roles", "reading", "unroll", "usercode", "progress"}
     | {"trainer_config", "trainer_options", "reward_config", "evaluation_config"},
-    {"data", "model", "rl", "evals", "checkpoint", "runtime", "schedule", "hardware"}
+    {"data", "model", "rl", "evals", "checkpoint", "tensor_file", "runtime", "schedule", "hardware"}
     | {"trainer", "trainer_watch", "preference_trainer", "ranked_trainer"},
     {"stages"},
     {"graph", "paths", "fingerprint", "lineage", "launch", "plan", "report", "tracking", "failure"},

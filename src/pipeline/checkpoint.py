@@ -2,9 +2,10 @@
 
     checkpoints/step-00000040/state.safetensors    tensors by name
     checkpoints/step-00000040/whole.json           the marker, written last: step, the stage's state, where
-                                                   metrics.jsonl ended, seconds so far, threads
+                                                   metrics.jsonl ended, seconds so far, threads, the other files' sums
 
-A folder that the Hugging Face Trainer wrote becomes a checkpoint by `adopt`, which adds the marker.
+A folder that the Hugging Face Trainer wrote becomes a checkpoint by `adopt`, which adds the marker. Nothing goes on
+from one whose bytes have changed since: the one before it is taken.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +30,14 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.progress import Metrics
+    from pipeline.tensor_file import Layout, Piece
 
 MARKER = "whole.json"
+STATE = "state.safetensors"
+
+
+def _to_stderr(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -42,12 +53,13 @@ class Checkpoint:
         """The saved tensors by name, on the CPU."""
         from safetensors.torch import load_file
 
-        return load_file(self.path / "state.safetensors")
+        return load_file(self.path / STATE)
 
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one stage at work. `save` and `adopt` are called on every rank; rank 0 writes."""
+    """The checkpoints of one stage at work. `save` and `adopt` are called on every rank; rank 0 writes, and of tensors
+    in shards every rank its own rows."""
 
     folder: Path
     metrics: Metrics
@@ -57,6 +69,9 @@ class Checkpoints:
     keep: int = 2
     behind: bool = False
     """Whether `save` returns when the tensors are copied and a thread writes them; `wait` before the stage ends."""
+    rank: int = 0
+    world_size: int = 1
+    say: Callable[[str], None] = _to_stderr
     resumed_from: int = field(default=0, init=False)
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), init=False)
     _writing: Future[None] | None = field(default=None, init=False)
@@ -66,31 +81,61 @@ class Checkpoints:
         return newest_checkpoint(self.folder)
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; what is half-written is removed and metrics.jsonl cut back to it."""
-        newest = self.peek()
+        """The newest whole checkpoint; what is half-written or damaged is removed and metrics.jsonl cut back to it.
+        CheckpointError where all are damaged."""
         self.barrier()
         if self.is_main:
+            newest = self._newest_intact()
             whole = {checkpoint.path for checkpoint in _whole(self.folder)}
             for path in self.folder.glob("*"):
                 if path not in whole:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             marker = _marker(newest.path) if newest else {}
             self.metrics.cut(int(marker.get("metrics_bytes", 0)), float(marker.get("seconds", 0)))
-        self.resumed_from = newest.step if newest else 0
         self.barrier()
+        newest = self.peek()
+        self.resumed_from = newest.step if newest else 0
         return newest
+
+    def _newest_intact(self) -> Checkpoint | None:
+        """The newest whole one whose bytes are those that were written; newer ones are removed."""
+        found = _whole(self.folder)
+        while found and (wrong := _damage(found[-1].path)):
+            damaged = found.pop()
+            if not found:
+                mend = f"rm -r {damaged.path} begins anew"
+                raise CheckpointError(
+                    f"damaged ({wrong}), and there is no older one", where=str(damaged.path), mend=mend
+                )
+            self.say(f"the checkpoint of step {damaged.step:,} is damaged ({wrong}): the one before it is taken")
+            _remove(damaged.path)
+        return found[-1] if found else None
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Write the checkpoint of `step`: after this returns, or after the next `wait`, it is whole on disk. `state` is
         plain JSON. What went wrong with the one before is raised here."""
+        from pipeline.model.sharding import has_shards, own_pieces
+        from pipeline.tensor_file import layout
+
         self.wait()
+        in_shards = has_shards(tensors.values())
+        temporary = self.folder / f".step-{step:08d}"
         if self.is_main:
-            marker = self._marker(step, state)
-            held = _separate(tensors, copy=self.behind)
+            shutil.rmtree(temporary, ignore_errors=True)
+            with _told(temporary):
+                temporary.mkdir(parents=True)
+        if in_shards:
+            self.barrier()  # the folder is there
+        if self.is_main or in_shards:
+            marker = self._marker(step, state) if self.is_main else {}
+            plan = layout({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+            pieces = own_pieces(tensors, self.is_main)
+            writers = self.world_size if in_shards else 1
             if self.behind:
-                self._writing = self._writer.submit(self._write, step, held, marker)
-                return
-            self._write(step, held, marker)
+                held = [piece._replace(values=piece.values.detach().to("cpu", copy=True)) for piece in pieces]
+                self._writing = self._writer.submit(self._write, temporary, plan, held, marker, writers)
+            else:
+                self._write(temporary, plan, pieces, marker, writers)
         if not self.behind:
             self.barrier()
 
@@ -110,22 +155,25 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
-    def _write(self, step: int, tensors: Mapping[str, torch.Tensor], marker: Mapping[str, Any]) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+    def _write(
+        self, temporary: Path, plan: Layout, pieces: Iterable[Piece], marker: Mapping[str, Any], writers: int
+    ) -> None:
+        """This rank's part of the checkpoint; rank 0 ends it when `writers` ranks have written theirs. (They tell so by
+        a file: a thread must not take part in collectives.)"""
+        from pipeline.tensor_file import write_pieces
 
-        path = self.folder / f"step-{step:08d}"
-        temporary = self.folder / f".step-{step:08d}"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            save_file(dict(tensors), temporary / "state.safetensors")
+        path = self.folder / temporary.name[1:]
+        with _told(path):
+            if not self.is_main:
+                with _noting(temporary / f"rank-{self.rank}.json"):
+                    write_pieces(temporary / STATE, plan, pieces, with_header=False)
+                return
+            write_pieces(temporary / STATE, plan, pieces, with_header=True)
+            for rank in range(1, writers):
+                _await(temporary / f"rank-{rank}.json")
             temporary.rename(path)  # never onto a whole one: a run goes on from the newest
             _sync_file(self.folder)
             self._mark(path, marker)
-        except (OSError, SafetensorError) as error:
-            mend = "free some space, and run the same command again: the checkpoint before it is whole"
-            raise MachineError(f"the checkpoint could not be written: {error}", where=str(path), mend=mend) from error
 
     def adopt(self, path: Path, step: int, state: Mapping[str, Any]) -> None:
         """Declare the folder that somebody else wrote at `path` to be the whole checkpoint of `step`."""
@@ -143,13 +191,83 @@ class Checkpoints:
         }
 
     def _mark(self, path: Path, marker: Mapping[str, Any]) -> None:
-        for file in path.rglob("*"):
-            if file.is_file():
-                _sync_file(file)
-        write_json(path / MARKER, marker)
+        for file in _files(path):
+            _sync_file(file)
+        marker = {**marker, "files": {str(each.relative_to(path)): _sum(each) for each in _files(path)}}
+        write_json(path / MARKER, {**marker, "sum": _sum_of(marker)})
         for old in _whole(self.folder)[: -self.keep]:
-            (old.path / MARKER).unlink()
-            shutil.rmtree(old.path)
+            _remove(old.path)
+
+
+def _remove(path: Path) -> None:
+    (path / MARKER).unlink()  # first, so that no half of it is taken for whole
+    shutil.rmtree(path)
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a checkpoint but its marker."""
+    return sorted(file for file in path.rglob("*") if file.is_file() and file.name not in (MARKER, f".{MARKER}.tmp"))
+
+
+def _sum(path: Path) -> list[int]:
+    """[bytes, CRC-32] of a file: ten times as fast as a cryptographic hash, and nobody forges a checkpoint."""
+    size = value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            size, value = size + len(chunk), zlib.crc32(chunk, value)
+    return [size, value]
+
+
+def _sum_of(marker: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(marker, sort_keys=True).encode())
+
+
+def _damage(path: Path) -> str:
+    """Which file of a whole checkpoint is not as it was written; empty where all are."""
+    marker = _marker(path)
+    if marker.pop("sum", None) != _sum_of(marker):
+        return f"what {MARKER} says has changed"
+    for name, expected in marker["files"].items():
+        file = path / name
+        if not file.exists():
+            return f"{name} is missing"
+        if file.stat().st_size != expected[0]:
+            return f"{name} has {file.stat().st_size:,} of {expected[0]:,} bytes"
+        if _sum(file) != expected:
+            return f"the bytes of {name} have changed"
+    return ""
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """MachineError for what the disk does not take."""
+    try:
+        yield
+    except OSError as error:
+        mend = "free some space, and run the same command again: the checkpoint before it is whole"
+        raise MachineError(f"the checkpoint could not be written: {error}", where=str(path), mend=mend) from error
+
+
+@contextmanager
+def _noting(note: Path) -> Iterator[None]:
+    """What rank 0 waits for: how this rank's part of a checkpoint went."""
+    try:
+        yield
+    except OSError as error:
+        with suppress(OSError):  # then rank 0 waits until this one's end ends it too
+            write_json(note, {"error": str(error)})
+        raise
+    write_json(note, {"error": ""})
+
+
+def _await(note: Path) -> None:
+    """Until another rank has written its part; OSError with what it met."""
+    while not note.exists():
+        time.sleep(0.02)
+    error = json.loads(note.read_text(encoding="utf-8"))["error"]
+    note.unlink()
+    if error:
+        raise OSError(error)
 
 
 def _marker(path: Path) -> dict[str, Any]:
@@ -173,24 +291,6 @@ def _whole(folder: Path) -> list[Checkpoint]:
         marker = _marker(path.parent)
         found.append(Checkpoint(path.parent, marker["step"], marker["state"], marker["threads"]))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
-
-
-def _separate(tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
-    """Contiguous CPU tensors of which no two share memory, as safetensors wants them; `copy`: nor with the model."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        is_models = own.data_ptr() == tensor.data_ptr()
-        if (
-            (copy and is_models)
-            or own.untyped_storage().data_ptr() in seen
-            or own.untyped_storage().nbytes() != own.nbytes
-        ):
-            own = own.clone()
-        seen.add(own.untyped_storage().data_ptr())
-        result[name] = own
-    return result
 
 
 def _sync_file(path: Path) -> None:

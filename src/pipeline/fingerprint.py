@@ -27,7 +27,14 @@ PACKAGES = Path(pipeline.__file__).resolve().parent.parent
 NO_BEARING = (
     *("pipeline.errors", "pipeline.recipe", "pipeline.reading", "pipeline.unroll", "pipeline.paths"),
     *("pipeline.graph", "pipeline.usercode", "pipeline.artifacts", "pipeline.fingerprint", "pipeline.lineage"),
-    *("pipeline.checkpoint", "pipeline.progress", "pipeline.launch", "pipeline.plan", "pipeline.report"),
+    *(
+        "pipeline.checkpoint",
+        "pipeline.tensor_file",
+        "pipeline.progress",
+        "pipeline.launch",
+        "pipeline.plan",
+        "pipeline.report",
+    ),
     *("pipeline.cli", "pipeline.trainer_options", "pipeline.tracking", "pipeline.hardware"),
 )
 """Modules that read a recipe, or run, show and keep a stage, and do not bear on what it computes."""

@@ -103,7 +103,9 @@ class Runtime:
         rank = state.process_index
         metrics = Metrics(out / "metrics.jsonl", is_main=rank == 0)
         barrier = state.wait_for_everyone if world_size > 1 else lambda: None
-        checkpoints = Checkpoints(out / "checkpoints", metrics, rank == 0, threads, barrier)
+        checkpoints = Checkpoints(
+            out / "checkpoints", metrics, rank == 0, threads, barrier, rank=rank, world_size=world_size
+        )
         newest = checkpoints.peek()
         if newest is not None:  # other thread counts give other bits
             checkpoints.threads = threads = newest.threads

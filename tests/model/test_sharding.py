@@ -16,10 +16,13 @@ from pipeline.model.sharding import clip_gradients, cut_like, gathered, whole, w
 
 STAGE = """
 import json
+import os
 import torch
 from torch import nn
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from pipeline.checkpoint import load_optimizer, optimizer_tensors
+from pipeline.errors import MachineError
 from pipeline.model import muon, sharding
 from pipeline.model.build import load_parameters, unique_parameters
 from pipeline.model.optim import build_optimizers
@@ -74,6 +77,38 @@ def step(model, optimizers, micro_batches):
         optimizer.zero_grad()
     return gradients, float(norm)
 
+def saved(runtime, tensors, folder):
+    # the bytes that this rank writes; no tensor may be gathered meanwhile, and the file is that of whole tensors
+    write, gather, written = os.pwrite, DTensor.full_tensor, []
+    os.pwrite = lambda file, content, at: written.append(len(content)) or write(file, content, at)
+    DTensor.full_tensor = None
+    runtime.checkpoints.behind = True
+    runtime.checkpoints.save(7, tensors, {})
+    runtime.checkpoints.wait()
+    os.pwrite, DTensor.full_tensor = write, gather
+    torch.distributed.barrier()
+    whole = sharding.whole(tensors, keep=runtime.is_main)
+    if runtime.is_main:
+        save_file({name: tensor.clone() for name, tensor in whole.items()}, folder / "theirs")
+        assert (runtime.checkpoints.peek().path / "state.safetensors").read_bytes() == (folder / "theirs").read_bytes()
+        (folder / "theirs").unlink()
+    return sum(written)
+
+def refused(runtime, tensors):
+    # the last rank's disk is full: all say so, and the checkpoint before it stands
+    write = os.pwrite
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+    os.pwrite = no_space if runtime.rank == 1 else write
+    runtime.checkpoints.save(8, tensors, {})
+    try:
+        runtime.checkpoints.wait()
+    except MachineError as error:
+        return [error.what, runtime.checkpoints.peek().step]
+    finally:
+        os.pwrite = write
+        torch.distributed.barrier()
+
 def apart(ours, theirs):
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
@@ -106,6 +141,9 @@ def run(config, inputs, out, runtime):
         sizes += [[v.to_local().numel(), v.numel()] for v in moments.values() if isinstance(v, DTensor)]
         assert all(isinstance(v, DTensor) or v.dim() == 0 for v in moments.values())
     found["moments"] = sizes
+    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+    found["written"] = [saved(runtime, tensors, out), sum(part.nbytes for part in parts)]
+    found["refused"] = refused(runtime, tensors)
     found["kept"] = len(sharding.whole(tensors, keep=runtime.is_main))
     tensors = {name: tensor.clone() for name, tensor in sharding.whole(tensors, keep=True).items()}  # as from a file
     found["whole"] = [isinstance(tensor, DTensor) for tensor in tensors.values()].count(False)
@@ -158,9 +196,13 @@ def test_two_ranks_in_shards_are_one_model(warm: Any, tmp_path: Path, kind: str,
     assert done.code == 0, done.stderr
     ranks = [json.loads((tmp_path / f"artifacts/two/it/rank-{rank}.json").read_text()) for rank in (0, 1)]
     assert [found["rows"] for found in ranks] == ROWS
-    assert [found["kept"] for found in ranks] == [9 + moments + (9 if kind == "adamw" else 5), 0]
+    counts = 9 if kind == "adamw" else 5  # of steps, whole on every rank: rank 0 writes them, and the header
+    assert 0 < ranks[0]["written"][0] - ranks[0]["written"][1] < 5000
+    assert ranks[1]["written"][0] == ranks[1]["written"][1] - 4 * counts
+    assert [found["kept"] for found in ranks] == [9 + moments + counts, 0]
     for found in ranks:
         assert found["said"] == "in 2 shards, 2 blocks gathered one by one"
+        assert found["refused"] == ["the checkpoint could not be written: [Errno 28] No space left on device", 7]
         assert found["gradients"] < 1e-6
         assert found["norms"][0] == pytest.approx(found["norms"][1], rel=1e-5)
         assert found["update"] < 1e-6

@@ -11,7 +11,7 @@ from pipeline.model.build import load_parameters, unique_parameters
 from pipeline.model.loss_watch import Verdicts
 from pipeline.model.micro_steps import MicroSteps
 from pipeline.model.optim import set_learning_rate
-from pipeline.model.sharding import clip_gradients, sum_gradients, whole
+from pipeline.model.sharding import clip_gradients, sum_gradients
 from pipeline.runtime import Runtime, derive_seed
 
 
@@ -59,7 +59,6 @@ class OptimizerSteps:
             moments, state = optimizer_tensors(optimizer, f"optimizer{index}")
             tensors |= moments
             states.append(state)
-        tensors = whole(tensors, keep=self.runtime.is_main)
         self.runtime.checkpoints.save(step, tensors, {"optimizers": states, "skipped": self.verdicts.skipped})
 
     def step(self, step: int) -> None:

@@ -7,14 +7,16 @@ a CPU. Losses are divided by the whole batch's tokens before their backward: gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from pipeline.tensor_file import Piece
 
 
 def shard(root: nn.Module, blocks: Sequence[nn.Module], device: torch.device, world_size: int, evaluates: str) -> str:
@@ -91,6 +93,24 @@ def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
         if keep:
             found[name] = full.cpu() if isinstance(tensor, DTensor) else tensor
     return found
+
+
+def has_shards(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of them is cut over the ranks: the same on all."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def own_pieces(tensors: Mapping[str, Tensor], is_main: bool) -> Iterator[Piece]:
+    """What this rank writes of the tensors, so that all ranks together write each once: its own rows of those in
+    shards, and on rank 0 the others."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            assert tensor.placements == (Shard(0),), "fully_shard cuts rows"
+            most = -(-tensor.shape[0] // tensor.device_mesh.size())  # rows of a rank, but of the last ones
+            first = min(tensor.device_mesh.get_local_rank() * most, tensor.shape[0])
+            yield Piece(name, tensor.to_local(), first * (tensor.numel() // max(1, tensor.shape[0])))
+        elif is_main:
+            yield Piece(name, tensor)
 
 
 def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
