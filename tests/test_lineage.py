@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts import Store
+from pipeline.artifacts import Store, write_begun
 from pipeline.cli.stages import load_stage
 from pipeline.errors import ConfigError
 from pipeline.graph import build
@@ -161,6 +161,22 @@ def test_a_begun_stage_is_known_by_its_folder(toy: Toy):
     toy.store.partial("toy", "first", standing.planned)
     assert toy.survey()["first"].is_begun
     assert not toy.survey("first.size=2")["first"].is_begun
+
+
+def test_an_unfinished_stage_of_other_parts_is_named_with_what_changed(toy: Toy):
+    """A changed text, value or parent begins anew, and what was begun is not left in silence."""
+    toy.make(only=["first"])
+    for name in ("first", "second"):
+        standing = toy.survey("first.size=2")[name]
+        write_begun(toy.store.partial("toy", name, standing.planned), standing.node.stage.type, standing.parts)
+    assert toy.survey("first.size=2")["first"].left == ()  # it is gone on from
+    toy.folder.joinpath("rows.txt").write_text("b\n")
+    found = toy.survey()
+    assert found["first"].left == ("first.size 2 → 1", f"data: data ({toy.folder}/rows.txt)")
+    assert found["second"].left == ("input: init (first)",)
+    assert found["third"].left == found["aside"].left == ()
+    toy.store.partial("toy", "first", found["first"].planned)
+    assert toy.survey()["first"].left == ()
 
 
 def test_rows_that_a_stage_writes_count_by_that_stage(tmp_path: Path):

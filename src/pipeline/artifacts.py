@@ -31,6 +31,8 @@ from pipeline.recipe import NAME, STAGE_NAME
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+BEGUN = "begun.json"
+"""In a partial folder: of what a stage began to be made."""
 NOT_OF_THE_ARTIFACT = ("checkpoints",)
 
 
@@ -222,6 +224,20 @@ def read_artifact(path: Path, reference: str) -> Artifact:
         raise ArtifactError(f"broken manifest ({error!r})", where=str(path / MANIFEST), mend=mend) from error
 
 
+def write_begun(partial: Path, stage: str, parts: Mapping[str, Any]) -> None:
+    """Note of what a stage begins to be made, so that an unfinished one can say why it is not gone on from."""
+    write_json(partial / BEGUN, {"stage": stage, "parts": parts})
+
+
+def read_begun(partial: Path) -> dict[str, Any] | None:
+    """What `write_begun` noted; None where there is nothing that can be read."""
+    try:
+        found: dict[str, Any] = json.loads((partial / BEGUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
 def changed_files(artifact: Artifact) -> list[str]:
     """The files of the artifact that are missing or whose bytes have changed, re-read from disk."""
     wrong = []
@@ -365,7 +381,7 @@ def _siblings(final: Path, end: str) -> list[Path]:
 def _files(folder: Path) -> list[Path]:
     """The files of an artifact, sorted; checkpoints and the manifest itself are no part of it."""
     kept = []
-    own = (MANIFEST, f".{MANIFEST}.tmp")  # the second is what a kill in the middle of `write_json` leaves
+    own = (MANIFEST, f".{MANIFEST}.tmp", f".{BEGUN}.tmp")  # the last are what a kill in `write_json` leaves
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if path.is_file() and parts[0] not in (*NOT_OF_THE_ARTIFACT, *own):

@@ -27,7 +27,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from pipeline import failure
-from pipeline.artifacts import Artifact, Store, need_disk, now, template_hash, tokenizer_hash
+from pipeline.artifacts import BEGUN, Artifact, Store, need_disk, now, template_hash, tokenizer_hash, write_begun
 from pipeline.errors import ConfigError, Halt, Interrupted, MachineError, PipelineError, Stopped, TrainingError
 from pipeline.fingerprint import PACKAGES, reached
 from pipeline.lineage import Standing
@@ -255,6 +255,7 @@ def execute(
     if runtime.is_main:
         failure.forget(partial)
         _write_config(partial / "config.yaml", to_jsonable_python(node.config))
+        write_begun(partial, node.stage.type, standing.parts)
     runtime.barrier()
     folder = store.folder(run, node.name).parent / TRACK / f"{node.name}-{standing.planned[:16]}"
     tracks = launch.tracks if runtime.is_main else ()
@@ -265,6 +266,7 @@ def execute(
     runtime.barrier()
     if runtime.is_main:
         drop_merged(partial)
+        (partial / BEGUN).unlink()
         runtime.metrics.sync()
         (partial / "metrics.jsonl").touch()
         store.publish(partial, run, node.name, _manifest(standing, inputs, run, partial, figures, runtime))

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.artifacts import Artifact, Store, digest, sha256
+from pipeline.artifacts import Artifact, Store, digest, read_begun, sha256
 from pipeline.data.sources import source_fingerprint
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import defaults, differences, fingerprint, stage_parts
@@ -30,6 +30,8 @@ class Standing:
     artifact: Artifact | None
     is_begun: bool
     """Whether a partial folder of this fingerprint waits to be resumed."""
+    left: tuple[str, ...] = ()
+    """Why the newest unfinished one is not gone on from, where there is one of another fingerprint only."""
 
 
 def survey(recipe: Recipe, store: Store, keep: Collection[str] = (), *, bless: bool = True) -> dict[str, Standing]:
@@ -63,16 +65,17 @@ def _standing(
     planned = fingerprint(parts)
     artifact = store.find(recipe.run, node.name)
     is_begun = store.partial_path(recipe.run, node.name, planned).exists()
+    left = () if is_begun else tuple(_left(recipe, node, store, parts))
     if artifact is None:
-        return Standing(node, planned, planned, parts, "missing", (), None, is_begun)
+        return Standing(node, planned, planned, parts, "missing", (), None, is_begun, left)
     blessed = [record["fingerprint"] for record in artifact.manifest.get("blessed", [])]
     if planned in (artifact.fingerprint, *blessed):
         return Standing(node, artifact.fingerprint, planned, parts, "stands", (), artifact, is_begun)
-    reasons = tuple(_reasons(node, artifact, parts))
+    reasons = tuple(_reasons(node, artifact.stage, artifact.manifest["parts"], parts))
     if keep:
         artifact = store.bless(artifact, planned, "; ".join(reasons)) if bless else artifact
         return Standing(node, artifact.fingerprint, planned, parts, "stands", (), artifact, is_begun)
-    return Standing(node, planned, planned, parts, "stale", reasons, artifact, is_begun)
+    return Standing(node, planned, planned, parts, "stale", reasons, artifact, is_begun, left)
 
 
 SHOWN_FILES = 3
@@ -89,10 +92,18 @@ def brief(reasons: Sequence[str]) -> str:
     return "; ".join(shown)
 
 
-def _reasons(node: Node, artifact: Artifact, parts: dict[str, Any]) -> list[str]:
-    if artifact.stage != node.stage.type:
-        return [f"{node.name}.stage {artifact.stage} → {node.stage.type}"]
-    reasons = differences(node.name, artifact.manifest["parts"], parts, defaults(node.stage.config))
+def _left(recipe: Recipe, node: Node, store: Store, parts: dict[str, Any]) -> list[str]:
+    """What tells the newest unfinished stage of this name from the one that would run."""
+    folder = store.unfinished(recipe.run, node.name)
+    begun = read_begun(folder) if folder else None
+    return [] if begun is None else _reasons(node, begun["stage"], begun["parts"], parts)
+
+
+def _reasons(node: Node, stage: str, before: dict[str, Any], parts: dict[str, Any]) -> list[str]:
+    """Why what the stage of type `stage` made, or would have made, of the parts `before` is not what is wanted."""
+    if stage != node.stage.type:
+        return [f"{node.name}.stage {stage} → {node.stage.type}"]
+    reasons = differences(node.name, before, parts, defaults(node.stage.config))
     refs = {f"input: {role}": ", ".join(names) for role, names in {**node.inputs, "data": node.rows.values()}.items()}
     for field in parts["data"]:
         refs[f"data: {field}"] = ", ".join(entry.source for entry in getattr(node.config, field))

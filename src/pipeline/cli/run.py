@@ -161,6 +161,8 @@ def _hold_and_run(session: Session, name: str, force: bool, width: int) -> bool:
         why = brief(standing.reasons) or ("again (--force)" if force else "")
         resumed = " from where it stopped" if standing.is_begun else ""
         _say(session, f"{name:<{width}}  runs{resumed}{f': {why}' if why else ''}")
+        if standing.left:
+            _say(session, f"  an unfinished one is left as it is, it was of other parts: {brief(standing.left)}")
         run_stage(standing, inputs_of(standing, session.recipe, session.store), session.store, run, session.launch)
     made = session.store.artifact(run, name)
     _say(session, f"{name:<{width}}  done in {clock(made.manifest['seconds'])}  {_figures(made)}")

@@ -14,7 +14,7 @@ from pipeline.artifacts import Artifact, Store, changed_files
 from pipeline.cli.session import Session, artifacts_root, open_session
 from pipeline.cli.tree import tree
 from pipeline.errors import ArtifactError
-from pipeline.lineage import Standing, survey
+from pipeline.lineage import Standing, brief, survey
 from pipeline.progress import clock
 
 KEY_FIGURES = {
@@ -62,6 +62,7 @@ def _row(session: Session, standing: Standing, check: bool) -> dict[str, Any]:
         "state": standing.state,
         "reasons": list(standing.reasons),
         "unfinished": is_begun,
+        "left": list(standing.left),
         "running": running,
         "failed": vars(failed) if failed else None,
         "step": _last_step(begun)[0] if is_begun else None,
@@ -128,6 +129,8 @@ def _note(row: Mapping[str, Any]) -> str:
         return "; ".join(shown)
     if row["unfinished"]:
         return "unfinished, would be resumed" + (f" (at step {row['step']:,})" if row["step"] is not None else "")
+    if row["left"] and row["state"] == "missing":
+        return f"one of other parts is unfinished: {brief(row['left'])}"
     metrics = row["metrics"]
     keys = [key for key in KEY_FIGURES.get(row["type"], ()) if key in metrics]
     if row["type"] == "eval":
