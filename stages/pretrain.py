@@ -112,7 +112,11 @@ class PretrainConfig(StageConfig):
     torch_compile: bool | None = field(None, "compile the repeated blocks; where that pays unless set")
     use_liger_kernel: bool = field(False, "head and loss by Liger's fused kernel: on CUDA, with the extra `gpu`")
     skip_nonfinite: int = field(
-        0, "step over so many steps whose loss or gradient is not finite; the next one ends the run", unit="steps", ge=0
+        0,
+        "step over so many steps whose loss or gradient is not finite; the next one ends the run",
+        unit="steps",
+        ge=0,
+        run_only=True,
     )
     auto_find_batch_size: bool = field(
         False, "out of memory: smaller micro-steps, more of them, the same batch", run_only=True

@@ -215,9 +215,14 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_stepped_over_on_all(ranks: Ran
     assert [line.get("skipped_steps", 0) for line in two.steps] == [0, 0, 0, 1, 1, 1]
     assert [loss is None for loss in two.figures("loss")] == [False, False, False, True, False, False]
     assert all(tensor.isfinite().all() for tensor in two.weights.values())
-    refused = ranks.run("refused", strategy, "poisoned=4", "max_steps=6")
+    refused = ranks.run("refused", strategy, "poisoned=4", "max_steps=6", "save_steps=2")
     assert refused.code == 1
     assert "error: step 4 (documents " in refused.stderr
+    assert "the loss is nan; the last checkpoint is of step 2" in refused.stderr
+    allowed = ranks.made("refused", strategy, "poisoned=4", "max_steps=6", "save_steps=2", "skip_nonfinite=1")
+    assert (allowed.manifest["resumed_from"], allowed.manifest["fingerprint"]) == (2, two.manifest["fingerprint"])
+    assert distance(allowed, two) == 0
+    assert allowed.figures("loss") == two.figures("loss")
 
 
 @pytest.mark.slow

@@ -188,6 +188,18 @@ def unique_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> buffer that is saved with the model (running statistics, say): a forward in training may change it."""
+    kept = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def load_buffers(model: torch.nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
+    """Copy `prefix.<name>` of `tensors` into the persistent buffers, in place."""
+    for name, buffer in persistent_buffers(model).items():
+        buffer.copy_(tensors[f"{prefix}.{name}"])
+
+
 def load_parameters(model: torch.nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
     """Copy `prefix.<name>` of `tensors`, which are whole, into the parameters that are trained, in place."""
     with torch.no_grad():

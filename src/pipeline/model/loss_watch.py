@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,20 +13,30 @@ from torch import Tensor
 from pipeline.errors import TrainingError
 
 SPIKE = 8.0
-"""Deviations above the interval's median from which a step's loss is a spike."""
+"""Deviations above the median from which a step's loss is a spike."""
 FEWEST = 10
-"""Steps of an interval below which nothing is called a spike."""
+"""Steps below which nothing is called a spike."""
+RECENT = 20
+"""Steps before an interval with which it is compared, so that one of a step or two is no exception."""
 
 
 class StepLoss(NamedTuple):
-    """The loss of one optimiser step, in nats a token."""
+    """The loss of one optimiser step, in nats a token, and the norm of its gradient."""
 
     step: int
     loss: float
+    grad_norm: float = 0.0
 
     @property
     def is_finite(self) -> bool:
-        return math.isfinite(self.loss)
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def fault(self) -> str:
+        """What of it is not finite."""
+        return (
+            f"the loss is {self.loss}" if not math.isfinite(self.loss) else f"the gradient's norm is {self.grad_norm}"
+        )
 
 
 class LossWatch:
@@ -35,11 +45,13 @@ class LossWatch:
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.parts: list[Tensor] = []
+        self.norms: list[Tensor] = []
 
-    def add(self, step: int, part: Tensor) -> None:
-        """This rank's part of the loss of `step`; no sync with the device."""
+    def add(self, step: int, part: Tensor, grad_norm: Tensor) -> None:
+        """This rank's part of the loss of `step`, and the whole gradient's norm; no sync with the device."""
         self.steps.append(step)
         self.parts.append(part.detach())
+        self.norms.append(grad_norm.detach())
 
     def look(self, world_size: int = 1, *, keep: bool = False) -> list[StepLoss]:
         """All since the last look, in one sync; `keep` leaves them for the next. Collective over several ranks."""
@@ -48,27 +60,30 @@ class LossWatch:
         losses = torch.stack(self.parts)
         if world_size > 1:
             torch.distributed.all_reduce(losses)
-        found = [StepLoss(step, loss) for step, loss in zip(self.steps, losses.tolist(), strict=True)]
+        figures = torch.stack([losses, torch.stack(self.norms)]).tolist()
+        found = [StepLoss(*each) for each in zip(self.steps, *figures, strict=True)]
         if not keep:
-            self.steps, self.parts = [], []
+            self.steps, self.parts, self.norms = [], [], []
         return found
 
 
-def spikes(losses: Sequence[StepLoss]) -> list[StepLoss]:
-    """Steps whose loss stands more than SPIKE robust deviations (1.48 × the median distance) above the median."""
-    values = [each.loss for each in losses if each.is_finite]
+def spikes(losses: Sequence[StepLoss], before: Sequence[float] = ()) -> list[StepLoss]:
+    """Steps whose loss stands more than SPIKE robust deviations (1.48 × the median distance) above the median of them
+    all and of the losses `before` them."""
+    values = [*before, *(each.loss for each in losses if math.isfinite(each.loss))]
     if len(values) < FEWEST:
         return []
     middle = statistics.median(values)
     spread = 1.4826 * statistics.median(abs(value - middle) for value in values)
-    return [each for each in losses if each.is_finite and spread > 0 and each.loss > middle + SPIKE * spread]
+    return [each for each in losses if math.isfinite(each.loss) and spread > 0 and each.loss > middle + SPIKE * spread]
 
 
 class Verdicts:
     """What is said of a run's steps, and when it ends: for a loss or a gradient that is not finite and may not be
     stepped over. A loss that leaps is said.
 
-    `documents` names the documents of a step; `allowed` is how many steps may be stepped over.
+    `documents` names the documents of a step; `allowed` is how many steps may be stepped over: it decides whether a run
+    comes to its end, never what it ends with.
     """
 
     def __init__(
@@ -76,15 +91,22 @@ class Verdicts:
     ) -> None:
         self.documents, self.world_size, self.allowed, self.say = documents, world_size, allowed, say
         self.watch = LossWatch()
+        self.recent: list[float] = []
+        """The losses looked at last, RECENT at most."""
         self.skipped = 0
-        self.grad_norm = torch.zeros(())
+        self.saved_at = 0
+        """The step of the last checkpoint."""
 
     def steps_over(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
         """Takes in a step: this rank's part of its loss and the whole gradient's norm. Returns whether the weights stay
         as they are (the device is waited for only where that is allowed at all). TrainingError at one too many."""
-        self.watch.add(step, loss)
-        self.grad_norm = grad_norm
-        is_bad = self.allowed > 0 and not bool(grad_norm.isfinite())
+        self.watch.add(step, loss, grad_norm)
+        if self.allowed == 0:
+            return False
+        whole = loss.detach().clone()
+        if self.world_size > 1:
+            torch.distributed.all_reduce(whole)
+        is_bad = not bool(whole.isfinite() & grad_norm.isfinite())
         self.skipped += is_bad
         if self.skipped > self.allowed:
             self.check()
@@ -94,33 +116,49 @@ class Verdicts:
         """(mean loss since the last look in nats a token, the last gradient's norm, what was stepped over; how many
         steps). Says which steps leapt or were stepped over; TrainingError for one that is not finite."""
         losses = self.watch.look(self.world_size)
-        bad = [each for each in losses if not each.is_finite]
-        if bad and self.allowed == 0:
-            self._refuse(bad[0])
-        for each in bad:
-            self.say(f"{self._where(each.step)}: the loss is {each.loss}, stepped over")
-        for each in spikes(losses):
-            self.say(f"{self._where(each.step)}: the loss leapt to {each.loss:.3f}")
-        finite = [each.loss for each in losses if each.is_finite]
+        for each in losses:
+            if not each.is_finite:
+                if self.allowed == 0:
+                    self._refuse(each)
+                self.say(f"{self._where(each.step)}: {each.fault}, stepped over")
+        for each in spikes(losses, self.recent):
+            self.say(f"{self._where(each.step)}: the loss leapt to {each.loss:.3f} ({self._last_good()})")
+        finite = [each.loss for each in losses if math.isfinite(each.loss)]
+        self.recent = [*self.recent, *finite][-RECENT:]
         mean = sum(finite) / len(finite) if finite else math.nan
         skipped = {"skipped_steps": float(self.skipped)} if self.skipped else {}
-        return {"loss": mean, "grad_norm": float(self.grad_norm), **skipped}, len(losses)
+        return {"loss": mean, "grad_norm": losses[-1].grad_norm, **skipped}, len(losses)
 
-    def check(self) -> None:
-        """TrainingError where a step since the last look was not finite, as before a checkpoint is written."""
+    def check(self) -> list[StepLoss]:
+        """The steps since the last look, which are left for it. TrainingError where one was not finite, as before a
+        checkpoint is written."""
         losses = self.watch.look(self.world_size, keep=True)
         bad = [each for each in losses if not each.is_finite]
         if bad and not 0 < self.skipped <= self.allowed:
             self._refuse(bad[-1] if self.skipped else bad[0])
-        if losses and self.skipped == 0 and not math.isfinite(float(self.grad_norm)):
-            self._refuse(StepLoss(losses[-1].step, float(self.grad_norm)), "gradient's norm")
+        return losses
 
-    def _refuse(self, bad: StepLoss, what: str = "loss") -> NoReturn:
+    def state(self, losses: Sequence[StepLoss]) -> dict[str, Any]:
+        """Plain JSON for a checkpoint: with it the next look says what it would have said. `losses` are by `check`."""
+        return {"skipped": self.skipped, "losses": [[*each] for each in losses], "recent": self.recent}
+
+    def restore(self, state: Mapping[str, Any], step: int, device: torch.device, is_main: bool) -> None:
+        """Put back what `state` gave in a checkpoint of `step`; the losses are rank 0's to add."""
+        self.skipped, self.recent, self.saved_at = state["skipped"], state["recent"], step
+        for number, loss, norm in state["losses"]:
+            part = torch.tensor(loss if is_main else 0.0, device=device)
+            self.watch.add(number, part, torch.tensor(norm, device=device))
+
+    def _refuse(self, bad: StepLoss) -> NoReturn:
+        again = f"{self.allowed + 1}" + (", which goes on from there" if self.saved_at else "")
         raise TrainingError(
-            f"the {what} is {bad.loss}",
+            f"{bad.fault}; {self._last_good()}",
             where=self._where(bad.step),
-            mend="a lower learning_rate, a longer warmup, or skip_nonfinite; the last checkpoint is kept",
+            mend=f"a lower learning_rate or a longer warmup, from the start; or skip_nonfinite: {again}",
         )
+
+    def _last_good(self) -> str:
+        return f"the last checkpoint is of step {self.saved_at:,}" if self.saved_at else "there is no checkpoint yet"
 
     def _where(self, step: int) -> str:
         """The step and the training documents that its batch reads from."""

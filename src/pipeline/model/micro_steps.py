@@ -8,7 +8,7 @@ Letters of shapes: B rows of a micro-step, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -109,6 +109,22 @@ class MicroSteps:
         balance, busiest = (self.routing / max(1, steps)).tolist()
         self.routing.zero_()
         return {"balance_loss": balance, "busiest_expert": busiest}
+
+    def pending(self) -> dict[str, list[float]]:
+        """Plain JSON for a checkpoint: what is counted for the next look, over all ranks. A collective."""
+        counts = [self.routing] + ([self.losses.teacher.tally] if self.losses.teacher else [])
+        over_all = torch.cat(counts)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(over_all)
+        return {"counted": over_all.tolist()}
+
+    def restore(self, state: Mapping[str, list[float]], is_main: bool) -> None:
+        """Put back what `pending` gave; it is rank 0's to add."""
+        if is_main:
+            counted = torch.tensor(state["counted"], device=self.device)
+            self.routing = counted[:2].clone()
+            if self.losses.teacher:
+                self.losses.teacher.tally = counted[2:].clone()
 
     def close(self) -> None:
         """End the thread that reads ahead."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.checkpoint import load_optimizer, optimizer_tensors
-from pipeline.model.build import load_parameters, unique_parameters
+from pipeline.model.build import load_buffers, load_parameters, persistent_buffers, unique_parameters
 from pipeline.model.loss_watch import Verdicts
 from pipeline.model.micro_steps import MicroSteps
 from pipeline.model.optim import set_learning_rate
@@ -45,21 +45,28 @@ class OptimizerSteps:
         load_parameters(self.model, tensors, "model")
         for index, optimizer in enumerate(self.optimizers):
             load_optimizer(optimizer, f"optimizer{index}", tensors, checkpoint.state["optimizers"][index])
-        self.verdicts.skipped = checkpoint.state["skipped"]
+        load_buffers(self.model, tensors, "buffer")
+        is_main = self.runtime.is_main
+        self.verdicts.restore(checkpoint.state["verdicts"], checkpoint.step, self.runtime.device, is_main)
+        self.micro_steps.restore(checkpoint.state["micro_steps"], is_main)
         self.runtime.say(f"resumed at step {checkpoint.step:,}")
         return checkpoint.step
 
     def save(self, step: int) -> None:
-        """A checkpoint of `step`: weights and moments, never lost ones; the data's position is the step itself.
-        TrainingError, and no checkpoint, after a step that was not finite."""
-        self.verdicts.check()
+        """A checkpoint of `step`: weights, buffers and moments, never lost ones, and what the next line of metrics is
+        made of; the data's position is the step itself. TrainingError, and no checkpoint, after a step that was not
+        finite."""
+        losses = self.verdicts.check()
         tensors = {f"model.{name}": tensor for name, tensor in unique_parameters(self.model).items()}
+        tensors |= {f"buffer.{name}": tensor for name, tensor in persistent_buffers(self.model).items()}
         states = []
         for index, optimizer in enumerate(self.optimizers):
             moments, state = optimizer_tensors(optimizer, f"optimizer{index}")
             tensors |= moments
             states.append(state)
-        self.runtime.checkpoints.save(step, tensors, {"optimizers": states, "skipped": self.verdicts.skipped})
+        counted = {"verdicts": self.verdicts.state(losses), "micro_steps": self.micro_steps.pending()}
+        self.runtime.checkpoints.save(step, tensors, {"optimizers": states, **counted})
+        self.verdicts.saved_at = step
 
     def step(self, step: int) -> None:
         """One optimiser step on this rank's share of the global batch."""

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from pipeline.artifacts import runs_code_of
 from pipeline.checkpoint import newest_checkpoint
 from pipeline.errors import ArtifactError
-from pipeline.model.build import load_causal_lm, load_parameters
+from pipeline.model.build import load_buffers, load_causal_lm, load_parameters
 
 ROLES = ("model", "average", "policy")
 """What pretrain and ppo call their language model in a checkpoint; ppo writes its average where it has one."""
@@ -40,5 +40,7 @@ def load_unfinished(partial: Path, dtype: torch.dtype) -> tuple[PreTrainedModel,
     model = AutoModelForCausalLM.from_config(config, dtype="float32")
     assert isinstance(model, PreTrainedModel)
     load_parameters(model, tensors, role)
+    if role == "model":  # pretrain's, which keeps buffers too
+        load_buffers(model, tensors, "buffer")
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(dtype), folder, newest.step
