@@ -176,6 +176,11 @@ def run(config, inputs, out, runtime):
                 hidden = hidden + block(hidden)
             found["inside"] = float(again.head(hidden).sum() - expected)
     found["afterwards"] = isinstance(again.embedding.weight, DTensor)
+    experts = [nn.Parameter(torch.ones(2)) for _ in range(4)]  # whole on both: one each, one together, one for nobody
+    for place in (runtime.rank, 2):
+        (experts[place] * (runtime.rank + 1)).sum().backward()
+    sharding.sum_gradients(experts)
+    found["summed"] = [None if expert.grad is None else expert.grad.tolist() for expert in experts]
     (out / f"rank-{runtime.rank}.json").write_text(json.dumps(found))
     return {}
 """
@@ -203,6 +208,7 @@ def test_two_ranks_in_shards_are_one_model(warm: Any, tmp_path: Path, kind: str,
     for found in ranks:
         assert found["said"] == "in 2 shards, 2 blocks gathered one by one"
         assert found["refused"] == ["the checkpoint could not be written: [Errno 28] No space left on device", 7]
+        assert found["summed"] == [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0], None]
         assert found["gradients"] < 1e-6
         assert found["norms"][0] == pytest.approx(found["norms"][1], rel=1e-5)
         assert found["update"] < 1e-6

@@ -135,11 +135,18 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tenso
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum the gradients of unsharded parameters over the ranks."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    """Sum the gradients of unsharded parameters over the ranks. What had none on this rank (an expert that none of its
+    tokens went to) takes the others'; what had none on any stays without."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    has_none = [parameter.grad is None for parameter in trained]
+    parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
+    had = torch.tensor([float(not each) for each in has_none], device=parts[0].device)
+    flat = torch.cat([*(part.flatten() for part in parts), had])
     torch.distributed.all_reduce(flat)
+    ranks_with = flat[-len(trained) :].tolist() if any(has_none) else None  # asks the device only where it matters
     start = 0
-    for gradient in gradients:
-        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-        start += gradient.numel()
+    for place, (parameter, part) in enumerate(zip(trained, parts, strict=True)):
+        end = start + part.numel()
+        if ranks_with is None or ranks_with[place] > 0:
+            parameter.grad = part.copy_(flat[start:end].view_as(part))
+        start = end
