@@ -10,6 +10,7 @@ final model is saved before it is evaluated.
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -170,6 +171,8 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
         save_without_weights(model, out / "model", tokens.model, *ends)
     steps = _steps(config, losses, order, runtime)
     step = steps.resume()
+    if runtime.is_main:
+        steps.need_disk(out, math.ceil(config.max_steps / config.save_steps))
     if step == 0 and start.known:
         runtime.metrics.log(0, 0, **start.known)
 

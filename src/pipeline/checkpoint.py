@@ -244,7 +244,7 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        mend = "free some space, and run the same command again: the checkpoint before it is whole"
+        mend = "free some space, and run the same command again: what was saved before is whole"
         raise MachineError(f"the checkpoint could not be written: {error}", where=str(path), mend=mend) from error
 
 

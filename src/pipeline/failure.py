@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.artifacts import now, write_json
-from pipeline.errors import Halt, PipelineError
+from pipeline.errors import Halt, MachineError, PipelineError
 
 FILE = "failed.json"
 LONGEST = 2000
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,38 @@ class Failure:
 
 @contextmanager
 def noted(folder: Path) -> Iterator[None]:
-    """What ends the work in `folder` is written down there and raised on. Of several ranks the first to fail is kept;
-    being asked to stop is no failure."""
+    """What ends the work in `folder` is written down there and raised on, a full disk or memory, which may show
+    anywhere, as a MachineError. Of several ranks the first to fail is kept; being asked to stop is no failure."""
     try:
         yield
     except Halt:
         raise
-    except Exception as error:
-        told = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
-        if not (folder / FILE).exists():
-            with contextlib.suppress(OSError):  # a full disk: what failed is what is told
-                write_json(folder / FILE, {"error": told[:LONGEST], "time": now()})
+    except PipelineError as error:
+        _write(folder, str(error))
         raise
+    except Exception as error:
+        lacks = _what_the_machine_lacks(error)
+        _write(folder, str(lacks or f"{type(error).__name__}: {error}"))
+        if lacks is not None:
+            raise lacks from error
+        raise
+
+
+def _write(folder: Path, told: str) -> None:
+    if not (folder / FILE).exists():
+        with contextlib.suppress(OSError):  # a full disk: what failed is what is told
+            write_json(folder / FILE, {"error": told[:LONGEST], "time": now()})
+
+
+def _what_the_machine_lacks(error: Exception) -> MachineError | None:
+    """The libraries tell a full disk or memory in classes of their own, so their words count too."""
+    words = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if (isinstance(error, OSError) and error.errno in FULL) or "No space left on device" in words:
+        mend = "free some (`llmpipe gc`), and run the same command again: it goes on from its last checkpoint"
+        return MachineError(f"the disk is full: {words}", mend=mend)
+    if isinstance(error, MemoryError) or any(sign in words for sign in OUT_OF_MEMORY):
+        return MachineError(f"out of memory: {words}", mend="a smaller batch; `llmpipe plan` says what fits")
+    return None
 
 
 def forget(folder: Path) -> None:

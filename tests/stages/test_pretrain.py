@@ -568,6 +568,30 @@ def test_sizes_that_cannot_be_are_refused(
         train(tokens, tmp_path / "out", **fields)
 
 
+@pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2.0), ("muon", None)])
+def test_a_disk_that_will_be_full_is_told_ahead(
+    train: Any, tokens: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, moments: float | None
+):
+    """The model, and three checkpoints of weights and moments, the third while two are kept; of one save, one."""
+    free = 10**12
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=free))
+    out = tmp_path / "out"
+    parameters = int(train(tokens, out, max_steps=6, save_steps=2, optimizer=optimizer)["parameters"])
+    saved = sum(t.numel() for t in load_file(out / "checkpoints" / "step-00000006" / "state.safetensors").values())
+    assert moments is None or saved // parameters == 1 + moments
+    for saves, save_steps in ((3, 1), (1, 6)):
+        shutil.rmtree(out)
+        needed = 4 * (parameters + saves * saved)
+        free = needed - 4 * 100  # the steps' counts, which are left out
+        with pytest.raises(MachineError, match=f"saving and checkpoints needs {needed / 1e6:.0f} MB of disk"):
+            train(tokens, out, max_steps=6, save_steps=save_steps, optimizer=optimizer)
+        free = needed
+        train(tokens, out, max_steps=6, save_steps=save_steps, optimizer=optimizer)
+        free = 4 * parameters + 4 * max(0, saves - 2) * saved  # what is there is counted
+        train(tokens, out, max_steps=6, save_steps=save_steps, optimizer=optimizer)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, where it runs")
 def test_ligers_kernel_is_refused_without_a_gpu(train: Any, tokens: Artifact, tmp_path: Path):
     with pytest.raises(MachineError, match="need a CUDA device, and this one is cpu"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from pipeline.artifacts import need_disk
 from pipeline.checkpoint import load_optimizer, optimizer_tensors
 from pipeline.model.build import load_buffers, load_parameters, persistent_buffers, unique_parameters
 from pipeline.model.loss_watch import Verdicts
@@ -67,6 +69,20 @@ class OptimizerSteps:
         counted = {"verdicts": self.verdicts.state(losses), "micro_steps": self.micro_steps.pending()}
         self.runtime.checkpoints.save(step, tensors, {"optimizers": states, **counted})
         self.verdicts.saved_at = step
+
+    def need_disk(self, out: Path, saves: int) -> None:
+        """MachineError where the disk will not hold the model and the checkpoints to come, of `saves` in the run."""
+        moments = {torch.optim.AdamW: 2, torch.optim.Muon: 1}
+        one = sum(
+            4 * (1 + moments[type(optimizer)]) * parameter.numel()
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        )
+        checkpoints = self.runtime.checkpoints
+        there = sum(file.stat().st_size for file in checkpoints.folder.rglob("*") if file.is_file())
+        whole = 4 * sum(parameter.numel() for parameter in self.model.parameters())
+        need_disk(out, whole + max(0, min(saves, checkpoints.keep + 1) * one - there), "saving and checkpoints")
 
     def step(self, step: int) -> None:
         """One optimiser step on this rank's share of the global batch."""
