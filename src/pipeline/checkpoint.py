@@ -201,7 +201,7 @@ class Checkpoints:
 
 def _remove(path: Path) -> None:
     (path / MARKER).unlink()  # first, so that no half of it is taken for whole
-    shutil.rmtree(path)
+    shutil.rmtree(path, ignore_errors=True)  # a network disk keeps a file that is mapped: `latest` tries again
 
 
 def _files(path: Path) -> list[Path]:
