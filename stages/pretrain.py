@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -110,7 +111,9 @@ class PretrainConfig(StageConfig):
     attn_implementation: str = field(
         "auto", "sdpa, eager, flash_attention_2, flex_attention, …; auto: what runs here and pays"
     )
-    torch_compile: bool | None = field(None, "compile the repeated blocks; where that pays unless set")
+    torch_compile: bool | None = field(
+        None, "compile the repeated blocks; where that pays, and a trial succeeds, unless set"
+    )
     use_liger_kernel: bool = field(False, "head and loss by Liger's fused kernel: on CUDA, with the extra `gpu`")
     skip_nonfinite: int = field(
         0,
@@ -178,7 +181,7 @@ def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runt
 
     # 3. train
     held_out = _held_out(config, losses, valid, tokenizer, runtime)
-    flops = _compile(config, start, samples, runtime)
+    flops = _compile(config, start, steps, samples, runtime)
     _train(config, steps, step, held_out, runtime)
 
     # 4. save, then evaluate
@@ -421,10 +424,14 @@ def _held_out(
     )
 
 
-def _compile(config: PretrainConfig, start: Start, samples: RunSamples, runtime: Runtime) -> float:
+def _compile(
+    config: PretrainConfig, start: Start, steps: OptimizerSteps, samples: RunSamples, runtime: Runtime
+) -> float:
     """Say what will be trained on what, and compile where that pays; the run's FLOPs."""
+    from pipeline.hardware import peak_flops
     from pipeline.model.build import flops_per_token
     from pipeline.model.compiling import compile_blocks
+    from pipeline.model.sharding import any_finds
 
     batch, model = _batch(config), start.model
     drawn = config.max_steps * batch
@@ -437,7 +444,22 @@ def _compile(config: PretrainConfig, start: Start, samples: RunSamples, runtime:
         runtime.say(line)
     flops = flops_per_token(model, config.context_length) * config.max_steps * batch * config.context_length
     flops *= 2 / 3 if start.adapted else 1
-    runtime.say(compile_blocks(model, config.torch_compile, flops))
+
+    def agreed(reason: str) -> str:
+        fails_somewhere = any_finds(bool(reason), runtime.device)  # all ask, whatever they have found
+        return reason or ("another process finds that it does not work" if fails_somewhere else "")
+
+    runtime.say(
+        compile_blocks(
+            model,
+            config.torch_compile,
+            steps.micro_steps.rehearse,
+            flops=flops,
+            peak=runtime.world_size * peak_flops(runtime.device.type, _is_bf16(config, runtime)),
+            bf16=_is_bf16(config, runtime),
+            agreed=agreed,
+        )
+    )
     return flops
 
 
@@ -476,13 +498,14 @@ def _loop(config: PretrainConfig, steps: OptimizerSteps, step: int, held_out: He
     """Steps, with metrics, evaluations, checkpoints and an ear for signals."""
     from pipeline.hardware import peak_flops
     from pipeline.model.build import flops_per_token
+    from pipeline.model.compiling import is_compiled, telling_of_new_graphs
 
     tokens_a_step = _batch(config) * config.context_length
     flops = flops_per_token(steps.model, config.context_length) * (1 if config.peft is None else 2 / 3)
     peak = runtime.world_size * peak_flops(runtime.device.type, _is_bf16(config, runtime))
     rule = "6 N and attention" if config.peft is None else "4 N and attention"
     runtime.say(f"{flops / 1e6:,.1f} MFLOP a token ({rule}); mfu is of {peak / 1e12:,.2f} TFLOP/s")
-    began, first = time.monotonic(), step
+    began, first, watches = time.monotonic(), step, is_compiled(steps.model)
     with runtime.progress("pretrain", config.max_steps) as bar:
         bar.start_at(step)
         while step < config.max_steps:
@@ -494,7 +517,8 @@ def _loop(config: PretrainConfig, steps: OptimizerSteps, step: int, held_out: He
                 runtime.say(f"step {step:,}: {bits:.3f} bits per byte, held out")
                 for text in samples.values():
                     runtime.say(f"  {text!r}")
-            steps.step(step)
+            with telling_of_new_graphs(runtime.say, f"step {step + 1:,}") if watches else nullcontext():
+                steps.step(step)
             step += 1
             if step % config.logging_steps == 0 or step == config.max_steps:
                 figures = steps.figures()

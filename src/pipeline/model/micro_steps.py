@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.data.infilling import Order
 from pipeline.errors import ConfigError, MachineError
-from pipeline.model.feed import Feed
+from pipeline.model.feed import Feed, MicroBatch, micro_batch
 from pipeline.model.next_token import NextToken
 
 CACHED_TOKENS = 2048
@@ -99,6 +99,17 @@ class MicroSteps:
             self.feed.close()
             self.feed = self._feed()
 
+    def rehearse(self) -> Tensor:
+        """Forward and backward of the run's first rows, as a micro-step: its loss, nats a token. Gradients are added to
+        the model's; nothing else of it is counted."""
+        routing, tally = self.routing.clone(), self.losses.teacher.tally.clone() if self.losses.teacher else None
+        batch = micro_batch(self.samples.take(range(self.rows))).to(self.device)
+        loss = self._forward_backward(batch, self.samples.targets(range(self.rows)))
+        self.routing = routing
+        if self.losses.teacher is not None and tally is not None:
+            self.losses.teacher.tally = tally
+        return loss
+
     def look(self, steps: int) -> dict[str, float]:
         """Of models of experts, over all ranks and the `steps` steps since the last look: the mean balance loss, and
         the busiest expert's share of the choices against an even one."""
@@ -134,17 +145,21 @@ class MicroSteps:
         total = torch.zeros((), device=self.device)
         targets = self.samples.targets(range(step * self.batch, (step + 1) * self.batch))
         for ready in self.feed.step(step):
-            batch = ready.to(self.device)
-            with self.autocast():
-                nats, routing = self.losses(batch.inputs_BT, batch.targets_BT, batch.positions_BT)
-            loss = nats / targets
-            total += loss.detach()
-            if routing is not None:
-                share = self.rows / self.batch
-                loss = loss + self.losses.balance_weight * share * routing.balance_loss
-                self.routing += share * torch.stack([routing.balance_loss.detach(), routing.busiest])
-            loss.backward()
+            total += self._forward_backward(ready.to(self.device), targets)
         return total
+
+    def _forward_backward(self, batch: MicroBatch, targets: int) -> Tensor:
+        """Adds the gradients of a micro-step; its part of the loss of a batch that predicts so many tokens."""
+        with self.autocast():
+            nats, routing = self.losses(batch.inputs_BT, batch.targets_BT, batch.positions_BT)
+        loss = nats / targets
+        part: Tensor = loss.detach()
+        if routing is not None:
+            share = self.rows / self.batch
+            loss = loss + self.losses.balance_weight * share * routing.balance_loss
+            self.routing += share * torch.stack([routing.balance_loss.detach(), routing.busiest])
+        loss.backward()
+        return part
 
     def _divide(self, parts: int) -> None:
         """Every micro-step into so many, each inside its own rows: another rank's stay what they are."""

@@ -63,6 +63,15 @@ def first_finds(find: Callable[[], bool], device: torch.device) -> bool:
     return bool(found)
 
 
+def any_finds(found: bool, device: torch.device) -> bool:
+    """Whether any rank has found something, on every rank. A collective; of one process nothing but its own word."""
+    if not torch.distributed.is_initialized():
+        return found
+    over_all = torch.tensor(float(found), device=device)
+    torch.distributed.all_reduce(over_all)
+    return bool(over_all)
+
+
 def is_sharded(root: nn.Module) -> bool:
     """Whether `shard` has cut it."""
     return isinstance(root, FSDPModule)
