@@ -221,6 +221,13 @@ def test_revisions_are_in_the_plan(road: Path) -> None:
     assert revised.flops == pytest.approx(plain.flops + (written + read) * a_token)
 
 
+KEPT = 2 * (34 * 64 + 8 * 192 + 4 + 2 * 4) + 2 * 4 * 64 + 4 + 8
+"""Bytes a position that a Llama of two blocks, 64 wide with one head and an MLP of 192, keeps under autocast. A block:
+the inputs of q, k, v, gate and up in bf16 (5 D), q, k, v and the attention's output (4 D), what goes into both norms
+and what their first half makes of it in fp32 (4 D), gate, up, their product and its activation (4 F); the attention's
+logarithms and two roots. Last norm: 2 D in fp32 and a root; the token's id."""
+
+
 def test_memory_by_part_by_hand() -> None:
     model = build_model("llama", shape_of({"depth": 2, "hidden_size": 64}, 128, 1000), {})
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -231,11 +238,14 @@ def test_memory_by_part_by_hand() -> None:
         "gradients": 4 * total,
         "optimizer": 8 * total,
         "bf16 copies": 2 * total,
-        "activations": 34 * 8 * 128 * 64 * 2,
+        "activations": 8 * 128 * KEPT,
         "logits": 10 * 1024 * 1000,
+        "head's gradient": 4 * 1000 * 64,
     }
     recomputed = memory_of(model, replace(load, checkpointing=True))["activations"]
-    assert recomputed == 34 * 8 * 128 * 64 + 2 * 8 * 128 * 64 * 2
+    assert recomputed == 8 * 128 * (KEPT / 2 + 4 * 64 * 2)
+    compiled = memory_of(model, replace(load, compiled=True))["activations"]
+    assert compiled == pytest.approx(2 / 3 * 8 * 128 * KEPT)
     assert memory_of(model, replace(load, bf16=False))["bf16 copies"] == 0
 
     block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
@@ -276,9 +286,27 @@ def test_what_would_fit_fits_with_the_same_global_batch(road: Path) -> None:
         1.8172 + 482.01 / 1.04e9**0.3478 + 2085.43 / (1000 * 64 * 2048) ** 0.3658, abs=0.01
     )
 
-    small = replace(H100, memory=20 * 2**30)
+    small = replace(H100, memory=24 * 2**30)
     assert "gradient_checkpointing=true" in planned(recipe, small)["pretrain"].notes[-1]
     assert "a smaller model" in planned(recipe, replace(H100, memory=8 * 2**30))["pretrain"].notes[-1]
+
+
+def test_a_process_has_the_rows_that_the_stage_gives_it(road: Path) -> None:
+    """64 rows x 8 micro-steps over 8 processes: each has a whole micro-step of 64 rows; 8 x 64 are 8 rows of it."""
+    recipe = road.with_name("big.yaml")
+    recipe.write_text(BIG)
+    block = 34 * 2048 + 8 * 8192 + 4 * 32 + 2 * 4
+    row = 2048 * (16 * block + 2 * 4 * 2048 + 4 + 8)  # as in KEPT, of 32 heads
+    for rows, steps, here in ((64, 1, 8), (64, 8, 64), (8, 64, 8), (16, 4, 2)):
+        given = (f"pretrain.per_device_train_batch_size={rows}", f"pretrain.gradient_accumulation_steps={steps}")
+        found = planned(recipe, H100, *given, processes=8)["pretrain"]
+        assert found.memory["activations"] == here * row, (rows, steps)
+    uneven = planned(recipe, H100, "pretrain.per_device_train_batch_size=4", processes=8)["pretrain"]
+    assert "8 processes cannot share 4 rows" in uneven.notes[0]
+    assert planned(road, CPU, "sft.per_device_train_batch_size=8", processes=4)["sft"].work[0].rows == 2
+    for batch, processes, here in ((64, 1, 16), (64, 8, 8), (16, 8, 2)):
+        ppo = planned(road, CPU, f"ppo.batch_size={batch}", processes=processes)["ppo"]
+        assert ppo.work[2].rows == here, "a forward's responses are not shared, but no more than the process's own"
 
 
 def test_shards_over_the_processes_are_advised_where_they_fit(road: Path) -> None:
@@ -360,12 +388,18 @@ def test_what_ran_here_sets_the_speed(trained: Path) -> None:
     rate, source = planner.rate("pretrain")
     assert rate == 5e10
     assert "1 pretrain here before (12% of" in source
-    assert Planner(session.recipe, session.store, H100, 1).rate("pretrain")[0] == 0.4 * 8e14
+    assert Planner(session.recipe, session.store, H100, 1).rate("pretrain")[0] == 0.3 * 8e14
+    assert Planner(session.recipe, session.store, H100, 1).rate("pretrain", is_compiled=True)[0] == 0.4 * 8e14
     assert planner.rate("pretrain", cost=4 * 5e12 / held["tokens"])[0] == 5e10
     assert planner.rate("pretrain", cost=4.1 * 5e12 / held["tokens"])[0] == 0.3 * 4e11, "a model of another size"
     assert planner.rate("pretrain", cost=5e12 / held["tokens"] / 4.1)[0] == 0.3 * 4e11
     named = Planner(session.recipe, session.store, replace(CPU, is_here=False), 1)
     assert named.rate("pretrain") == (0.3 * 4e11, "at 30% of the maker's peak"), "what ran here says nothing of it"
+
+    manifest.write_text(json.dumps({**held, "seconds": 100.0, "flops": 5e12, "device": H100.name}))
+    assert Planner(session.recipe, session.store, H100, 1).rate("pretrain")[0] == 5e10, "a GPU goes by its name"
+    other = replace(H100, name="an A100")
+    assert Planner(session.recipe, session.store, other, 1).rate("pretrain")[0] == 0.3 * 8e14
 
 
 @pytest.mark.slow

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.runtime import bf16_pays
+from pipeline.runtime import bf16_pays, default_threads
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,21 @@ def peak_flops(kind: str, bf16: bool) -> float:
     return product_rate(torch.device(kind), 8192 if kind == "cuda" else 1024, bf16, 0.3)
 
 
-def measure_device(seconds: float = 2.0) -> Device:
-    """The device found, and the FLOP/s of a product of matrices there, measured for about `seconds`."""
+def measure_device(seconds: float = 2.0, processes: int = 1) -> Device:
+    """The device found, and the FLOP/s of a product of matrices there, measured for about `seconds`; of a CPU the part
+    that each of `processes` has: its share of the cores and of the memory."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         device, memory, name, size = torch.device("cuda"), float(properties.total_memory), properties.name, 8192
+    elif torch.backends.mps.is_available():
+        memory, name = float(torch.mps.recommended_max_memory()), f"{platform.machine()} GPU (mps)"
+        device, size = torch.device("mps"), 4096
     else:
-        device, memory, size = torch.device("cpu"), _memory(), 2048
-        name = f"{torch.get_num_threads()} CPU cores"
+        device, memory, size = torch.device("cpu"), _memory() / processes, 2048
+        if processes > 1:
+            torch.set_num_threads(default_threads(processes))
+        threads = torch.get_num_threads()
+        name = f"{threads} CPU core" + ("s" if threads > 1 else "")
     bf16 = bf16_pays(device)
     best = product_rate(device, size, bf16, seconds)
     count = max(1, torch.cuda.device_count())
@@ -90,12 +99,18 @@ def product_rate(device: torch.device, size: int, bf16: bool, seconds: float) ->
         began = time.monotonic()
         for _ in range(3):
             left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         best = max(best, 3 * 2 * size**3 / (time.monotonic() - began))
     return best
 
 
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux says what a container may have, by the newer and the older way."""
+
+
 def _memory() -> float:
-    """Bytes of the machine's memory."""
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    """Bytes of the machine's memory, or of what this container may have of it."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    said = [file.read_text().strip() for file in LIMITS if file.is_file()]
+    return float(min(found + [int(limit) for limit in said if limit.isdigit()]))

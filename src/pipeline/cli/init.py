@@ -39,7 +39,8 @@ def init(asked: Asked, *, force: bool, as_json: bool) -> None:
         return
     from pipeline.cli.plan import show_plan
 
-    show_plan(session, budget=None, price=2.5, on=None, fit=[], as_json=False, probe=probe)
+    told = found.bytes_a_token
+    show_plan(session, budget=None, price=2.5, on=None, fit=[], as_json=False, probe=probe, bytes_a_token=told)
     print(f"wrote {asked.out}\nnext: llmpipe run {shlex.quote(str(asked.out))}")
 
 

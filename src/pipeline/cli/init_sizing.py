@@ -33,16 +33,16 @@ def size(stages: Stages, asked: Asked, found: Found) -> Probe:
     from pipeline.hardware import measure_device
     from pipeline.plan.speed import Probe
 
-    probe = Probe(measure_device())
+    probe = Probe(measure_device(processes=Launch().processes()))
     seconds = sizes.seconds_of(list(stages.values), asked.hours)
     if found.text is not None:
         stages_of_text(stages, asked, found, probe, seconds["pretrain"])
     parameters, context = _model(stages, found)
     for name in [name for name in ("sft", "reward", "dpo", "ppo") if name in stages.values]:
         _row_stage(stages, name, found, parameters, context)
-        tried = _fitted(stages, name, asked, probe)
+        tried = _fitted(stages, name, asked, found, probe)
         _steps(stages, name, found, _paid(seconds[name], tried))
-    _evaluation(stages, asked, probe)
+    _evaluation(stages, asked, found, probe)
     return probe
 
 
@@ -52,7 +52,7 @@ def _paid(seconds: float, tried: Estimate) -> float:
     return max(0.0, seconds - tried.beginning) / (tried.seconds - tried.beginning)
 
 
-def _evaluation(stages: Stages, asked: Asked, probe: Probe) -> None:
+def _evaluation(stages: Stages, asked: Asked, found: Found, probe: Probe) -> None:
     """Fewer prompts, rows and documents for eval, halved until they fit into its share of the hours."""
     usual = {"prompts": 256, "preference_rows": 512, "documents": 200}
     why = "fewer than usual: what the hours pay for"
@@ -60,8 +60,8 @@ def _evaluation(stages: Stages, asked: Asked, probe: Probe) -> None:
         if times > 1:
             for name, count in usual.items():
                 stages.set("eval", name, count // times, why)
-        found = _estimate(stages, "eval", asked, probe)
-        if found.seconds is None or found.seconds <= sizes.EVALUATION * asked.hours * 3600:
+        tried = _estimate(stages, "eval", asked, found, probe)
+        if tried.seconds is None or tried.seconds <= sizes.EVALUATION * asked.hours * 3600:
             return
 
 
@@ -81,13 +81,13 @@ def stages_of_text(stages: Stages, asked: Asked, found: Found, probe: Probe, sec
     plan = sizes.pretraining(flops, tokens, rows, CHINCHILLA.best_split, cost)
     _check_text(asked, tokens, plan.context)
     _set_pretrain(stages, found, plan, tokens)
-    tried = _estimate(stages, "pretrain", asked, probe)
+    tried = _estimate(stages, "pretrain", asked, found, probe)
     assert tried.seconds is not None, tried.notes
     assert tried.flops is not None
     rate = tried.flops / (tried.seconds - tried.beginning)  # of this very model: small ones are slower
     plan = sizes.pretraining(max(0.0, seconds - tried.beginning) * rate, tokens, rows, CHINCHILLA.best_split, cost)
     _set_pretrain(stages, found, plan, tokens)
-    _fitted(stages, "pretrain", asked, probe)
+    _fitted(stages, "pretrain", asked, found, probe)
 
 
 def _check_text(asked: Asked, tokens: float, context: int) -> None:
@@ -148,7 +148,7 @@ def _continued(stages: Stages, asked: Asked, found: Found, probe: Probe, tokens:
     stages.set("pretrain", "max_steps", TRIED_STEPS)
     if count_parameters(base)[0] >= LARGE:
         stages.set("pretrain", "peft", LORA, "adapters: the base is large")
-    tried = _fitted(stages, "pretrain", asked, probe)
+    tried = _fitted(stages, "pretrain", asked, found, probe)
     paid = TRIED_STEPS * _paid(seconds, tried)
     steps = max(2, round(min(paid, tokens / 8 / context)))
     stages.set("pretrain", "max_steps", steps, f"{steps * 8 * context / tokens:.2g} of the text")
@@ -225,12 +225,12 @@ def _steps(stages: Stages, name: str, found: Found, paid: float) -> None:
     stages.set(name, "max_steps", max(2, int(seen / batch)), why)
 
 
-def _fitted(stages: Stages, name: str, asked: Asked, probe: Probe) -> Estimate:
+def _fitted(stages: Stages, name: str, asked: Asked, found: Found, probe: Probe) -> Estimate:
     """The stage's estimate, after what makes it fit the memory: smaller micro-steps, recomputation, adapters."""
     while True:
-        found = _estimate(stages, name, asked, probe)
-        if found.peak <= FILLED * probe.device.memory:
-            return found
+        tried = _estimate(stages, name, asked, found, probe)
+        if tried.peak <= FILLED * probe.device.memory:
+            return tried
         fields = stages.values[name]
         rows = fields["per_device_train_batch_size"]
         why = f"for {probe.device.memory / 2**30:.0f} GiB"
@@ -244,11 +244,11 @@ def _fitted(stages: Stages, name: str, asked: Asked, probe: Probe) -> Estimate:
         elif asked.base is not None and "peft" not in fields:
             stages.set(name, "peft", LORA, f"adapters {why}")
         else:
-            what = f"{name} takes {found.peak / 2**30:.1f} GiB, and there are {probe.device.memory / 2**30:.1f}"
+            what = f"{name} takes {tried.peak / 2**30:.1f} GiB, and there are {probe.device.memory / 2**30:.1f}"
             raise MachineError(what, mend="a smaller --base, fewer --hours, or a machine with more memory")
 
 
-def _estimate(stages: Stages, name: str, asked: Asked, probe: Probe) -> Estimate:
+def _estimate(stages: Stages, name: str, asked: Asked, found: Found, probe: Probe) -> Estimate:
     from pipeline.lineage import survey
     from pipeline.plan.planner import Planner
 
@@ -256,5 +256,6 @@ def _estimate(stages: Stages, name: str, asked: Asked, probe: Probe) -> Estimate
     values = {key: fields for key, fields in stages.values.items() if not (is_left and key == "eval")}
     session = open_stages(values, run=asked.run, store=Store(asked.artifacts), named=asked.run)
     standing = survey(session.recipe, session.store)[name]
-    planner = Planner(session.recipe, session.store, probe.device, Launch().processes(), probe=probe)
+    processes, told = Launch().processes(), found.bytes_a_token
+    planner = Planner(session.recipe, session.store, probe.device, processes, probe=probe, bytes_a_token=told)
     return planner.estimate(standing)

@@ -14,7 +14,6 @@ from pipeline.lineage import survey
 from pipeline.progress import clock
 
 if TYPE_CHECKING:
-    from pipeline.hardware import Device
     from pipeline.model.scaling import Run
     from pipeline.plan.site import Estimate
     from pipeline.plan.speed import Probe
@@ -32,10 +31,12 @@ def show_plan(
     fit: Sequence[str],
     as_json: bool,
     probe: Probe | None = None,
+    bytes_a_token: float | None = None,
 ) -> None:
     """A line a stage and its notes; with `budget` the best model for it, with `fit` the loss that own runs predict.
 
-    probe: what has been measured of this machine before; measured now unless given.
+    probe: what has been measured of this machine before; measured now unless given. bytes_a_token: of the recipe's
+    text, where it has been measured.
     """
     from pipeline.hardware import known_device, measure_device
     from pipeline.plan.lengths import si
@@ -43,16 +44,16 @@ def show_plan(
     from pipeline.plan.speed import Probe
 
     asked = _budget(budget) if budget is not None else None
-    device = known_device(on) if on else probe.device if probe else measure_device()
-    processes = device.count if on else session.launch.processes()
-    planner = Planner(
-        session.recipe, session.store, device, processes, session.launch.strategy == "fsdp", probe or Probe(device)
-    )
+    processes = _processes(session, on)
+    device = known_device(on) if on else probe.device if probe else measure_device(processes=processes)
+    shards, probe = session.launch.strategy == "fsdp", probe or Probe(device)
+    planner = Planner(session.recipe, session.store, device, processes, shards, probe, bytes_a_token)
     standings = survey(session.recipe, session.store)
     found = [planner.estimate(standing) for standing in standings.values()]
     extra: list[str] = []
     if asked is not None:
-        extra.append(_best_split(asked, price, device, planner.rate("pretrain")[0]))
+        rate, source = planner.rate("pretrain", is_compiled=_compiles(session))
+        extra.append(f"{_best_split(asked, price, processes, rate)}; {source}")
     if fit:
         extra += _predictions(session, fit, found)
     if as_json:
@@ -115,17 +116,37 @@ def _budget(text: str) -> tuple[float, str]:
     return float(found[1]), found[2]
 
 
-def _best_split(asked: tuple[float, str], price: float, device: Device, rate: float) -> str:
+def _processes(session: Session, on: str | None) -> int:
+    """Processes of the run: with `--on` as many as the devices named, unless their number is asked for."""
+    from pipeline.hardware import known_device
+
+    asked = session.launch.num_processes
+    if on is None:
+        return session.launch.processes()
+    count = known_device(on).count
+    if asked is not None and asked > count:
+        mend = f"--on {on.partition('x')[0]}x{asked}"
+        raise ConfigError(f"--num-processes {asked} on {on}: a process has a device", mend=mend)
+    return 1 if session.launch.strategy == "single" else asked or count
+
+
+def _compiles(session: Session) -> bool:
+    """Whether the recipe asks for compiled blocks in pretrain."""
+    configs: list[Any] = [node.config for node in session.recipe.nodes.values() if node.stage.type == "pretrain"]
+    return any(config.torch_compile for config in configs)
+
+
+def _best_split(asked: tuple[float, str], price: float, processes: int, rate: float) -> str:
     """The model and the tokens of the lowest loss for the budget, by the Chinchilla law."""
     from pipeline.model.scaling import CHINCHILLA
     from pipeline.plan.lengths import si
 
     amount, unit = asked
-    hours = {"h": amount, "eur": amount / price / device.count}.get(unit)
-    flops = amount if hours is None else hours * 3600 * rate * device.count
+    hours = {"h": amount, "eur": amount / price / processes}.get(unit)
+    flops = amount if hours is None else hours * 3600 * rate * processes
     parameters, tokens = CHINCHILLA.best_split(flops)
-    hours = flops / rate / device.count / 3600
-    euros = hours * device.count * price
+    hours = flops / rate / processes / 3600
+    euros = hours * processes * price
     return (
         f"best for {flops:.3g} FLOPs ({hours:.3g} h here, {euros:.3g} EUR): {si(parameters)} parameters on "
         f"{si(tokens)} tokens, loss {CHINCHILLA.loss(parameters, tokens):.2f} nats a token"

@@ -1,20 +1,32 @@
 """What a training step needs of memory, by part.
 
-Weights, gradients, moments, bf16 copies; activations: about 34 bytes a layer, position and channel in bf16
-(Korthikanti et al. 2022, without the attention matrix), with recomputation one layer's and 2 bytes a layer, position
-channel; and the logits of a chunk in bf16, in fp32, and their gradient.
+Weights, gradients, moments, bf16 copies; activations; the logits of a chunk in bf16, in fp32, and their gradient; and
+the head's gradient, which is known with the loss.
+
+What a forward keeps for its backward is counted by running the model on tensors that have shapes and no memory. (The 34
+bytes a layer, position and channel of Korthikanti et al. 2022 are those of kernels that fuse what stands between
+products: transformers' blocks keep 55 to 90 under autocast, whose residual stream is in fp32.)
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from pipeline.model.build import count_parameters
+from pipeline.model.attention import use_plain_products
+from pipeline.model.build import count_experts, count_parameters
 from pipeline.model.compiling import blocks_of
 
+COMPILED = {True: 2 / 3, False: 0.8}
+"""By bf16: what compiled blocks keep, of what they keep as they are (measured on Llama blocks with two MLP widths)."""
+TRIED = 128
+"""Tokens of a row in which kept bytes are counted, where they do not grow with its square."""
+_FOUND: dict[tuple[object, ...], float] = {}
 FOUR_BIT = 0.516
 """Bytes a weight of NF4: 4 bits, 8 of a scale for 64 weights, 32 of a second scale for 256 of those (Dettmers et al.
 2023)."""
@@ -42,29 +54,87 @@ class Load:
     """The last blocks, where they alone are trained: those below keep nothing for a backward."""
     four_bit: bool = False
     """The matrices of the blocks are held in bitsandbytes' four bits."""
+    weight: float = 4.0
+    """Bytes of a weight, and of its gradient."""
+    compiled: bool = False
+    """The blocks are compiled."""
+    on_cpu: bool = False
 
 
 def memory_of(model: PreTrainedModel, load: Load) -> dict[str, float]:
     """Bytes by part of a training step of `rows` rows of `length` tokens."""
     config = model.config.get_text_config()
     total = float(count_parameters(model)[0])
-    positions, width, layers = load.rows * load.length, config.hidden_size, config.num_hidden_layers
-    a_layer = 34.0 * positions * width * (1 if load.bf16 else 2)
-    kept = a_layer + 2.0 * positions * width * layers if load.checkpointing else a_layer * layers
+    positions, layers, vocab = load.rows * load.length, config.num_hidden_layers, config.vocab_size
+    kept = positions * kept_a_position(model, load.length, bf16=load.bf16, on_cpu=load.on_cpu)
+    if load.compiled:
+        kept *= COMPILED[load.bf16]
+    if load.checkpointing:
+        kept = kept / layers + load.weight * positions * config.hidden_size * layers
     if load.layers is not None:
         kept *= load.layers / layers
     small = _in_blocks(model) if load.four_bit else 0.0
     gathered = _gathered_at_once(model, total) if load.shards > 1 else 0.0
-    copied = gathered if load.shards > 1 and load.checkpointing else total  # else kept until a block's backward
+    copied = gathered if load.shards > 1 and load.checkpointing else total - small  # else kept until its backward
+    trains_head = load.logits > 0 and load.trained > total / 2
     return {
-        "weights": 4 * ((total - small) / load.shards + load.others) + FOUR_BIT * small,
-        "gradients": 4 * load.trained / load.shards,
+        "weights": load.weight * (total - small) / load.shards + 4 * load.others + FOUR_BIT * small,
+        "gradients": load.weight * load.trained / load.shards,
         "optimizer": load.moments * load.trained / load.shards,
         **({"gathered": 8 * gathered} if gathered else {}),
-        "bf16 copies": 2 * copied if load.bf16 else 0.0,
+        "bf16 copies": 2 * copied if load.bf16 and load.weight == 4 else 0.0,
         "activations": kept,
-        "logits": load.logits * config.vocab_size * (10.0 if load.bf16 else 12.0),
+        "logits": load.logits * vocab * (10.0 if load.bf16 else 12.0),
+        **({"head's gradient": 4.0 * vocab * config.hidden_size} if trains_head else {}),
     }
+
+
+def kept_a_position(model: PreTrainedModel, length: int, *, bf16: bool, on_cpu: bool) -> float:
+    """Bytes that the trunk's forward keeps for the backward, a position of a row of `length` tokens, the weights and
+    their copies apart.
+
+    Experts, whose work hangs on what the router says, and a model that does not run so are reckoned as a Llama whose
+    MLP is as wide as all experts of a token: 34 bytes a layer and channel, 8 a layer and channel of the MLP; in fp32 44
+    and 16.
+    """
+    config = model.config.get_text_config()
+    length = length if on_cpu and bf16 and length <= 256 else TRIED  # else every position keeps the same
+    key = (config.to_json_string(), length, bf16, on_cpu)
+    if key not in _FOUND and count_experts(config) <= 1:
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):  # it looks at its numbers, which are none
+            _FOUND[key] = _counted(model, length, bf16, on_cpu) / length
+    if key in _FOUND:
+        return _FOUND[key]
+    width, top_k = config.hidden_size, getattr(config, "num_experts_per_tok", None) or 1
+    mlp = top_k * (getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", 4 * width))
+    return float(config.num_hidden_layers * (34 * width + 8 * mlp if bf16 else 44 * width + 16 * mlp))
+
+
+def _counted(model: PreTrainedModel, length: int, bf16: bool, on_cpu: bool) -> float:
+    """Bytes that a forward keeps of a row: what two rows keep more than one. Masks are left out: a row that sees all
+    before it needs none, and others share theirs."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[1:] != (1, length, length):
+            kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no other takes its place
+        return tensor
+
+    found = []
+    shapes = copy.deepcopy(model).to("meta")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shapes = shapes.to_empty(device="cpu").train()
+        if on_cpu:
+            use_plain_products(shapes, bf16, length)
+        for rows in (1, 2):
+            kept.clear()
+            with (
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+                torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            ):
+                shapes.base_model(torch.zeros(rows, length, dtype=torch.long), use_cache=False)
+            found.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    return float(found[1] - found[0])
 
 
 def _in_blocks(model: PreTrainedModel) -> float:

@@ -13,6 +13,7 @@ from pipeline.model.memory import Load, adapter_parameters, memory_of
 from pipeline.plan.site import Estimate, Site
 from pipeline.plan.speed import Work
 from pipeline.plan.training import START
+from pipeline.rl.logprobs import chunk_of
 from pipeline.rl.revising import principles_in
 from pipeline.rl.scoring import text_in
 
@@ -44,7 +45,7 @@ def ppo(site: Site, node: Node, found: Estimate) -> Estimate:
         copies = len(apart) if config.shared_trunk else max(critics, rewards)
     elif config.offload and site.device.kind != "cpu":  # one of the frozen at a time
         copies = critics + max(1, rewards)
-    on_device = site.on_device(config.per_device_train_batch_size)
+    on_device = site.of_batch(config.per_device_train_batch_size, config.batch_size // config.num_mini_batches)
     load = Load(
         on_device,
         longest,
@@ -52,9 +53,10 @@ def ppo(site: Site, node: Node, found: Estimate) -> Estimate:
         moments=8.0,
         bf16=site.bf16(config),
         checkpointing=False,
-        logits=on_device * config.response_length,
+        logits=min(chunk_of(model.config.get_text_config().vocab_size), on_device * config.response_length),
         others=total * copies + judges,
         four_bit=config.load_in_4bit,
+        on_cpu=site.device.kind == "cpu",
     )
     a_token, at_once = flops_per_token(model, round(length)), max(2, round(length))
     written = episodes * config.response_length * a_token / 3  # a step is as long as its longest row

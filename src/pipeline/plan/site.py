@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from pipeline.artifacts import Store
+from pipeline.artifacts import Artifact, Store
 from pipeline.data.formats import read_rows
 from pipeline.graph import Node, Recipe
 from pipeline.hardware import Device
@@ -16,6 +16,8 @@ from pipeline.model.build import count_parameters
 from pipeline.plan.lengths import BYTES_A_TOKEN, mean_length
 from pipeline.plan.models import model_of
 from pipeline.plan.speed import Work
+from pipeline.recipe import NAME, STAGE_NAME
+from pipeline.runtime import share_batch
 
 SAMPLED_ROWS = 2000
 
@@ -57,6 +59,8 @@ class Site:
     processes: int
     shards: int = 1
     """Processes that share pretrain's model."""
+    told: float | None = None
+    """Bytes a token of the recipe's text, where somebody has measured them."""
 
     def model(self, ref: str) -> PreTrainedModel | None:
         """The model that `ref` is or will be, without weights; None where it cannot be told."""
@@ -67,9 +71,15 @@ class Site:
         model = self.model(refs[0]) if refs else None
         return float(count_parameters(model)[0]) if model is not None else 0.0
 
-    def on_device(self, rows: int) -> int:
-        """Rows of a process."""
-        return max(1, rows // self.processes)
+    def micro_step(self, node: Node) -> int:
+        """Rows of a process's micro-step. ConfigError where the processes cannot share the batch evenly."""
+        config: Any = node.config
+        rows, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        return share_batch(rows, steps, self.processes, f"{node.name}.per_device_train_batch_size")[0]
+
+    def of_batch(self, most: int, batch: int) -> int:
+        """Responses that a process of ppo takes at once: `most`, but no more than its share of a `batch`."""
+        return max(1, min(most, batch // self.processes))
 
     def bf16(self, config: Any) -> bool:
         """Whether a stage's products are in bf16."""
@@ -102,10 +112,25 @@ class Site:
         return [ref for ref in named for _ in range(self.members(ref))]
 
     def bytes_a_token(self) -> float:
-        """Of text, by the tokens that stand in the run, else a usual figure."""
+        """Of text, by the tokens that the recipe makes, takes, or takes a model of, where they stand; else as `told`,
+        else a usual figure."""
         for node in self.recipe.nodes.values():
-            artifact = self.store.find(self.recipe.run, node.name) if node.stage.kind == "tokens" else None
-            if artifact is not None:
-                metrics = artifact.manifest["metrics"]
-                return float(metrics["train_bytes"] / metrics["train_tokens"])
-        return BYTES_A_TOKEN
+            mine = [f"{self.recipe.run}/{node.name}"] if node.stage.kind == "tokens" else []
+            taken = [ref for refs in node.inputs.values() for ref in refs if ref not in self.recipe.nodes]
+            for artifact in (tokens_behind(self.store, ref) for ref in (*mine, *taken)):
+                if artifact is not None:
+                    metrics = artifact.manifest["metrics"]
+                    return float(metrics["train_bytes"] / metrics["train_tokens"])
+        return self.told or BYTES_A_TOKEN
+
+
+def tokens_behind(store: Store, reference: str) -> Artifact | None:
+    """The token shards that a finished stage is, or that its model was trained on; None for what is no `run/stage` and
+    where they are not in this store any more."""
+    run, _, stage = reference.partition("/")
+    is_name = NAME.fullmatch(run) is not None and STAGE_NAME.fullmatch(stage) is not None
+    artifact = store.find(run, stage) if is_name else None
+    if artifact is None or artifact.kind == "tokens":
+        return artifact
+    parents = [each["reference"] for given in artifact.manifest["inputs"].values() for each in given]
+    return next(filter(None, (tokens_behind(store, parent) for parent in parents)), None)

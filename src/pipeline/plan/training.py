@@ -15,6 +15,7 @@ from pipeline.model.build import count_parameters, flops_per_token
 from pipeline.model.freezing import train_last
 from pipeline.model.losses import CHUNK, CPU_CHUNK
 from pipeline.model.memory import Load, adapter_parameters, memory_of
+from pipeline.model.micro_steps import CACHED_TOKENS
 from pipeline.model.scaling import CHINCHILLA
 from pipeline.plan.lengths import BYTES_A_TOKEN, si
 from pipeline.plan.site import Estimate, Site
@@ -48,7 +49,9 @@ def pretrain(site: Site, node: Node, found: Estimate) -> Estimate:
     total, counted = count_parameters(model)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     tokens = float(config.max_steps * batch * config.context_length)
-    rows = site.on_device(config.per_device_train_batch_size)
+    rows = site.micro_step(node)
+    while site.device.kind == "cpu" and rows % 2 == 0 and rows * config.context_length > CACHED_TOKENS:
+        rows //= 2  # as the stage does, so that they stay in the cache
     chunk = CPU_CHUNK if site.device.kind == "cpu" else CHUNK
     trained, share = _trained(model, config)
     teacher, bf16 = site.size_of(node.inputs.get("teacher")), site.bf16(config)
@@ -62,6 +65,8 @@ def pretrain(site: Site, node: Node, found: Estimate) -> Estimate:
         logits=min(chunk, rows * config.context_length),
         others=teacher / 2 if bf16 else teacher,  # held in two bytes each then
         shards=site.shards,
+        compiled=bool(config.torch_compile),
+        on_cpu=site.device.kind == "cpu",
     )
     best = CHINCHILLA.best_split(6 * counted * tokens)
     notes = [
@@ -73,7 +78,8 @@ def pretrain(site: Site, node: Node, found: Estimate) -> Estimate:
         notes.append(f"{tokens / have:.2f} epochs of {si(have)} tokens")
     in_range = counted >= 40e6  # smaller ones lie outside of what the law was fitted to
     flops = tokens * (flops_per_token(model, config.context_length) * share + 2 * teacher)
-    work = Work("train", model, flops, rows, config.context_length, bf16, optimizer=config.optimizer)
+    is_compiled = bool(config.torch_compile) and site.device.kind == "cuda"
+    work = Work("train", model, flops, rows, config.context_length, bf16, 1.0, config.optimizer, is_compiled)
     return replace(
         found,
         parameters=total,
@@ -111,26 +117,28 @@ def rows(site: Site, node: Node, found: Estimate) -> Estimate:
     trained, share = _trained(model, config, layers)
     once = min(1.0, len(data) / (steps * batch))  # the reference reads a row once, however many the epochs
     beside = {"dpo": once / 3, "kto": 1.0}.get(objective, 0.0)  # its forward; kto: of each pair, and mismatched ones
-    on_device = site.on_device(config.per_device_train_batch_size) * math.ceil(sides)
+    at_once = site.micro_step(node)
+    on_device = at_once * math.ceil(sides)
     longest = min(config.max_length, round(2 * length))
     teacher, bf16 = site.size_of(node.inputs.get("teacher")), site.bf16(config)
     load = Load(
         on_device,
         longest,
         trained,
-        _moments(config),
+        _moments(config) * (0.5 if config.dtype == "bfloat16" and not config.peft else 1.0),
         bf16,
         config.gradient_checkpointing,
         logits=0.0 if is_reward else on_device * longest,
         others=teacher / 2 if bf16 else teacher,  # held in two bytes each then
         layers=layers,
         four_bit=getattr(config, "load_in_4bit", False),
+        weight=2.0 if config.dtype == "bfloat16" else 4.0,
+        on_cpu=site.device.kind == "cpu",
     )
     a_token = flops_per_token(model, round(length)) - (head_flops(model) if is_reward else 0.0)
     flops = tokens * (a_token * (share + beside) + 2 * teacher)
     head = 0.0 if is_reward else 0.5
-    at_once = site.on_device(round(config.per_device_train_batch_size * sides))
-    work = Work("train", model, flops, at_once, max(2, round(length)), bf16, head, config.optimizer)
+    work = Work("train", model, flops, round(at_once * sides), max(2, round(length)), bf16, head, config.optimizer)
     return replace(
         found,
         parameters=total,
