@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.artifacts import runs_code_of
@@ -50,9 +51,11 @@ def embedding_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
         if isinstance(module, torch.nn.Embedding)
         for parameter in module.parameters()
     ]
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in ("lm_head", "score", "embed_out"):
-            found += list(module.parameters())
+    heads = [module for name, module in model.named_modules() if name.rpartition(".")[2] in ("lm_head", "score")]
+    if isinstance(model, PreTrainedModel):
+        heads.append(model.get_output_embeddings())  # whatever the family calls it
+    for head in heads:
+        found += [] if head is None else list(head.parameters())
     return list({id(parameter): parameter for parameter in found}.values())
 
 
@@ -137,6 +140,9 @@ def save_without_weights(
     """The folder that `save_model` will fill, all but the weights: what a checkpoint needs to be a model."""
     _end_at(model, stop_ids, pad_id)
     model.config.architectures = [type(model).__name__]
+    if model._auto_class is not None:  # a class of the user's own: its file, and its name in the config
+        folder.mkdir(parents=True, exist_ok=True)
+        custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
     assert model.generation_config is not None
     model.generation_config.save_pretrained(folder)

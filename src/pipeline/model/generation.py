@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from pipeline.model.attention import reach_of_masks
 from pipeline.model.decode_attention import fast_decoding
-from pipeline.model.decoding import Decoder, pad_left
+from pipeline.model.decoding import pad_left
 from pipeline.model.heard import Heard
+from pipeline.model.rereading import begin
 from pipeline.model.sampling import GREEDY, Sampling, choose, draw_uniforms
 from pipeline.model.stop_strings import StopStrings
 
@@ -127,7 +128,7 @@ def generate_batch(
     owners_B = None if len(prompts) == rows else torch.tensor(owners, device=device)
     uniforms_BT = None if uniforms_BT is None else uniforms_BT.to(device)
     written = _Written(rows, max_new_tokens, pad_id, device, stop_ids)
-    decoder = Decoder(model, prompt_ids_NP, is_real_NP, owners_B, shared_S)
+    decoder = begin(model, prompt_ids_NP, is_real_NP, owners_B, shared_S)
     present_B = torch.arange(rows, device=device)  # the rows still in the batch
     for t in range(max_new_tokens):
         chosen = choose(decoder.logits_BV, sampling, None if uniforms_BT is None else uniforms_BT[present_B, t])

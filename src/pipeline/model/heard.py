@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.model.decoding import Decoder
+from pipeline.model.rereading import Rereader, begin
 
 
 @dataclass
@@ -23,18 +24,18 @@ class Heard:
 
     ids: list[int] = field(default_factory=list)
     """Tokens that every layer holds. Never more of them: an answer may be broken off in the middle of a forward."""
-    decoder: Decoder | None = None
+    decoder: Decoder | Rereader | None = None
 
-    def read(self, model: PreTrainedModel, prompt: Sequence[int]) -> Decoder:
+    def read(self, model: PreTrainedModel, prompt: Sequence[int]) -> Decoder | Rereader:
         """The decoder of `model` behind the prompt, of which what it begins with like `ids` is not read again."""
         kept = min(alike(self.ids, prompt), len(prompt) - 1)  # the last token is read: the next one is told by it
         ids_T = torch.tensor(list(prompt), device=model.device)
-        if self.decoder is not None and self.decoder.model is model and kept and self.decoder.can_forget:
+        if isinstance(self.decoder, Decoder) and self.decoder.model is model and kept and self.decoder.can_forget:
             del self.ids[kept:]
             self.decoder.go_on(kept, ids_T[kept:])
         else:
             self.ids, self.decoder = [], None
-            self.decoder = Decoder(model, ids_T[None], torch.ones_like(ids_T[None]))
+            self.decoder = begin(model, ids_T[None], torch.ones_like(ids_T[None]))
         self.ids = list(prompt)
         return self.decoder
 

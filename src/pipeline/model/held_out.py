@@ -6,7 +6,6 @@ before them, and the end of a document is not scored. So defined, `llmpipe eval`
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -182,8 +181,8 @@ def continuations(
     length: int,
 ) -> list[str]:
     """Each prompt (the beginnings of two held-out documents where None) with the model's greedy continuation of at most
-    `tokens` tokens; none where `tokens` is 0 or the model keeps no cache of keys and values."""
-    if tokens == 0 or not _keeps_cache(model):
+    `tokens` tokens; none where `tokens` is 0."""
+    if tokens == 0:
         return []
     separator = valid.metadata.separator_id
     if prompts is None:
@@ -200,7 +199,3 @@ def continuations(
 
 def _until(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
-
-
-def _keeps_cache(model: PreTrainedModel) -> bool:
-    return "past_key_values" in inspect.signature(model.forward).parameters

@@ -1,0 +1,89 @@
+"""Models that keep no cache write what they would write read anew at every token, whatever stands beside them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.model.generation import Sampling, draw_uniforms, generate, stream
+from pipeline.model.heard import Heard
+from pipeline.model.presets import Shape, build_model
+
+VOCAB = 48
+FAMILIES: dict[str, dict[str, Any]] = {
+    "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
+    "xlstm": {
+        "hidden_size": 32, "num_blocks": 2, "num_heads": 2, "num_hidden_layers": 2, "embedding_dim": 32,
+        "mode": "inference",
+    },
+    "qwen3_next": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 0,
+        "layer_types": ["linear_attention", "linear_attention"],
+    },
+    "./gpt.py:GPT": {},
+}  # fmt: skip
+
+
+def tiny(family: str, folder: Path) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if family in FAMILIES and not family.startswith("."):
+        config = AutoConfig.for_model(family, vocab_size=VOCAB, initializer_range=0.3, **FAMILIES[family])
+        model = AutoModelForCausalLM.from_config(config, dtype="float32")
+    else:
+        text = (Path(__file__).parents[2] / "docs" / "pretrain.md").read_text()
+        (folder / "gpt.py").write_text(text.rpartition("```python\n")[2].partition("```")[0])
+        model = build_model(f"{folder}/gpt.py:GPT", Shape(2, 32, 2, 2, None, 64, VOCAB, tied=False), {})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.2)
+    return model.eval()
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], new: int) -> list[int]:
+    row = list(prompt)
+    with torch.no_grad():
+        for _ in range(new):
+            row.append(int(model(torch.tensor([row]), use_cache=False).logits[0, -1].argmax()))
+    return row[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_any_length_side_by_side_are_those_alone(family: str, tmp_path: Path) -> None:
+    model = tiny(family, tmp_path)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in (3, 9, 1, 6, 6)]
+    expected = [greedy(model, prompt, 10) for prompt in prompts]
+    assert generate(model, prompts, max_new_tokens=10, stop_ids=[], pad_id=0).responses() == expected
+    assert [list(stream(model, prompt, max_new_tokens=10, stop_ids=[])) for prompt in prompts] == expected
+    assert len({token for answer in expected for token in answer}) > 4
+
+    begun = [[7, 8, *prompt] for prompt in prompts]
+    shared = generate(model, begun, max_new_tokens=5, stop_ids=[], pad_id=0, shared=2)
+    assert shared.responses() == [greedy(model, prompt, 5) for prompt in begun]
+
+    stop = expected[0][2]  # ended rows leave
+    ended = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in expected]
+    assert generate(model, prompts, max_new_tokens=10, stop_ids=[stop], pad_id=0).responses() == ended
+
+
+def test_samples_of_one_prompt_and_a_conversation_gone_on_with(tmp_path: Path) -> None:
+    model, prompt = tiny("rwkv", tmp_path), [5, 9, 30, 7]
+    given: dict[str, Any] = {
+        "max_new_tokens": 6, "stop_ids": [], "pad_id": 0, "sampling": Sampling(0.9),
+        "uniforms_BT": draw_uniforms(4, 6, torch.Generator().manual_seed(3)),
+    }  # fmt: skip
+    apart, shared = (generate(model, [prompt] * 4, **given, samples_per_prompt=count) for count in (1, 4))
+    assert shared.responses() == apart.responses()
+    torch.testing.assert_close(shared.logprobs_BT, apart.logprobs_BT)
+    assert math.isfinite(float(apart.logprobs_BT.sum()))
+
+    heard = Heard()
+    first = list(stream(model, prompt, max_new_tokens=5, stop_ids=[], heard=heard))
+    longer = [*prompt, *first, 11]
+    assert list(stream(model, longer, max_new_tokens=5, stop_ids=[], heard=heard)) == greedy(model, longer, 5)
