@@ -78,7 +78,6 @@ def test_it_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_logits_that_are_capped_are_refused():
-    model = build_model("llama", SHAPE, {})
-    model.config.final_logit_softcapping = 30.0
+    model = build_model("gemma3", SHAPE, {"final_logit_softcapping": 30.0})
     with pytest.raises(ConfigError, match="neither scaled nor capped, and no teacher"):
         NextToken(model, is_fused=True)

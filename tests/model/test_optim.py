@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.model.optim import (
     SCHEDULES,
@@ -63,7 +64,7 @@ class Toy(nn.Module):
         self.lm_head = nn.Linear(4, 5, bias=False)
 
 
-def groups(model: Toy, kind: str) -> dict[str, tuple[str, float, float]]:
+def groups(model: nn.Module, kind: str) -> dict[str, tuple[str, float, float]]:
     """Parameter -> (optimizer, rate, decay)."""
     optimizers = build_optimizers(
         model, kind=kind, learning_rate=0.01, embedding_rate=0.03, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
@@ -86,6 +87,57 @@ def test_decay_falls_on_matrices_alone(kind: str, matrices: str):
         "q_proj.bias": ("AdamW", 0.01, 0.0),
         "norm.weight": ("AdamW", 0.01, 0.0),
     }
+
+
+FAMILIES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "qwen3_moe": (
+        {
+            "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        },
+        {
+            "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "gate.weight", "gate_up_proj",
+            "down_proj",
+        },
+    ),
+    "gpt_oss": (
+        {
+            "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16,
+        },
+        {
+            "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "router.weight", "gate_up_proj",
+            "down_proj",
+        },
+    ),
+    "mamba": (
+        {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 8},
+        {"conv1d.weight", "in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"},
+    ),
+    "rwkv": (
+        {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
+        {"key.weight", "receptance.weight", "value.weight", "output.weight"},
+    ),
+    "biogpt": (
+        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+        {"q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight"},
+    ),
+}  # fmt: skip
+"""Model type -> fields, and the ends of the names of what decays."""
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_stored_in_two_axes_need_not_be_a_matrix(family: str, tied: bool):
+    """Biases of experts, decays of state spaces, mixes of RWKV and heads by any name do not decay, and Muon leaves
+    them alone."""
+    fields, decayed = FAMILIES[family]
+    config = AutoConfig.for_model(family, vocab_size=48, tie_word_embeddings=tied, **fields)
+    model = AutoModelForCausalLM.from_config(config, dtype="float32")
+    names = {name: groups(model, kind)[name] for kind in ("adamw", "muon") for name, _ in model.named_parameters()}
+    found = {name for name, (_, _, decay) in names.items() if decay}
+    assert {next((end for end in decayed if name.endswith(f".{end}")), name) for name in found} == decayed
+    assert all(name in found and model.get_parameter(name).dim() == 2 for name, of in names.items() if of[0] == "Muon")
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

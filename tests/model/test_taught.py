@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from pipeline.errors import ConfigError
@@ -137,8 +137,12 @@ def test_adapters_learn_and_what_they_stand_on_does_not(batch: dict[str, Tensor]
 
 
 def test_a_head_that_caps_its_logits_is_refused() -> None:
-    capped = model(0)
-    capped.config.final_logit_softcapping = 30.0
+    capped = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=8, final_logit_softcapping=30.0,
+        )
+    )  # fmt: skip
     with pytest.raises(ConfigError, match="the head's plain product") as caught:
         teach(model(1), Teacher(capped, 0.5, 1.0), "sft.teacher")
     assert caught.value.where == "sft.teacher"

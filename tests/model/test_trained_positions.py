@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from pipeline.model import trained_positions
@@ -77,8 +77,12 @@ def test_the_plain_forward_and_its_signature_stay(batch: dict[str, torch.Tensor]
 def test_a_large_batch_and_a_capped_head_are_left_to_trl(
     batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    capped = model()
-    capped.config.final_logit_softcapping = 30.0
+    capped = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=8, final_logit_softcapping=30.0,
+        )
+    )  # fmt: skip
     add_fused_lm_head(capped, outputs=OUTPUTS)
     trls = capped.forward
     trim_head(capped)

@@ -119,7 +119,7 @@ class MicroSteps:
             torch.distributed.all_reduce(self.routing)
         balance, busiest = (self.routing / max(1, steps)).tolist()
         self.routing.zero_()
-        return {"balance_loss": balance, "busiest_expert": busiest}
+        return {"balance_loss": balance, "busiest_expert": busiest} if busiest else {}
 
     def pending(self) -> dict[str, list[float]]:
         """Plain JSON for a checkpoint: what is counted for the next look, over all ranks. A collective."""

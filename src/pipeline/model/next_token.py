@@ -35,8 +35,9 @@ class Routing:
     """The busiest expert's share of the choices × E, mean over layers: 1 when even, E / k when all go to k of them."""
 
 
-SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-"""Settings of families that scale or cap their logits."""
+LARGER = 1000.0
+"""Times the head's own output by which a cap or a factor behind it is looked for: a cap of 30 hardly shows in the small
+logits of a new model."""
 
 
 class NextToken(nn.Module):
@@ -100,9 +101,11 @@ class NextToken(nn.Module):
             found = self.model(inputs_BT, use_cache=False, **asked)
             logits_NV = found.logits.float().flatten(0, 1)
             nats = F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
-        if not self.has_experts:
+        if not self.has_experts or not found.router_logits:  # its config speaks of experts, and no layer has them
             return nats, None
-        return nats, routing_of(found.router_logits, self.config.num_experts_per_tok, over_ranks=self.splits_rows)
+        is_counted_N = targets_BT.flatten() != IGNORED
+        top_k = self.config.num_experts_per_tok
+        return nats, routing_of(found.router_logits, top_k, is_counted_N, over_ranks=self.splits_rows)
 
     def _from_trunk(
         self, hidden_ND: Tensor, inputs_BT: Tensor, target_N: Tensor, positions_BT: Tensor | None
@@ -136,30 +139,41 @@ class NextToken(nn.Module):
 
 @torch.no_grad()
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the logits are the trunk's output times the head's weight: by the settings that say otherwise, and on
-    four tokens. (A cap of 30 hardly shows in the small logits of a new model.)"""
+    """Whether the logits are the trunk's output times the head's weight: without a bias, which is zero in a new model,
+    and so on four tokens with the head's output made LARGER on its way."""
     head = model.get_output_embeddings()
-    settings = model.config.get_text_config()
-    is_scaled = any(getattr(settings, name, None) not in (None, 1) for name in SCALES)
-    if head is None or model.base_model is model or is_scaled:
+    if head is None or model.base_model is model or any(name == "bias" for name, _ in head.named_parameters()):
         return False
     ids_14 = torch.arange(4, device=model.device)[None] % head.weight.shape[0]
     with evaluating(model), torch.autocast(model.device.type, enabled=False):
         hidden_14D = model.base_model(ids_14, use_cache=False).last_hidden_state
-        logits_14V = model(ids_14, use_cache=False).logits
+        larger = head.register_forward_hook(lambda module, given, made: LARGER * made)
+        try:
+            logits_14V = model(ids_14, use_cache=False).logits / LARGER
+        finally:
+            larger.remove()
         ours_14V = F.linear(hidden_14D, head.weight)
     return ours_14V.shape == logits_14V.shape and torch.allclose(ours_14V, logits_14V, rtol=1e-4, atol=1e-5)
 
 
-def routing_of(router_logits: tuple[Tensor, ...], top_k: int, *, over_ranks: bool = False) -> Routing:
-    """From every layer's router logits [B · T, E]; `over_ranks`: with the choices counted over all of them, whose mean
-    balance loss is then that of their rows together (it is linear in the probabilities). A collective."""
+def routing_of(
+    router_logits: tuple[Tensor, ...], top_k: int, is_counted_N: Tensor, *, over_ranks: bool = False
+) -> Routing:
+    """From every layer's router logits [B · T, E] at the positions that count (padding does not); `over_ranks`: with
+    the choices counted over all of them, whose mean balance loss is then that of their rows together (it is linear in
+    the probabilities). A collective."""
     probabilities_LNE = torch.stack([logits.float().softmax(dim=-1) for logits in router_logits])
     experts = probabilities_LNE.shape[-1]
+    counted_N1 = is_counted_N[:, None].float()
+    count = counted_N1.sum()
     chosen_LNk = probabilities_LNE.topk(top_k, dim=-1).indices
-    share_LE = F.one_hot(chosen_LNk, experts).float().sum(dim=2).mean(dim=1)
+    choices_LE = (F.one_hot(chosen_LNk, experts).float().sum(dim=2) * counted_N1).sum(dim=1)
     if over_ranks:
-        torch.distributed.all_reduce(share_LE)
-        share_LE /= torch.distributed.get_world_size()
-    balance = experts * (share_LE * probabilities_LNE.mean(dim=1)).sum(dim=-1).mean()
+        torch.distributed.all_reduce(choices_LE)
+        torch.distributed.all_reduce(count)
+        world_size = torch.distributed.get_world_size()
+        choices_LE, count = choices_LE / world_size, count / world_size
+    share_LE = choices_LE / count
+    mean_LE = (probabilities_LNE * counted_N1).sum(dim=1) / count
+    balance = experts * (share_LE * mean_LE).sum(dim=-1).mean()
     return Routing(balance, share_LE.max(dim=-1).values.mean() * experts / top_k)

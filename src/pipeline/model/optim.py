@@ -87,21 +87,21 @@ def build_optimizers(
     """AdamW over all, or Muon over the blocks' matrices and AdamW over the rest (embeddings, heads, norms, and what has
     three axes: stacked experts, convolutions).
 
-    Weight decay falls on matrices only, never on embeddings, norms and biases. Every group keeps its peak rate under
-    `peak_lr`, which the schedule scales. Muon's update is scaled to AdamW's size (Liu et al. 2025, "Muon is scalable"),
-    so that one learning rate serves both.
+    Weight decay falls on matrices only (`is_matrix`), never on embeddings, norms and biases. Every group keeps its peak
+    rate under `peak_lr`, which the schedule scales. Muon's update is scaled to AdamW's size (Liu et al. 2025, "Muon is
+    scalable"), so that one learning rate serves both.
     """
     matrices: list[nn.Parameter] = []
     stacks: list[nn.Parameter] = []
     embeddings: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     is_embedding = {id(parameter) for parameter in embedding_parameters(model)}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if id(parameter) in is_embedding:
             embeddings.append(parameter)
-        elif parameter.dim() < 2:
+        elif not is_matrix(name, parameter):
             vectors.append(parameter)
         else:
             (matrices if parameter.dim() == 2 else stacks).append(parameter)
@@ -119,6 +119,14 @@ def build_optimizers(
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def is_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter multiplies what passes through it: neither a row of numbers, however many axes of one it is
+    stored in (RWKV's mixes), nor a table of biases (an expert a row) or of a state space's decays (Mamba: no weight
+    decay on A_log and D, Gu and Dao 2023)."""
+    own = name.rpartition(".")[2]
+    return sum(size > 1 for size in parameter.shape) > 1 and own not in ("A_log", "D") and not own.endswith("bias")
 
 
 class Together(torch.optim.Optimizer):
