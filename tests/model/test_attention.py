@@ -16,9 +16,10 @@ from pipeline.model.attention import (
     try_attention,
     use_plain_products,
 )
-from pipeline.model.presets import Shape, build_config, build_model, shape_of
+from pipeline.model.presets import Shape, build_config, build_model
 
 VOCAB = 512
+SHAPE = Shape(2, 32, 2, 2, None, 64, VOCAB, tied=True)
 
 
 def llama() -> LlamaForCausalLM:
@@ -122,7 +123,7 @@ def test_where_nothing_faster_runs_the_attention_stays_and_is_told():
 def test_dropout_does_not_pass_for_another_attention():
     fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64, "dropout": 0.3,
               "max_position_embeddings": 64}  # fmt: skip
-    model = build_model("opt", shape_of({"depth": 2, "hidden_size": 32, "num_attention_heads": 2}, 64, VOCAB), fields)
+    model = build_model("opt", SHAPE, fields)
     model.train()
     assert try_attention(model, "eager", bf16=False, apart=False) == ""
     assert model.training
@@ -143,7 +144,7 @@ ANY = {
 def test_which_families_keep_documents_apart(family: str):
     """A new preset's blocks do nothing yet, which must not pass for not seeing."""
     fields, expected = ANY[family]
-    model = build_model(family, shape_of({"depth": 2, "hidden_size": 32, "num_attention_heads": 2}, 64, VOCAB), fields)
+    model = build_model(family, SHAPE, fields)
     build.initialise(model, torch.Generator().manual_seed(0))
     assert keeps_documents_apart(model) is expected
     with drawn(model):

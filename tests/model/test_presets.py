@@ -139,9 +139,41 @@ def test_a_shape_that_does_not_come_out_is_refused(given: dict[str, Any], messag
         shape_of(given, 32, 64)
 
 
+@pytest.mark.parametrize("name", ["size", "depth", "hidden_size", "tie_word_embeddings"])
+def test_a_size_of_what_is_no_preset_is_refused(name: str) -> None:
+    """It would be lost: transformers' own size would be built, 7 B of it for a Mixtral."""
+    given = {"size": "10m", "depth": 2, "hidden_size": 64, "tie_word_embeddings": True}[name]
+    with pytest.raises(ConfigError, match=f"`{name}` sizes presets, and `bloom` is none"):
+        build_config("bloom", shape_of({name: given}, 32, 64), {})
+    assert build_config("bloom", shape_of({}, 32, 64), {"n_layer": 3}).num_hidden_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [("opt", {"max_position_embeddings": 16}), ("llama", {"max_position_embeddings": 16})],
+)
+def test_positions_that_do_not_reach_the_context_are_refused(architecture: str, fields: dict[str, Any]) -> None:
+    """OPT's table of positions would end in the middle of a sample, with an IndexError."""
+    with torch.device("meta"), pytest.raises(ConfigError, match="32 is more than the model's context of 16"):
+        build_model(architecture, Shape(1, 32, 2, 2, None, 32, 64, tied=True), fields)
+
+
+def test_a_model_that_sees_what_it_is_to_predict_is_refused() -> None:
+    """transformers lists BERT among its causal models; it is one as a decoder only."""
+    fields = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+        "max_position_embeddings": 32,
+    }  # fmt: skip
+    shape = Shape(1, 32, 2, 2, None, 32, 64, tied=True)
+    with pytest.raises(ConfigError, match="BertLMHeadModel sees the tokens that it is to predict"):
+        draw_model("bert", shape, fields, 0)
+    assert sees(draw_model("bert", shape, {**fields, "is_decoder": True}, 0).eval(), 6) == list(range(6))
+
+
 def test_fields_stand_over_the_sizes_and_the_depth() -> None:
     shape = shape_of({"size": "10m", "num_attention_heads": 8, "hidden_size": None}, 64, 100)
     assert (shape.depth, shape.width, shape.heads, shape.kv_heads) == (8, 256, 8, 4)
+    assert shape.asked == ("size", "num_attention_heads")
     assert shape_of({}, 64, 100) == Shape(4, 256, 4, 4, None, 64, 100, tied=True)
     assert shape_of({"size": "8b"}, 64, 100).tied is False
 

@@ -23,6 +23,7 @@ from pipeline.errors import ConfigError, MachineError, MismatchError, TrainingEr
 from pipeline.model.held_out import bits_per_byte, choose_documents
 from pipeline.model.next_token import NextToken
 from pipeline.model.optim import learning_rate_share
+from pipeline.model.presets import PRESETS
 from pipeline.recipe import is_run_only
 from pipeline.runtime import Runtime
 from stages.pretrain import ModelConfig, PretrainConfig
@@ -78,8 +79,13 @@ ANY = {
         "first_k_dense_replace": 1, "max_position_embeddings": 32,
     },
     "mamba2": {**TINY_LAYERS, "head_dim": 16, "num_heads": 4, "state_size": 8, "n_groups": 1, "chunk_size": 16},
+    "qwen3_next": {
+        **TINY_LAYERS, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    },
 }  # fmt: skip
-"""Every preset, and three families by their own fields with no code of ours."""
+"""Every preset, and four families by their own fields with no code of ours."""
 
 
 @pytest.mark.parametrize("architecture", ANY)
@@ -87,9 +93,8 @@ def test_any_causal_model_of_transformers_trains_and_loads(
     train: Any, architecture: str, tokens: Artifact, tmp_path: Path
 ):
     """The loss falls; the folder loads and has the run's figure; a resumed run has the same bits."""
-    model = ModelConfig(
-        architecture=architecture, depth=2, hidden_size=32, num_attention_heads=2, config=ANY[architecture]
-    )
+    sizes = {"depth": 2, "hidden_size": 32, "num_attention_heads": 2} if architecture in PRESETS else {}
+    model = ModelConfig(architecture=architecture, config=ANY[architecture], **sizes)
     settings = {"model": model, "max_steps": 6, "optimizer": "muon", "save_steps": 3}
     found = train(tokens, tmp_path / "whole", **settings)
     lines = [line for line in metrics(tmp_path / "whole") if "loss" in line]
@@ -99,7 +104,7 @@ def test_any_causal_model_of_transformers_trains_and_loads(
     assert loaded.config.vocab_size == 512
     valid = TokenFile(tokens.path / "valid.ds")
     assert bits_per_byte(NextToken(loaded), valid, 32, 20) == pytest.approx(found["bits_per_byte"], rel=1e-4)
-    if architecture == "qwen3_moe":
+    if architecture in ("qwen3_moe", "qwen3_next"):
         assert all(0.9 < line["balance_loss"] / 2 < 4 and 1 <= line["busiest_expert"] <= 4 for line in lines)
 
     stopped = tmp_path / "stopped"
@@ -119,7 +124,18 @@ stages:
     context_length: 32
     max_steps: 10
     eval_documents: 5
-  sft: {data: rows.jsonl, max_steps: 2}
+  sft: {data: rows.jsonl, max_steps: 2, max_length: 32}
+  dpo: {init: sft, data: pairs.jsonl, max_steps: 2, max_length: 32, eval_rows: 8}
+  ppo:
+    init: sft
+    data: rows.jsonl
+    algorithm: rloo
+    reward: [{length: 20}]
+    total_episodes: 8
+    batch_size: 4
+    per_device_train_batch_size: 4
+    response_length: 6
+  eval: {models: [pretrain, sft, dpo, ppo], data: rows.jsonl, documents: 5, prompts: 4, max_new_tokens: 6}
 """
 
 
@@ -130,15 +146,17 @@ def own(tiny: Path, tmp_path: Path) -> Path:
     (tmp_path / "gpt.py").write_text(text.rpartition("```python\n")[2].partition("```")[0])
     rows = [{"prompt": f"ka {index}", "completion": "lo mi"} for index in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{**row, "chosen": "lo mi", "rejected": "mi"} for row in rows]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     (tmp_path / "own.yaml").write_text(OWN)
     return tmp_path / "own.yaml"
 
 
 @pytest.mark.slow
-def test_a_class_of_the_users_own_goes_on_to_sft_and_loads_by_itself(own: Path, warm: Any):
+def test_a_class_of_the_users_own_goes_through_the_later_stages_and_loads_by_itself(own: Path, warm: Any):
     ran = warm("run", own)
     assert ran.code == 0, ran.stderr
-    for stage in ("pretrain", "sft"):
+    for stage in ("pretrain", "sft", "dpo", "ppo"):
         folder = own.parent / "artifacts" / "own" / stage / "model"
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         assert (type(model).__name__, len(model.model.blocks)) == ("GPT", 3)

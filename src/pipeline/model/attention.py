@@ -143,6 +143,27 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     return bool((hidden_28D[0, 4:] - hidden_28D[1, 4:]).abs().max() < 1e-4 * hidden_28D.abs().max())
 
 
+def check_looks_back(model: PreTrainedModel, where: str) -> None:
+    """ConfigError for a model that `sees_ahead`: it would copy what it is to predict."""
+    if sees_ahead(model):
+        raise ConfigError(
+            f"{type(model).__name__} sees the tokens that it is to predict",
+            where=where,
+            mend="a causal model; of BERT's kin config: {is_decoder: true}",
+        )
+
+
+@torch.no_grad()
+def sees_ahead(model: PreTrainedModel) -> bool:
+    """Whether what a model says behind a token depends on later ones: tried on eight tokens, the last one changed."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids_28 = torch.arange(8, device=model.device).repeat(2, 1) % rows
+    ids_28[1, -1] = 8 % rows
+    with drawn(model), evaluating(model), torch.autocast(model.device.type, enabled=False):
+        logits_28V = model(ids_28, use_cache=False).logits
+    return bool((logits_28V[0, :-1] - logits_28V[1, :-1]).abs().max() > 1e-4 * logits_28V.abs().max())
+
+
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pipeline.errors import ConfigError
-from pipeline.model.build import initialise
+from pipeline.model.attention import check_looks_back
+from pipeline.model.build import check_reach, initialise
 from pipeline.reading import meant
 from pipeline.recipe import is_user_code
 from pipeline.usercode import load_member
@@ -40,6 +41,8 @@ class Shape:
     context: int
     vocab: int
     tied: bool
+    asked: tuple[str, ...] = ()
+    """The sizes that the recipe sets, by the names of its fields."""
 
     @property
     def head_width(self) -> int:
@@ -171,7 +174,8 @@ def shape_of(given: Mapping[str, Any], context: int, vocab: int) -> Shape:
     if size is not None and given.get("depth") is not None:
         raise ConfigError("`size` and `depth` both set the depth", where=WHERE, mend="leave one out")
     named = dataclasses.asdict(SIZES[size]) if size else {}
-    named |= {name: value for name, value in given.items() if value is not None}
+    asked = {name: value for name, value in given.items() if value is not None}
+    named |= asked
     depth = named.get("depth", 4)
     width = named.get("hidden_size", 64 * depth)
     heads = named.get("num_attention_heads", max(1, width // 64))
@@ -183,14 +187,14 @@ def shape_of(given: Mapping[str, Any], context: int, vocab: int) -> Shape:
             mend="take a hidden_size that is an even multiple of num_attention_heads",
         )
     tied = named.get("tie_word_embeddings", True)
-    return Shape(depth, width, heads, kv_heads, named.get("intermediate_size"), context, vocab, tied)
+    return Shape(depth, width, heads, kv_heads, named.get("intermediate_size"), context, vocab, tied, tuple(asked))
 
 
 def build_config(architecture: str, shape: Shape, fields: Mapping[str, Any]) -> PreTrainedConfig:
     """transformers' config of a preset with `fields` over it, or of another model type from `fields` alone.
 
-    The vocabulary is the tokenizer's in either case. Raises ConfigError for an unknown architecture, for a field that
-    its config lacks, and for values that transformers refuses.
+    The vocabulary is the tokenizer's in either case. Raises ConfigError for an unknown architecture, for a size that
+    would be lost on one that is no preset, for a field that its config lacks, and for values that transformers refuses.
     """
     model_type, preset = PRESETS.get(architecture, (architecture, None))
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -199,6 +203,12 @@ def build_config(architecture: str, shape: Shape, fields: Mapping[str, Any]) -> 
             f"{meant(architecture, [*PRESETS, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES])}",
             where=f"{WHERE}.architecture",
             mend=f"{', '.join(PRESETS)}, a model_type of transformers, or ./gpt.py:GPT",
+        )
+    if preset is None and shape.asked:
+        raise ConfigError(
+            f"`{shape.asked[0]}` sizes presets, and `{architecture}` is none: it has its own fields",
+            where=f"{WHERE}.{shape.asked[0]}",
+            mend="set them in `config`, such as config: {num_hidden_layers: 8, hidden_size: 512}",
         )
     made = {**(preset(shape) if preset else {"vocab_size": shape.vocab}), **fields}
     kind = type(AutoConfig.for_model(model_type))
@@ -211,11 +221,16 @@ def build_config(architecture: str, shape: Shape, fields: Mapping[str, Any]) -> 
 
 
 def build_model(architecture: str, shape: Shape, fields: Mapping[str, Any]) -> PreTrainedModel:
-    """A model with weights as transformers (or the user's class) draws them, from torch's global random state."""
+    """A model with weights as transformers (or the user's class) draws them, from torch's global random state.
+
+    Raises ConfigError as `build_config`, and where its positions do not reach the context.
+    """
     if is_user_code(architecture):
-        return _user_model(architecture, shape, fields)
-    model = AutoModelForCausalLM.from_config(build_config(architecture, shape, fields), dtype="float32")
-    assert isinstance(model, PreTrainedModel)
+        model = _user_model(architecture, shape, fields)
+    else:
+        model = AutoModelForCausalLM.from_config(build_config(architecture, shape, fields), dtype="float32")
+        assert isinstance(model, PreTrainedModel)
+    check_reach(model, shape.context, "the model's", "pretrain.context_length")
     return model
 
 
@@ -223,6 +238,8 @@ def draw_model(
     architecture: str, shape: Shape, fields: Mapping[str, Any], seed: int, *, on_meta: bool = False
 ) -> PreTrainedModel:
     """A new model, its weights a function of `seed`: `initialise`'s for a preset, else those of `build_model`.
+
+    ConfigError as there, and for one that sees ahead.
 
     `on_meta`: a preset without its weights, on the meta device, where another process is to give them.
     """
@@ -234,6 +251,8 @@ def draw_model(
         model = build_model(architecture, shape, fields)
     if architecture in PRESETS:
         initialise(model, torch.Generator().manual_seed(seed))
+    else:
+        check_looks_back(model, f"{WHERE}.architecture")
     return model
 
 
