@@ -98,3 +98,12 @@ def test_what_was_not_looked_at_yet_is_kept_through_a_checkpoint() -> None:
     assert ranks[0].figures() == straight.figures()
     assert ranks[0].recent == straight.recent
     assert [each.loss for each in ranks[1].watch.look()] == [0.0] * 4, "the ranks' parts are summed"
+
+
+def test_a_loss_that_falls_from_where_it_began_has_not_leapt() -> None:
+    """The first steps of a run stand above its first interval; what is behind a calm step or interval leaps."""
+    steady = [StepLoss(step, 3 + step / 100) for step in range(2, 12)]
+    falling = [StepLoss(0, 5.6), StepLoss(1, 4.5), *steady]
+    assert spikes(falling) == []
+    assert spikes(falling, before=[3.1]) == falling[:2]
+    assert spikes([*falling, StepLoss(12, 5.0), StepLoss(13, 4.9)]) == [StepLoss(12, 5.0), StepLoss(13, 4.9)]

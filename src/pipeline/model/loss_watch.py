@@ -69,13 +69,18 @@ class LossWatch:
 
 def spikes(losses: Sequence[StepLoss], before: Sequence[float] = ()) -> list[StepLoss]:
     """Steps whose loss stands more than SPIKE robust deviations (1.48 × the median distance) above the median of them
-    all and of the losses `before` them."""
+    all and of the losses `before` them, behind one that does not: a loss that falls from its beginning has not leapt."""
     values = [*before, *(each.loss for each in losses if math.isfinite(each.loss))]
     if len(values) < FEWEST:
         return []
     middle = statistics.median(values)
-    spread = 1.4826 * statistics.median(abs(value - middle) for value in values)
-    return [each for each in losses if math.isfinite(each.loss) and spread > 0 and each.loss > middle + SPIKE * spread]
+    bar = middle + SPIKE * 1.4826 * statistics.median(abs(value - middle) for value in values)
+    was_below, found = any(value <= bar for value in before), []
+    for each in losses:
+        if math.isfinite(each.loss) and was_below and each.loss > bar > middle:
+            found.append(each)
+        was_below = was_below or each.loss <= bar
+    return found
 
 
 class Verdicts:
