@@ -32,6 +32,13 @@ def run(config, inputs, out, runtime):
     (out / "at-work").write_text(str(os.getpid()))
     if config.does == "fail" or config.does == "fail in one" and runtime.rank == 1:
         raise DataError("no messages", where="rows.jsonl:17", mend="name the field")
+    if config.does == "fail in all":
+        runtime.barrier()
+        try:
+            raise DataError("no messages", where="rows.jsonl:17", mend="name the field")
+        except DataError:
+            runtime.barrier()
+            raise
     if config.does == "crash":
         {}["key"]
     if config.does == "die":
@@ -199,8 +206,9 @@ def test_two_processes_are_two_ranks_and_one_voice(warm: Any, acts: Path):
     assert json.loads((acts / "first" / "manifest.json").read_text())["processes"] == 2
 
 
-def test_one_failing_rank_ends_all_with_one_message(warm: Any, acts: Path):
-    done = warm(*do("fail in one"), "--num-processes", "2")
+@pytest.mark.parametrize("where", ["one", "all"])
+def test_failing_ranks_end_all_with_one_message(warm: Any, acts: Path, where: str):
+    done = warm(*do(f"fail in {where}"), "--num-processes", "2")
     assert done.code == 1
     assert done.stderr.count("error: ") == 1
     assert "no messages" in done.stderr

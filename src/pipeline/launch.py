@@ -113,6 +113,10 @@ def _preload(stage_file: Path) -> None:
 def _fork(work: Callable[[int], None], processes: int) -> None:
     """Run `work(rank)` in forked children and wait; a child's failure becomes the exception it reported."""
     port = _free_port() if processes > 1 else 0
+    # one byte: the rank that takes it tells why the stage failed, and the others' ends follow from that
+    word, given = os.pipe()
+    os.write(given, b".")
+    os.set_blocking(word, False)
     parent, has_gpu = os.getpid(), _has_gpu()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -132,7 +136,7 @@ def _fork(work: Callable[[int], None], processes: int) -> None:
         if pid == 0:
             leave_on_signals(speaks=rank == 0)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            _child(work, rank, processes, port, parent, has_gpu=has_gpu)
+            _child(work, rank, processes, port, parent, word, has_gpu=has_gpu)
         children[pid] = rank
     for number in SIGNALS:
         signal.signal(number, forward)
@@ -140,6 +144,8 @@ def _fork(work: Callable[[int], None], processes: int) -> None:
     try:
         failed = _wait(children)
     finally:
+        os.close(word)
+        os.close(given)
         for number, handler in before.items():
             signal.signal(number, handler)
     if failed:
@@ -158,7 +164,9 @@ class ChildFailed(PipelineError):
         self.exit_code = code
 
 
-def _child(work: Callable[[int], None], rank: int, processes: int, port: int, parent: int, *, has_gpu: bool) -> None:
+def _child(
+    work: Callable[[int], None], rank: int, processes: int, port: int, parent: int, word: int, *, has_gpu: bool
+) -> None:
     """The life of a forked child; never returns."""
     code = 1
     try:
@@ -179,14 +187,23 @@ def _child(work: Callable[[int], None], rank: int, processes: int, port: int, pa
         code = 0
     except PipelineError as error:
         code = error.exit_code
-        if rank == 0 or not isinstance(error, Halt):
+        if rank == 0 if isinstance(error, Halt) else _has_the_word(word):
             say_error(error)
     except BaseException as error:
-        say_error(error)
+        if _has_the_word(word):
+            say_error(error)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _has_the_word(word: int) -> bool:
+    """Whether this rank is the first to fail; all may speak where everything is shown."""
+    try:
+        return bool(os.read(word, 1))
+    except BlockingIOError:
+        return os.environ.get("LLMPIPE_DEBUG") == "1"
 
 
 def _wait(children: dict[int, int]) -> int:

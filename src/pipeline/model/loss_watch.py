@@ -69,7 +69,7 @@ class LossWatch:
 
 def spikes(losses: Sequence[StepLoss], before: Sequence[float] = ()) -> list[StepLoss]:
     """Steps whose loss stands more than SPIKE robust deviations (1.48 × the median distance) above the median of them
-    all and of the losses `before` them, behind one that does not: a loss that falls from its beginning has not leapt."""
+    all and of the losses `before` them, behind one that does not: a loss that falls from its start has not leapt."""
     values = [*before, *(each.loss for each in losses if math.isfinite(each.loss))]
     if len(values) < FEWEST:
         return []
