@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -440,9 +441,22 @@ def test_a_fit_wants_three_models_from_scratch(trained: Path, warm: Any) -> None
     assert "--fit has 2 runs" in refused.stderr
     refused = warm("plan", trained, "--on", "h100", "--fit", "tiny/tokenize")
     assert "not a model pretrained from scratch" in refused.stderr
-    fitted = warm("plan", trained, "--on", "h100", *["--fit", "tiny"] * 3)
-    assert "fitted to 3 runs" in fitted.stdout
-    assert "bits per byte, " in fitted.stdout
+    refused = warm("plan", trained, "--on", "h100", *["--fit", "tiny"] * 3)
+    assert "3 runs, of which fewer than three differ" in refused.stderr
+    store = trained.parent / "artifacts"
+    held = json.loads((store / "tiny" / "pretrain" / "manifest.json").read_text())
+    for name, steps in (("a", 1), ("b", 2), ("c", 3), ("d", 4)):
+        shutil.copytree(store / "tiny" / "pretrain", store / name / "pretrain")
+        metrics = held["metrics"] | {"bits_per_byte": 3 + 1 / steps}
+        made = held | {"run": name, "tokens": steps * held["tokens"], "metrics": metrics}
+        (store / name / "pretrain" / "manifest.json").write_text(json.dumps(made))
+    named = [word for name in "abcd" for word in ("--fit", name)]
+    refused = warm("plan", trained, "--on", "h100", *named)
+    assert "all runs have as many parameters" in refused.stderr
+    made["inputs"]["tokens"][0]["fingerprint"] = "another"
+    (store / "d" / "pretrain" / "manifest.json").write_text(json.dumps(made))
+    refused = warm("plan", trained, "--on", "h100", *named)
+    assert "c and d are of other tokens" in refused.stderr
 
 
 def test_units_and_lengths() -> None:

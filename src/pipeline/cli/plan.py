@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -160,7 +161,11 @@ def _predictions(session: Session, references: Sequence[str], found: Sequence[Es
     from pipeline.plan.models import model_of
 
     runs = _runs(session, references)
-    law = fit(runs)
+    try:
+        law = fit(runs)
+    except ValueError as error:
+        mend = "name three or more that differ in size and in tokens"
+        raise ConfigError(f"--fit: {error}", mend=mend) from error
     lines = [f"fitted to {len(runs)} runs: {law.floor:.3f} + {law.of_parameters:.3g} / N^α + {law.of_tokens:.3g} / D^β"]
     for each in found:
         node = session.recipe.nodes[each.stage]
@@ -169,7 +174,8 @@ def _predictions(session: Session, references: Sequence[str], found: Sequence[Es
         model = model_of(session.recipe, session.store, each.stage)
         assert model is not None
         value, low, high = predict(runs, count_parameters(model)[1], each.tokens)
-        lines.append(f"{each.stage}: {value:.3f} bits per byte, {low:.3f} to {high:.3f}")
+        within = "without an interval: any three runs are met" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+        lines.append(f"{each.stage}: {value:.3f} bits per byte, {within}")
     return lines
 
 
@@ -179,16 +185,20 @@ def _runs(session: Session, references: Sequence[str]) -> list[Run]:
     from pipeline.model.scaling import Run
     from pipeline.plan.models import empty_model
 
-    runs = []
+    runs, measured = [], dict[str, str]()
     for reference in references:
         artifact = session.store.artifact(*reference.split("/", 1)) if "/" in reference else None
         artifact = artifact or session.store.artifact(reference, "pretrain")
         metrics: dict[str, Any] = artifact.manifest["metrics"]
         if artifact.stage != "pretrain" or artifact.manifest["inputs"].get("init"):
             raise ConfigError(f"--fit {reference}: not a model pretrained from scratch")
+        measured[artifact.manifest["inputs"]["tokens"][0]["fingerprint"]] = reference
         model = empty_model(artifact.model)
         tokens = float(artifact.manifest["tokens"])
         runs.append(Run(reference, count_parameters(model)[1], tokens, metrics["bits_per_byte"]))
+    if len(measured) > 1:
+        what = f"{' and '.join(measured.values())} are of other tokens: their bits per byte are of other held-out text"
+        raise ConfigError(f"--fit: {what}", mend="name runs of the same tokens")
     if len(runs) < 3:
         raise ConfigError(f"--fit has {len(runs)} runs, and three numbers are fitted", mend="name three or more")
     return runs

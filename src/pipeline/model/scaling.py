@@ -3,11 +3,13 @@ to runs of one's own.
 
 L(N, D) = E + A / N^α + B / D^β (Hoffmann et al. 2022, "Chinchilla"), with the constants of Besiroglu et al. 2024. A
 fit keeps the exponents and finds E, A and B, which depend on the text, the tokenizer and the architecture: three
-numbers can be had from a handful of small runs, five can't.
+numbers can be had from a handful of small runs, five can't. So the exponents may be somewhat wrong, and how far that
+would carry is a part of a prediction's interval.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,6 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 ALPHA, BETA = 0.3478, 0.3658
+DOUBT = 0.8
+"""What the exponents are multiplied and divided by, each for itself, to see what hangs on them (Hoffmann et al. found
+0.34 and 0.28 in the data that Besiroglu et al. fitted 0.35 and 0.37 to)."""
+NOISE = 0.003
+"""What two runs of other seeds differ by at least, of the loss: a fit that meets its few runs better than that is
+lucky."""
 Floats = npt.NDArray[np.float64]
 
 
@@ -27,17 +35,20 @@ class Law:
     floor: float = 1.8172
     of_parameters: float = 482.01
     of_tokens: float = 2085.43
+    alpha: float = ALPHA
+    beta: float = BETA
 
     def loss(self, parameters: float, tokens: float) -> float:
         """E + A / N^α + B / D^β."""
-        return float(self.floor + self.of_parameters / parameters**ALPHA + self.of_tokens / tokens**BETA)
+        return float(self.floor + self.of_parameters / parameters**self.alpha + self.of_tokens / tokens**self.beta)
 
     def best_split(self, flops: float) -> tuple[float, float]:
         """(N, D) of the lowest loss with 6 N D = flops; ValueError where the fit has no cost of size or of data."""
         if not (self.of_parameters > 0 and self.of_tokens > 0):
             raise ValueError("the law has no best split: one of its terms is zero")
-        ratio = (ALPHA * self.of_parameters / (BETA * self.of_tokens)) ** (1 / (ALPHA + BETA))
-        parameters = ratio * (flops / 6) ** (BETA / (ALPHA + BETA))
+        both = self.alpha + self.beta
+        ratio = (self.alpha * self.of_parameters / (self.beta * self.of_tokens)) ** (1 / both)
+        parameters = ratio * (flops / 6) ** (self.beta / both)
         return parameters, flops / 6 / parameters
 
 
@@ -55,15 +66,20 @@ class Run:
     loss: float
 
 
-def fit(runs: Sequence[Run]) -> Law:
-    """E, A and B, none below zero, by least squares of the relative errors. ValueError with fewer than 3 runs."""
-    if len(runs) < 3:
-        raise ValueError(f"{len(runs)} runs do not fix three numbers")
+def fit(runs: Sequence[Run], alpha: float = ALPHA, beta: float = BETA) -> Law:
+    """E, A and B, none below zero, by least squares of the relative errors. ValueError with fewer than 3 different
+    runs, and where all have one size or one number of tokens."""
+    sizes, amounts = {run.parameters for run in runs}, {run.tokens for run in runs}
+    if len({(run.parameters, run.tokens) for run in runs}) < 3:
+        raise ValueError(f"{len(runs)} runs, of which fewer than three differ, do not fix three numbers")
+    if len(sizes) < 2 or len(amounts) < 2:
+        alike = "parameters" if len(sizes) < 2 else "tokens"
+        raise ValueError(f"all runs have as many {alike}: what those are worth is not in them")
     loss = np.array([run.loss for run in runs])
-    columns = np.array([[1.0, run.parameters**-ALPHA, run.tokens**-BETA] for run in runs])
+    columns = np.array([[1.0, run.parameters**-alpha, run.tokens**-beta] for run in runs])
     scale = columns.mean(axis=0)  # the powers differ by orders of magnitude
     floor, of_parameters, of_tokens = (_nonnegative(columns / scale / loss[:, None]) / scale).tolist()
-    return Law(floor, of_parameters, of_tokens)
+    return Law(floor, of_parameters, of_tokens, alpha, beta)
 
 
 def _nonnegative(columns: Floats) -> Floats:
@@ -80,19 +96,32 @@ def _nonnegative(columns: Floats) -> Floats:
 
 
 def predict(runs: Sequence[Run], parameters: float, tokens: float) -> tuple[float, float, float]:
-    """(loss, low, high) of a run of N parameters on D tokens.
+    """(loss, low, high) of a run of N parameters on D tokens; low and high are NaN with three runs, which any three
+    numbers fit.
 
-    The interval is the fit's own prediction plus and minus twice the larger of two errors: how far the fits that leave
-    one run out disagree (jackknife), and how far the runs lie from the fit.
+    The interval is the fit's own prediction plus and minus two errors together (the root of the sum of their squares):
+    twice the largest of how far the fits that leave one run out disagree (jackknife), how far the runs lie from the
+    fit, and `NOISE`; and the most that fits with exponents off by `DOUBT` say otherwise.
     """
     law = fit(runs)
     guess = law.loss(parameters, tokens)
+    if len(runs) == 3:
+        return guess, math.nan, math.nan
     residuals = [run.loss / law.loss(run.parameters, run.tokens) - 1 for run in runs]
-    spread = math.sqrt(sum(r * r for r in residuals) / max(1, len(runs) - 3))
-    jackknife = 0.0
-    if len(runs) > 3:
-        others = [fit([*runs[:i], *runs[i + 1 :]]).loss(parameters, tokens) for i in range(len(runs))]
-        mean = sum(others) / len(others)
-        jackknife = math.sqrt((len(runs) - 1) / len(runs) * sum((other - mean) ** 2 for other in others)) / guess
-    width = 2 * max(spread, jackknife) * guess
+    spread = math.sqrt(sum(r * r for r in residuals) / (len(runs) - 3)) * guess
+    others = [law.loss(parameters, tokens) for law in _without_one(runs)]
+    mean = sum(others) / len(others)
+    jackknife = math.sqrt((len(others) - 1) / len(others) * sum((other - mean) ** 2 for other in others))
+    changed = itertools.product((ALPHA * DOUBT, ALPHA / DOUBT), (BETA * DOUBT, BETA / DOUBT))
+    doubt = max(abs(fit(runs, *exponents).loss(parameters, tokens) - guess) for exponents in changed)
+    width = math.hypot(2 * max(spread, jackknife, NOISE * guess), doubt)
     return guess, guess - width, guess + width
+
+
+def _without_one(runs: Sequence[Run]) -> list[Law]:
+    """The fits to all runs but one, those left out without which nothing can be fitted."""
+    found = []
+    for left in range(len(runs)):
+        with contextlib.suppress(ValueError):
+            found.append(fit([*runs[:left], *runs[left + 1 :]]))
+    return found or [fit(runs)]
