@@ -80,9 +80,9 @@ class _Written:
         ends_B = torch.isin(ids_B, self.stops_S)
         if stop_strings is not None:
             ends_B = ends_B | self._found(rows_B, ids_B, stop_strings)
-        ends_B = ends_B & ~self.is_ended_B[rows_B]
-        self.lengths_B[rows_B[ends_B]] = t + 1
-        self.is_ended_B[rows_B[ends_B]] = True
+        was_ended_B = self.is_ended_B[rows_B]  # chosen by masks of whole rows: places of a mask are asked of the device
+        self.lengths_B[rows_B] = self.lengths_B[rows_B].masked_fill(ends_B & ~was_ended_B, t + 1)
+        self.is_ended_B[rows_B] = was_ended_B | ends_B
 
     def _found(self, rows_B: Tensor, ids_B: Tensor, stop_strings: StopStrings) -> Tensor:
         is_ended = self.is_ended_B[rows_B].tolist()
@@ -134,8 +134,10 @@ def generate_batch(
         chosen = choose(decoder.logits_BV, sampling, None if uniforms_BT is None else uniforms_BT[present_B, t])
         written.add(t, present_B, chosen, stop_strings)
         next_B = chosen[0]
+        if t + 1 == max_new_tokens:
+            break
         going = (~written.is_ended_B[present_B]).nonzero().squeeze(1)
-        if len(going) == 0 or t + 1 == max_new_tokens:
+        if len(going) == 0:
             break
         if len(going) <= SHRINK_BELOW * len(present_B):
             decoder.keep(going)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.model.attention import check_keeps_apart, choose_attention, use_plain_products
 from pipeline.model.build import recompute_activations
 from pipeline.model.compiling import blocks_of
+from pipeline.model.experts import use_autocast
 from pipeline.model.next_token import NextToken
 from pipeline.model.sharding import shard
 from pipeline.runtime import Runtime
@@ -29,5 +30,6 @@ def place(
         chosen = choose_attention(model, bf16, length, asked=attention, apart=apart)
         if chosen:
             runtime.say(chosen)
+    use_autocast(model, runtime.device)
     if recomputes:
         recompute_activations(model)
