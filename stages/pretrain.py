@@ -428,9 +428,12 @@ def _compile(
     config: PretrainConfig, start: Start, steps: OptimizerSteps, samples: RunSamples, runtime: Runtime
 ) -> float:
     """Say what will be trained on what, and compile where that pays; the run's FLOPs."""
+    import torch
+
     from pipeline.hardware import peak_flops
     from pipeline.model.build import flops_per_token
     from pipeline.model.compiling import compile_blocks
+    from pipeline.model.losses import terms_of
     from pipeline.model.sharding import any_finds
 
     batch, model = _batch(config), start.model
@@ -449,6 +452,10 @@ def _compile(
         fails_somewhere = any_finds(bool(reason), runtime.device)  # all ask, whatever they have found
         return reason or ("another process finds that it does not work" if fails_somewhere else "")
 
+    def also(on: bool) -> None:
+        if runtime.device.type != "cpu":  # there a run's bits stay what they were
+            steps.losses.terms = torch.compile(terms_of, dynamic=False) if on else None
+
     runtime.say(
         compile_blocks(
             model,
@@ -458,6 +465,7 @@ def _compile(
             peak=runtime.world_size * peak_flops(runtime.device.type, _is_bf16(config, runtime)),
             bf16=_is_bf16(config, runtime),
             agreed=agreed,
+            also=also,
         )
     )
     return flops

@@ -52,6 +52,23 @@ def known_device(name: str) -> Device:
     return Device(kind, "cuda", int(count or "1"), memory * 2.0**30, peak, bf16=True, is_here=False)
 
 
+PEAKS = [
+    *(({"h100", "pcie"}, 756e12), ({"h100", "nvl"}, 835e12), ({"h200", "nvl"}, 836e12)),
+    *(({name}, peak) for name, (_, peak) in KNOWN.items() if "-" not in name),
+    *(({"gh200"}, 989e12), ({"b200"}, 2250e12), ({"l4"}, 121e12), ({"5090"}, 209e12)),
+]
+"""Words of a card's name -> its peak, as in KNOWN; the first that fits."""
+
+
+def known_peak(name: str) -> float | None:
+    """The maker's peak of the card that calls itself so (`NVIDIA H100 PCIe`), in bf16, FLOP/s. None where it is not a
+    known one: also of a part of a card (MIG), and of a laptop's, which is another than its name says."""
+    words = set(name.lower().replace("-", " ").split())
+    if words & {"mig", "laptop"}:
+        return None
+    return next((peak for needed, peak in PEAKS if needed <= words), None)
+
+
 @functools.cache
 def peak_flops(kind: str, bf16: bool) -> float:
     """FLOP/s that utilisation is measured against, of one process on this device (`cuda`, `cpu`, `mps`).
@@ -59,11 +76,10 @@ def peak_flops(kind: str, bf16: bool) -> float:
     The maker's peak of dense products where the GPU is a known one; elsewhere what a product of matrices does here, on
     the threads this process has, measured for a third of a second.
     """
-    if kind == "cuda":
-        words = torch.cuda.get_device_name().lower().replace("-", " ").split()
-        known = [name for name in KNOWN if name.partition("-")[0] in words]
-        if known and bf16:
-            return KNOWN[known[0]][1]
+    if kind == "cuda" and bf16:
+        known = known_peak(torch.cuda.get_device_name())
+        if known is not None:
+            return known
     return product_rate(torch.device(kind), 8192 if kind == "cuda" else 1024, bf16, 0.3)
 
 

@@ -1,13 +1,17 @@
 """The chunked cross entropy against torch's own: value, both gradients, in either precision, over chunk borders."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.model.losses import IGNORED, cross_entropy_sum, distillation_sum, token_nats
+from pipeline.model import losses
+from pipeline.model.compiling import can_compile
+from pipeline.model.losses import IGNORED, cross_entropy_sum, distillation_sum, terms_of, token_nats
 
 N, D, V = 37, 16, 53
 
@@ -156,3 +160,63 @@ def test_a_student_that_is_its_teacher_learns_from_the_text_alone():
     (0.75 * reference(hidden_ND, weight_VD, target_N)).backward()
     torch.testing.assert_close(own, hidden_ND.grad, rtol=1e-4, atol=1e-5)
     assert float(hard) == pytest.approx(float(reference(hidden_ND, weight_VD, target_N).detach()), rel=1e-5)
+
+
+def passed(dtype: torch.dtype, **given: Any) -> list[Tensor]:
+    """Loss and both gradients, in chunks of ten under bf16 autocast where `dtype` is that."""
+    hidden_ND, weight_VD, target_N = made(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = cross_entropy_sum(hidden_ND, weight_VD, target_N, chunk=10, **given)
+    loss.backward()
+    assert hidden_ND.grad is not None
+    assert weight_VD.grad is not None
+    return [loss.detach(), hidden_ND.grad, weight_VD.grad]
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of something as large as the head's weight to bf16."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        is_cast = func is torch.ops.aten._to_copy.default and found.dtype == torch.bfloat16
+        self.count += is_cast and sorted(found.shape) == [D, V]
+        return found
+
+
+def test_casting_once_gives_what_autocast_gives(monkeypatch: pytest.MonkeyPatch):
+    """As off a CPU: the weight is cast once, not for each of the four chunks too; the same numbers as rounded to bf16
+    in the same places, in float32."""
+    with Casts() as plain:
+        expected = passed(torch.bfloat16)
+    monkeypatch.setattr(losses, "dtype_of_products", lambda hidden_ND: torch.bfloat16)
+    with Casts() as once:
+        found = passed(torch.bfloat16)
+    assert plain.count > once.count == 1
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
+def test_a_cpu_leaves_the_casts_to_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert losses.dtype_of_products(torch.zeros(1)) is None
+
+
+def test_what_is_to_be_compiled_is_the_same_bit_for_bit():
+    """The one expression, not compiled, against the loss in place."""
+    for ours, theirs in zip(passed(torch.float32, terms=terms_of), passed(torch.float32), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile(), reason="no C++ compiler, or no Python headers: nothing can be compiled here")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_compiled_loss_is_the_plain_one(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch):
+    """By torch's own compiler, the last chunk of another shape than the others."""
+    expected = passed(dtype)
+    if dtype == torch.bfloat16:
+        monkeypatch.setattr(losses, "dtype_of_products", lambda hidden_ND: torch.bfloat16)
+    for ours, theirs in zip(passed(dtype, terms=torch.compile(terms_of, dynamic=False)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)

@@ -58,18 +58,20 @@ def compile_blocks(
     peak: float,
     bf16: bool,
     agreed: Callable[[str], str] = lambda reason: reason,
+    also: Callable[[bool], None] = lambda on: None,
 ) -> str:
     """Compile the model's blocks where that is wanted, or pays, and a trial by `micro_step` succeeds; says what was
     done and why.
 
     `wanted` None compiles runs on a CPU above WORTH, runs on GPUs above WORTH_ON_GPUS; elsewhere it has not been
     measured. `flops` is the run's, `peak` the FLOP/s of all its devices. `agreed` makes one reason of those of all
-    ranks. ConfigError where it was asked for and does not work.
+    ranks; `also` switches what else is compiled where the blocks are. ConfigError where it was asked for and does not
+    work.
     """
     reason = _why_not(model, wanted, flops, peak)
     if reason:
         return f"not compiled: {reason}"
-    found = try_compiled(model, micro_step, bf16)
+    found = try_compiled(model, micro_step, bf16, also=also)
     is_slower = found.times_as_fast <= 1 and wanted is None and model.device.type != "cpu"
     slower = f"a micro-step is {found.times_as_fast:.2f} times as fast with it" if is_slower else ""
     reason = agreed(found.reason or slower)
@@ -77,6 +79,7 @@ def compile_blocks(
         speed = "" if model.device.type == "cpu" else f"; a micro-step is {found.times_as_fast:.2f} times as fast"
         return f"compiled: {len(blocks_of(model))} blocks of one static shape{speed}"
     uncompile(model)
+    also(False)
     if wanted:
         raise ConfigError(f"it does not work here: {reason}", where="pretrain.torch_compile", mend="leave it out")
     return f"not compiled: {reason}"
@@ -117,18 +120,19 @@ class Trial:
 
 
 def try_compiled(
-    model: PreTrainedModel, micro_step: MicroStep, bf16: bool, now: Callable[[], float] | None = None
+    model: PreTrainedModel, micro_step: MicroStep, bf16: bool, *, also: Callable[[bool], None] = lambda on: None
 ) -> Trial:
     """Compile the blocks and compare micro-steps with those of plain ones: they must run, give the loss and the
     gradients to TOLERANCE (or to what two plain ones differ by, where there is dropout), and not be compiled anew each
-    time. `now`: seconds, when all that was asked of the device is done."""
-    now = now or _clock(model.device)
+    time. `also` as in `compile_blocks`."""
+    now = _clock(model.device)
     try:
         with nullcontext() if _is_sharded(model) else drawn(model):
             expected, seconds = _passed(model, micro_step, now)
             noise, _ = _compared(expected, model, micro_step, now)
             for block in blocks_of(model):
                 block.compile(dynamic=False)
+            also(True)
             apart, _ = _compared(expected, model, micro_step, now)
             made = graphs()
             again, faster = _compared(expected, model, micro_step, now)
@@ -192,6 +196,8 @@ def _is_sharded(model: PreTrainedModel) -> bool:
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
+    """Seconds, when all that was asked of the device is done."""
+
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -36,8 +36,17 @@ class _Known(torch.autograd.Function):
         return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_weight_VD * grads[0], None, None, None
 
 
-OfChunk = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
-"""(positions, the head's weight in the dtype of the products) -> (sums over them [k], d loss / d logits [n, V])."""
+OfChunk = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(positions, their hidden_nD and the head's weight, in the dtype of the products) -> (sums over them [k], d loss / d
+logits [n, V])."""
+
+
+def dtype_of_products(hidden_ND: Tensor) -> torch.dtype | None:
+    """Autocast's, where casting to it once is to take the place of autocast's own casts: not on a CPU, whose bits are
+    those of earlier runs. (Autocast would cast the head's weight for every chunk and every chunk of gradients twice: a
+    sixth of the bytes that the loss moves, counted by its operations, at a vocabulary of 50,304.)"""
+    kind = hidden_ND.device.type
+    return torch.get_autocast_dtype(kind) if kind != "cpu" and torch.is_autocast_enabled(kind) else None
 
 
 @torch.no_grad()
@@ -51,36 +60,62 @@ def _in_chunks(
     chunk = chunk or (CPU_CHUNK if hidden_ND.device.type == "cpu" else CHUNK)
     grad_hidden_ND = torch.empty_like(hidden_ND)
     grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-    low_VD = weight_VD.to(hidden_ND.dtype)
+    dtype = dtype_of_products(hidden_ND)
+    low_ND = hidden_ND.to(dtype or hidden_ND.dtype)
+    low_VD = weight_VD.to(low_ND.dtype)
     total_k = torch.zeros(sums, dtype=torch.float32, device=hidden_ND.device)
-    for start in range(0, len(hidden_ND), chunk):
-        here = slice(start, start + chunk)
-        sums_k, grad_nV = of_chunk(here, low_VD)
-        total_k += sums_k
-        low_nV = grad_nV.to(hidden_ND.dtype)
-        grad_hidden_ND[here] = low_nV @ low_VD
-        grad_weight_VD += low_nV.T @ hidden_ND[here]
+    kind = hidden_ND.device.type
+    with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and dtype is None):
+        for start in range(0, len(hidden_ND), chunk):
+            here = slice(start, start + chunk)
+            sums_k, grad_nV = of_chunk(here, low_ND[here], low_VD)
+            total_k += sums_k
+            low_nV = grad_nV.to(low_ND.dtype)
+            grad_hidden_ND[here] = low_nV @ low_VD
+            grad_weight_VD += low_nV.T @ low_ND[here]
     return total_k, grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype)
 
 
-def cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int | None = None) -> Tensor:
+Terms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""What `terms_of` is, compiled or not."""
+
+
+def terms_of(logits_nV: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
+    """(the sum of −ln p(target) over the positions that count [1], d sum / d logits in the logits' dtype), as one
+    expression for a compiler: logits are read and gradients written, and nothing of [n, V] is between them."""
+    counted_n = target_n != IGNORED
+    safe_n1 = target_n.clamp(min=0)[:, None]
+    log_p_nV = F.log_softmax(logits_nV.float(), dim=-1)
+    is_target_nV = torch.arange(logits_nV.shape[1], device=logits_nV.device) == safe_n1
+    sum_1 = -(log_p_nV.gather(1, safe_n1)[:, 0] * counted_n).sum()[None]
+    grad_nV = (log_p_nV.exp() - is_target_nV.float()) * counted_n[:, None]
+    return sum_1, grad_nV.to(logits_nV.dtype)
+
+
+def cross_entropy_sum(
+    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int | None = None, terms: Terms | None = None
+) -> Tensor:
     """Sum of −ln p(target) over the positions whose target is not IGNORED, in nats, float32.
 
     hidden_ND: the trunk's output; weight_VD: the head's; target_N: ids. Equal to
     `F.cross_entropy(hidden @ weight.T, target, reduction="sum")` up to float order, without [N, V] logits.
 
         d loss / d logits = softmax − onehot
+
+    `terms`: `terms_of`, compiled, in place of the operations one by one.
     """
     some_ignored = hidden_ND.device.type != "cpu" or bool((target_N == IGNORED).any())  # no sync with a GPU
 
-    def of_chunk(here: slice, low_VD: Tensor) -> tuple[Tensor, Tensor]:
+    def of_chunk(here: slice, hidden_nD: Tensor, low_VD: Tensor) -> tuple[Tensor, Tensor]:
+        if terms is not None:
+            return terms(hidden_nD @ low_VD.T, target_N[here])
         counted_n = target_N[here] != IGNORED
         safe_n1 = target_N[here].clamp(min=0)[:, None]
-        log_p_nV = F.log_softmax(hidden_ND[here] @ low_VD.T, dim=-1, dtype=torch.float32)
+        log_p_nV = F.log_softmax(hidden_nD @ low_VD.T, dim=-1, dtype=torch.float32)
         sum_1 = -(log_p_nV.gather(1, safe_n1)[:, 0] * counted_n).sum()[None]
         grad_nV = log_p_nV.exp_()
         grad_nV.scatter_add_(1, safe_n1, grad_nV.new_full(safe_n1.shape, -1.0))
-        low_nV = grad_nV.to(hidden_ND.dtype)
+        low_nV = grad_nV.to(hidden_nD.dtype)
         return sum_1, low_nV.mul_(counted_n[:, None]) if some_ignored else low_nV
 
     (total,), *gradients = _in_chunks(hidden_ND, weight_VD, chunk, 1, of_chunk)
@@ -109,10 +144,10 @@ def distillation_sum(
         d loss / d logits = (1 − α)(p − onehot) + α τ (p_τ − q_τ)
     """
 
-    def of_chunk(here: slice, low_VD: Tensor) -> tuple[Tensor, Tensor]:
+    def of_chunk(here: slice, hidden_nD: Tensor, low_VD: Tensor) -> tuple[Tensor, Tensor]:
         counted_n1 = (target_N[here] != IGNORED)[:, None]
         safe_n1 = target_N[here].clamp(min=0)[:, None]
-        logits_nV = (hidden_ND[here] @ low_VD.T).float()
+        logits_nV = (hidden_nD @ low_VD.T).float()
         log_p_nV = logits_nV.log_softmax(dim=-1)
         soft_log_p_nV = (logits_nV / temperature).log_softmax(dim=-1)
         teacher_nV = (teacher_NE[here] @ teacher_VE.T).float()

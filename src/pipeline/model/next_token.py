@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.model.build import count_experts, evaluating
 from pipeline.model.distillation import Teacher
 from pipeline.model.liger import fused_cross_entropy_sum
-from pipeline.model.losses import IGNORED, cross_entropy_sum, distillation_sum, token_nats
+from pipeline.model.losses import IGNORED, Terms, cross_entropy_sum, distillation_sum, token_nats
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class NextToken(nn.Module):
         self.has_experts = self.balance_weight > 0 and count_experts(self.config) > 1
         self.is_chunked = has_plain_head(model) if is_chunked is None else is_chunked
         self.splits_rows = False
+        self.terms: Terms | None = None
+        """`terms_of`, compiled, where the loss is to be so: in chunks, by torch alone."""
         if teacher is not None and not (self.is_chunked and has_plain_head(teacher.model)):
             raise ConfigError(
                 "distillation takes logits that are the head's plain product; one of the models scales or caps them",
@@ -111,8 +113,9 @@ class NextToken(nn.Module):
         self, hidden_ND: Tensor, inputs_BT: Tensor, target_N: Tensor, positions_BT: Tensor | None
     ) -> Tensor:
         if self.teacher is None:
-            sum_of = fused_cross_entropy_sum if self.is_fused else cross_entropy_sum
-            return sum_of(hidden_ND, self._head(), target_N)
+            if self.is_fused:
+                return fused_cross_entropy_sum(hidden_ND, self._head(), target_N)
+            return cross_entropy_sum(hidden_ND, self._head(), target_N, terms=self.terms)
         teacher, head_VD = self.teacher, self._head()
         teacher_NE, teacher_VE = teacher.hidden(inputs_BT, positions_BT), teacher.head()
         shared = min(len(head_VD), len(teacher_VE))  # a padded vocabulary has more rows than there are tokens
