@@ -97,9 +97,9 @@ def run(
 
 def begin(config: TokenizeConfig, given: Artifact | None, out: Path, runtime: Runtime) -> tuple[list[Unit], Begun]:
     """The corpus in units, and what is there of an earlier try."""
-    from pipeline.artifacts import tokenizer_hash
     from pipeline.data.begun import Begun
     from pipeline.data.units import cut
+    from pipeline.hashes import tokenizer_hash
 
     harvest_pydocs(config, runtime)
     units = cut(config.data, config.held_out, config.held_out_tail, runtime.say)
@@ -306,11 +306,11 @@ def write_tokens(
 
 def open_files(config: TokenizeConfig, tokenizer: PreTrainedTokenizerFast, begun: Begun, runtime: Runtime) -> Files:
     """The token files, empty or where an earlier try had saved them."""
-    from pipeline.artifacts import tokenizer_hash
     from pipeline.data.passes import SIDES, Files
     from pipeline.data.shards import ShardWriter, Source
     from pipeline.data.sources import labels
     from pipeline.data.tokenizers import separator_id
+    from pipeline.hashes import tokenizer_hash
 
     sources = [Source(label, entry.weight) for label, entry in zip(labels(config.data), config.data, strict=True)]
     what = (len(tokenizer), separator_id(tokenizer), tokenizer_hash(begun.model), sources)

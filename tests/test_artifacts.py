@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from pipeline import artifacts
-from pipeline.artifacts import Store, changed_files, content_hash, read_artifact, sha256, template_hash, tokenizer_hash
+from pipeline.artifacts import Store, changed_files, content_hash, read_artifact
 from pipeline.errors import ArtifactError, ConfigError, MachineError, MissingInputError
+from pipeline.hashes import sha256, template_hash, tokenizer_hash
 
 
 def quiet(who: str) -> None:

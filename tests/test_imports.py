@@ -17,13 +17,13 @@ SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")
 
 LAYERS = [
     {"errors"},
-    {"recipe", "hub"},
+    {"recipe", "hub", "hashes"},
     {"artifacts", "adapted", "roles", "reading", "unroll", "usercode", "progress"}
     | {"trainer_config", "trainer_options", "reward_config", "evaluation_config"},
     {"data", "model", "rl", "evals", "checkpoint", "tensor_file", "runtime", "schedule", "hardware"}
     | {"trainer", "trainer_watch", "preference_trainer", "ranked_trainer"},
     {"stages"},
-    {"graph", "paths", "fingerprint", "lineage", "launch", "plan", "report", "tracking", "failure"},
+    {"graph", "paths", "fingerprint", "lineage", "launch", "forking", "plan", "report", "tracking", "failure"},
     {"cli"},
 ]
 """Each may import what stands in its own line and above; `stages` only itself (a stage never imports a stage), and

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from pipeline import launch
+from pipeline import forking
 from pipeline.artifacts import Store
 from pipeline.errors import ConfigError
-from pipeline.launch import ChildFailed, Launch
+from pipeline.forking import ChildFailed
+from pipeline.launch import Launch
 
 ACT = """
 import os, signal, time
@@ -268,7 +269,7 @@ from pathlib import Path
 from pipeline import launch
 from stages import sft
 for has_gpu in (True, False):
-    launch._has_gpu = lambda: has_gpu
+    launch.has_gpu = lambda: has_gpu
     launch._preload(Path(sft.__file__))
     print("pipeline.runtime" in sys.modules, "bitsandbytes" in sys.modules)
 """
@@ -283,11 +284,11 @@ def test_a_stage_that_could_not_open_cuda_says_so(
     has_gpu: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     """And does not train on the CPU instead. Without a GPU there is nothing to open."""
-    monkeypatch.setattr(launch, "_has_gpu", lambda: has_gpu)
+    monkeypatch.setattr(forking, "has_gpu", lambda: has_gpu)
     monkeypatch.setattr("torch.cuda._is_in_bad_fork", lambda: True)
     if not has_gpu:
-        launch._fork(lambda rank: None, 1)
+        forking.fork(lambda rank: None, 1)
         return
     with pytest.raises(ChildFailed):
-        launch._fork(lambda rank: None, 1)
+        forking.fork(lambda rank: None, 1)
     assert "CUDA was opened before the stage's process began" in capfd.readouterr().err

@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Artifact, content_hash, digest, outside_model
+from pipeline.artifacts import Artifact, content_hash, outside_model
 from pipeline.errors import MismatchError, MissingInputError
+from pipeline.hashes import digest
 
 ADAPTER = "adapter_config.json"
 

@@ -13,7 +13,6 @@ or undoes it. The kernel drops a dead holder's lock. Needs no torch.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ArtifactError, ConfigError, MachineError, MismatchError, MissingInputError
+from pipeline.hashes import digest, sha256, template_hash, tokenizer_hash
 from pipeline.hub import hub_folder
 from pipeline.recipe import NAME, STAGE_NAME
 
@@ -283,66 +283,14 @@ def hub_model(reference: str) -> Artifact:
     """A model of the hub, from the local cache if it is there; MissingInputError where it cannot be had."""
     folder = hub_folder(reference, ("*.safetensors", "*.bin"))
     name = reference.removeprefix("hub:").partition("@")[0]
-    return Artifact(reference, folder, outside_model(folder).kind, _digest(["hub", name, folder.name]), {})
-
-
-def tokenizer_hash(folder: Path) -> str:
-    """Hash of what decides the tokens: model, added tokens, pre-tokeniser, normaliser; not padding or truncation."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return ""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return _digest({key: content.get(key) for key in ("model", "added_tokens", "pre_tokenizer", "normalizer")})
-
-
-def template_hash(folder: Path) -> str:
-    """Hash of the chat template's text; empty where the folder has none."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return _digest(file.read_text(encoding="utf-8"))
-    config = folder / "tokenizer_config.json"
-    template = json.loads(config.read_text()).get("chat_template") if config.exists() else None
-    return _digest(template) if template else ""
+    return Artifact(reference, folder, outside_model(folder).kind, digest(["hub", name, folder.name]), {})
 
 
 def content_hash(path: Path) -> str:
     """Hash of a file, or of a folder's names and contents; where it lies does not count."""
     if path.is_file():
         return sha256(path)
-    return _digest([[str(p.relative_to(path)), sha256(p)] for p in _files(path)])
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-digest = _digest
-
-
-def _hash_cache() -> Path:
-    home = os.environ.get("LLMPIPE_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llmpipe"
-    )
-    return Path(home) / "sha256"
-
-
-def sha256(path: Path, *, cached: bool = True) -> str:
-    """Hash of the file's bytes, remembered by device, inode, time of change and size."""
-    stat = path.stat()
-    key = f"{stat.st_dev}-{stat.st_ino}-{stat.st_mtime_ns}-{stat.st_size}"
-    note = _hash_cache() / key[-2:] / key
-    if cached and stat.st_size > 65536 and note.exists():
-        return note.read_text()
-    value = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            value.update(chunk)
-    if stat.st_size > 65536 and time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_name(f"{note.name}.{os.getpid()}")
-        temporary.write_text(value.hexdigest())
-        temporary.replace(note)
-    return value.hexdigest()
+    return digest([[str(p.relative_to(path)), sha256(p)] for p in _files(path)])
 
 
 def write_json(path: Path, value: Any) -> None:

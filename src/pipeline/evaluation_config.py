@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
-from pipeline.artifacts import digest, sha256
 from pipeline.errors import MissingInputError, RecipeError
+from pipeline.hashes import digest, sha256
 from pipeline.reading import meant, read_yaml, validate
 from pipeline.recipe import File, Section, field
 

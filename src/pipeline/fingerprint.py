@@ -19,22 +19,16 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 import pipeline
-from pipeline.artifacts import digest, sha256
 from pipeline.errors import ConfigError
+from pipeline.hashes import digest, sha256
 from pipeline.recipe import Stage, StageConfig, is_data, is_run_only, is_section_list, is_user_code
 
 PACKAGES = Path(pipeline.__file__).resolve().parent.parent
 NO_BEARING = (
     *("pipeline.errors", "pipeline.recipe", "pipeline.reading", "pipeline.unroll", "pipeline.paths"),
-    *("pipeline.graph", "pipeline.usercode", "pipeline.artifacts", "pipeline.fingerprint", "pipeline.lineage"),
-    *(
-        "pipeline.checkpoint",
-        "pipeline.tensor_file",
-        "pipeline.progress",
-        "pipeline.launch",
-        "pipeline.plan",
-        "pipeline.report",
-    ),
+    *("pipeline.graph", "pipeline.usercode", "pipeline.artifacts", "pipeline.hashes", "pipeline.fingerprint"),
+    *("pipeline.lineage", "pipeline.checkpoint", "pipeline.tensor_file", "pipeline.progress", "pipeline.launch"),
+    *("pipeline.forking", "pipeline.plan", "pipeline.report"),
     *("pipeline.cli", "pipeline.trainer_options", "pipeline.tracking", "pipeline.hardware"),
 )
 """Modules that read a recipe, or run, show and keep a stage, and do not bear on what it computes."""

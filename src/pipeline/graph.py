@@ -16,8 +16,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from pipeline.artifacts import Store, tokenizer_hash
+from pipeline.artifacts import Store
 from pipeline.errors import ArtifactError, MissingInputError, RecipeError
+from pipeline.hashes import tokenizer_hash
 from pipeline.paths import absolute_paths, written_by
 from pipeline.reading import Document, Key, meant, validate
 from pipeline.recipe import (

@@ -7,34 +7,28 @@ Started by torchrun or `accelerate launch` (WORLD_SIZE is set) the process itsel
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
 import platform
-import signal
-import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from pydantic_core import to_jsonable_python
 
 from pipeline import failure
-from pipeline.artifacts import BEGUN, Artifact, Store, need_disk, now, template_hash, tokenizer_hash, write_begun
-from pipeline.errors import ConfigError, Halt, Interrupted, MachineError, PipelineError, Stopped, TrainingError
+from pipeline.artifacts import BEGUN, Artifact, Store, need_disk, now, write_begun
+from pipeline.errors import ConfigError, Halt, Stopped
 from pipeline.fingerprint import PACKAGES, reached
+from pipeline.forking import fork, has_gpu
+from pipeline.hashes import template_hash, tokenizer_hash
 from pipeline.lineage import Standing
-from pipeline.progress import leave_on_signals
 from pipeline.tracking import TRACK, Sender, Track
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what asks a run to stop
 STRATEGIES = ("auto", "single", "ddp", "fsdp")
 VERSIONS_OF = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "llmpipe")
 
@@ -90,7 +84,7 @@ def run_stage(standing: Standing, inputs: Mapping[str, Any], store: Store, run: 
     if sys.platform != "linux" and processes == 1:
         work(0)
         return
-    _fork(work, processes)
+    fork(work, processes)
 
 
 def _preload(stage_file: Path) -> None:
@@ -106,133 +100,8 @@ def _preload(stage_file: Path) -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is there one? Asked of the driver, nothing opened
     import pipeline.runtime
 
-    if not _has_gpu() and PACKAGES / "pipeline" / "trainer.py" in reached(stage_file):
+    if not has_gpu() and PACKAGES / "pipeline" / "trainer.py" in reached(stage_file):
         import pipeline.trainer  # noqa: F401
-
-
-def _fork(work: Callable[[int], None], processes: int) -> None:
-    """Run `work(rank)` in forked children and wait; a child's failure becomes the exception it reported."""
-    port = _free_port() if processes > 1 else 0
-    # one byte: the rank that takes it tells why the stage failed, and the others' ends follow from that
-    word, given = os.pipe()
-    os.write(given, b".")
-    os.set_blocking(word, False)
-    parent, has_gpu = os.getpid(), _has_gpu()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    children: dict[int, int] = {}
-    asked: list[int] = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        for pid in children:
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
-                os.kill(pid, number)
-
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that comes now is heard once all are forked
-    for rank in range(processes):
-        pid = os.fork()
-        if pid == 0:
-            leave_on_signals(speaks=rank == 0)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            _child(work, rank, processes, port, parent, word, has_gpu=has_gpu)
-        children[pid] = rank
-    for number in SIGNALS:
-        signal.signal(number, forward)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    try:
-        failed = _wait(children)
-    finally:
-        os.close(word)
-        os.close(given)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if failed:
-        raise ChildFailed(failed)
-    if asked:
-        raise (Interrupted if asked[0] == signal.SIGINT else Stopped)(
-            "stopped after the stage was done", mend="run the same command again for the rest"
-        )
-
-
-class ChildFailed(PipelineError):
-    """A stage's process failed and has said why; carries its exit code."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__("the stage failed")
-        self.exit_code = code
-
-
-def _child(
-    work: Callable[[int], None], rank: int, processes: int, port: int, parent: int, word: int, *, has_gpu: bool
-) -> None:
-    """The life of a forked child; never returns."""
-    code = 1
-    try:
-        _die_with(parent)
-        if has_gpu:
-            _check_cuda_is_unopened()
-        if processes > 1:
-            os.environ.update(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(processes),
-                LOCAL_WORLD_SIZE=str(processes),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-                ACCELERATE_USE_CPU="false" if has_gpu else "true",
-            )
-        work(rank)
-        code = 0
-    except PipelineError as error:
-        code = error.exit_code
-        if rank == 0 if isinstance(error, Halt) else _has_the_word(word):
-            say_error(error)
-    except BaseException as error:
-        if _has_the_word(word):
-            say_error(error)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _has_the_word(word: int) -> bool:
-    """Whether this rank is the first to fail; all may speak where everything is shown."""
-    try:
-        return bool(os.read(word, 1))
-    except BlockingIOError:
-        return os.environ.get("LLMPIPE_DEBUG") == "1"
-
-
-def _wait(children: dict[int, int]) -> int:
-    """Wait for all children; the first failure stops the others. Returns its exit code, 0 if there was none."""
-    failed = 0
-    while children:
-        try:
-            pid, status = os.wait()
-        except InterruptedError:
-            continue
-        rank = children.pop(pid, None)
-        code = os.waitstatus_to_exitcode(status)
-        if rank is None or code == 0:
-            continue
-        if code < 0 and not failed:
-            say_error(
-                TrainingError(
-                    f"the stage's process {pid} was killed by {signal.Signals(-code).name}",
-                    mend="run the same command again to go on from its last checkpoint"
-                    + (" (out of memory? a smaller batch helps)" if code == -9 else ""),
-                )
-            )
-        if code < 0:
-            code = 1
-        if not failed and code not in (Stopped.exit_code, Interrupted.exit_code):
-            for other in children:
-                os.kill(other, signal.SIGKILL)  # they would wait for the dead rank for ever
-        failed = failed or code
-    return failed
 
 
 def execute(
@@ -378,54 +247,6 @@ def _write_config(path: Path, values: Mapping[str, Any]) -> None:
     yaml.default_flow_style = False
     with path.open("w", encoding="utf-8") as file:
         yaml.dump(json.loads(json.dumps(values)), file)
-
-
-def _die_with(parent: int) -> None:
-    """Ask Linux for SIGTERM when the launching process dies: the stage then saves and ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getppid() != parent:
-        raise Stopped("the launching process is gone", mend="run the same command again")
-
-
-def _check_cuda_is_unopened() -> None:
-    """MachineError in a forked process that could not open CUDA, since its parent has."""
-    import torch
-
-    if torch.cuda._is_in_bad_fork():
-        problem = "CUDA was opened before the stage's process began (by a package that is imported, or without NVML)"
-        raise MachineError(problem, mend="torchrun --nproc-per-node 1 -m pipeline run RECIPE starts it without a fork")
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.device_count() > 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def say_error(error: BaseException) -> None:
-    """The error as a user reads it: what, where, the mend; a traceback only with LLMPIPE_DEBUG=1."""
-    if os.environ.get("LLMPIPE_DEBUG") == "1":
-        traceback.print_exception(error)
-        return
-    if isinstance(error, Halt):
-        print(f"{error}", file=sys.stderr)
-    elif isinstance(error, PipelineError):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        print(
-            f"error: {type(error).__name__}: {error}\n  at {frame.filename}:{frame.lineno}\n"
-            "  mend: this is a fault of llmpipe or of a file of yours; LLMPIPE_DEBUG=1 shows the whole story",
-            file=sys.stderr,
-        )
-    sys.stderr.flush()
 
 
 def wait_line(run: str, stage: str) -> Callable[[str], None]:

@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.artifacts import Artifact, Store, digest, read_begun, sha256
+from pipeline.artifacts import Artifact, Store, read_begun
 from pipeline.data.sources import source_fingerprint
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import defaults, differences, fingerprint, stage_parts
 from pipeline.graph import Node, Recipe
+from pipeline.hashes import digest, sha256
 from pipeline.recipe import DataEntry, is_data
 from pipeline.roles import input_of
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adapted import adapted_model, is_adapter
-from pipeline.artifacts import MANIFEST, Artifact, Store, digest, sha256
+from pipeline.artifacts import MANIFEST, Artifact, Store
 from pipeline.errors import MissingInputError
+from pipeline.hashes import digest, sha256
 from pipeline.hub import hub_folder
 
 TOKENIZER = "tokenizer"

@@ -12,8 +12,9 @@ import torch
 from peft import get_peft_model
 
 from pipeline.adapted import adapted_model
-from pipeline.artifacts import Store, content_hash, digest, outside_model
+from pipeline.artifacts import Store, content_hash, outside_model
 from pipeline.errors import MismatchError, MissingInputError
+from pipeline.hashes import digest
 from pipeline.model.adapters import lora
 from pipeline.model.build import load_causal_lm
 from pipeline.model.merging import MERGED, merged_inputs

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts import read_artifact, template_hash
+from pipeline.artifacts import read_artifact
 from pipeline.cli.conversation import load
 from pipeline.data.tokenizers import CHATML, load_tokenizer
+from pipeline.hashes import template_hash
 
 TEMPLATE = CHATML.replace("message['role'] + '\\n'", "message['role'] + ': '").replace("assistant\\n'", "assistant: '")
 RECIPE = """

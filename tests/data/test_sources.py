@@ -11,7 +11,6 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from pipeline.artifacts import sha256
 from pipeline.data.sources import (
     copies,
     hub_name,
@@ -24,6 +23,7 @@ from pipeline.data.sources import (
     source_fingerprint,
 )
 from pipeline.errors import ConfigError, DataError, MissingInputError
+from pipeline.hashes import sha256
 from pipeline.recipe import DataEntry
 
 ROWS = [{"text": "one ä"}, {"text": "two\r\n2"}, {"text": "three"}]

@@ -10,7 +10,6 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.artifacts import template_hash, tokenizer_hash
 from pipeline.data.encoding import choose
 from pipeline.data.tokenizers import (
     CHATML,
@@ -25,6 +24,7 @@ from pipeline.data.tokenizers import (
     train_characters,
 )
 from pipeline.errors import ConfigError, MissingInputError
+from pipeline.hashes import template_hash, tokenizer_hash
 
 
 def test_the_merges_are_those_worked_by_hand() -> None:

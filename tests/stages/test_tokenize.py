@@ -10,12 +10,13 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline import artifacts
-from pipeline.artifacts import Artifact, tokenizer_hash
+from pipeline.artifacts import Artifact
 from pipeline.data import extend
 from pipeline.data.shards import TokenFile
 from pipeline.data.sources import share
 from pipeline.data.tokenizers import CHATML, encode_text, load_tokenizer, train_bytes
 from pipeline.errors import ConfigError, DataError, MachineError, Stopped
+from pipeline.hashes import tokenizer_hash
 from pipeline.runtime import Runtime
 from stages import tokenize
 

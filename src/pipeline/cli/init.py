@@ -11,13 +11,14 @@ import math
 import shlex
 import sys
 
-from pipeline.artifacts import Store, template_hash
+from pipeline.artifacts import Store
 from pipeline.cli import sizes
 from pipeline.cli.init_recipe import DEFAULT_OUT, Asked, Found, Stages, left_over, render
 from pipeline.cli.init_sizing import size
 from pipeline.cli.outputs import check_out, make_parent
 from pipeline.cli.session import open_session
 from pipeline.errors import ConfigError, DataError, MissingInputError
+from pipeline.hashes import template_hash
 
 
 def init(asked: Asked, *, force: bool, as_json: bool) -> None:

@@ -21,11 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import digest, write_json
+from pipeline.artifacts import write_json
 from pipeline.data.corpus import Sample, Survey
 from pipeline.data.passes import SIDES, Files
 from pipeline.data.shards import Source
 from pipeline.data.units import Unit
+from pipeline.hashes import digest
 
 SECONDS_BETWEEN_SAVES = 20.0
 LIBRARIES = ("tokenizers", "tiktoken", "transformers")

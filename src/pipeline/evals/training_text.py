@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.artifacts import Artifact, Store, digest, sha256
+from pipeline.artifacts import Artifact, Store
 from pipeline.data.formats import COMPARED, placed_rows
 from pipeline.data.messages import Message, words
 from pipeline.data.nearest import Near, nearest
@@ -24,6 +24,7 @@ from pipeline.data.survey import format_of
 from pipeline.data.tokenizers import plain_text
 from pipeline.errors import PipelineError
 from pipeline.evals.ancestors import LeftOut, recorded_input
+from pipeline.hashes import digest, sha256
 from pipeline.recipe import DataEntry
 
 SHOWN = 24
