@@ -126,11 +126,15 @@ class Meter:
             self.done += done
 
     def look_up(self) -> None:
-        """Shows what is done. Raises where the stage is to stop; what is kept is kept by then, or on the way out."""
+        """Shows what is done. Raises where the stage is to stop: what is done is kept on the way out."""
         if self.halt.asked is not None:
             raise self.halt.asked(
                 "stopped; what is done is kept", mend="run the same command again to go on from there"
             )
+        self.show()
+
+    def show(self) -> None:
+        """What is done, and how fast."""
         if self.done // 1_000_000 > self.bar.done:
             speed = (self.done - self.before) / 1e6 / (time.monotonic() - self.start)
             self.bar.advance(self.done // 1_000_000 - self.bar.done, **{"MB/s": speed})
@@ -163,6 +167,7 @@ def look_through(config: TokenizeConfig, units: list[Unit], begun: Begun, runtim
                 begun.looked_through(unit, runtime.metrics.seconds())
                 read += units[len(survey.units) - 1].bytes
                 bar.total = round(survey.bytes / max(1, read) * total) // 1_000_000
+            meter.show()
         finally:
             if done or begun.log.exists() or runtime.halt.asked:
                 begun.save_survey()
@@ -353,6 +358,7 @@ def encode(
             for _ in passes.write(units, survey, encoder, files, hands, begun.parts()):
                 if begun.is_due():
                     begun.save_written(files, runtime.metrics.seconds())
+            meter.show()
         except DataError:  # what was read before can't be read again: it is other data
             begun.forget()
             raise

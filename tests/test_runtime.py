@@ -10,6 +10,7 @@ import torch
 
 from pipeline.errors import Interrupted, MachineError, Stopped
 from pipeline.runtime import Runtime, bf16_pays, default_threads, derive_seed, join_ranks, numbered
+from tests.ranks import run_script
 
 
 @pytest.fixture
@@ -134,3 +135,27 @@ def test_only_rank_0_speaks(runtime: Runtime, capsys: pytest.CaptureFixture[str]
         bar.advance(3)
     found = capsys.readouterr()
     assert (found.out, found.err) == ("", "  hello\n")
+
+
+PATIENT = """
+import sys, tempfile
+from datetime import timedelta
+from pathlib import Path
+import torch
+from pipeline.runtime import Runtime
+from tests.ranks import one_and_two
+
+def work(world):
+    Runtime.start(Path(tempfile.mkdtemp()), seed=0, threads=1, world_size=world, quiet=True)
+    if world > 1:
+        found = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+        assert found > timedelta(days=7), found
+
+sys.exit(not one_and_two(work, int(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_rank_0_for_days():
+    """That is how long a large corpus takes; torch's own patience is half an hour."""
+    run_script(PATIENT)

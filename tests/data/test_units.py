@@ -125,10 +125,12 @@ def test_rows_of_the_hub_are_cut_by_their_number(monkeypatch: pytest.MonkeyPatch
     units.cached_rows.cache_clear()
 
 
-def test_repeats_are_no_matter_of_documents(tmp_path: Path) -> None:
+def test_what_is_for_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(LINES))
     with pytest.raises(ConfigError, match="`deduplicate` is for rows"):
         cut_one(DataEntry(source=str(tmp_path / "a.jsonl"), deduplicate="exact"))
+    with pytest.raises(ConfigError, match="`max_bad_rows` is for rows"):
+        cut_one(DataEntry(source=str(tmp_path / "a.jsonl"), max_bad_rows=1))
 
 
 def test_what_a_unit_holds_is_known_without_its_place(tmp_path: Path) -> None:

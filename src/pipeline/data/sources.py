@@ -91,8 +91,10 @@ def check_entry(entry: DataEntry) -> None:
 def check_documents_entry(entry: DataEntry) -> None:
     """ConfigError where an entry of documents says what only rows have a use for."""
     check_entry(entry)
-    if entry.deduplicate is not None:
-        raise ConfigError("`deduplicate` is for rows, and these are documents", where=entry.source, mend="take it out")
+    for name in ("deduplicate", "max_bad_rows"):
+        if getattr(entry, name):
+            what = f"`{name}` is for rows, and these are documents"
+            raise ConfigError(what, where=entry.source, mend="take it out")
 
 
 def check_rows_entry(entry: DataEntry, without: Sequence[str] = (), why: str = "") -> None:
