@@ -1,7 +1,8 @@
-"""Which peak learning rate is best at which depth: held-out bits per byte after the same tokens, a table a depth.
+"""Which peak learning rate is best at which depth and batch: held-out bits per byte after the same tokens.
 
     python benchmarks/learning_rates.py artifacts/demo/tokenize --optimizer adamw
     python benchmarks/learning_rates.py artifacts/demo/tokenize --optimizer muon
+    python benchmarks/learning_rates.py artifacts/demo/tokenize --depths 2 --batches 2 8 32
 
 The rule that `pretrain` takes where `learning_rate` is unset (pipeline.model.optim.default_rate) is marked.
 """
@@ -9,6 +10,7 @@ The rule that `pretrain` takes where `learning_rate` is unset (pipeline.model.op
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -21,12 +23,12 @@ from stages.pretrain import ModelConfig, PretrainConfig
 BATCH, LENGTH = 8, 256
 
 
-def bits_per_byte(tokens: Path, depth: int, optimizer: str, rate: float | None, steps: int, threads: int) -> float:
-    """Of one run; `rate` None: by the rule."""
+def bits_per_byte(tokens: Path, depth: int, batch: int, optimizer: str, rate: float, steps: int, threads: int) -> float:
+    """Of one run of `steps` of `batch` rows."""
     config = PretrainConfig(
         model=ModelConfig(depth=depth),
         context_length=LENGTH,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=batch,
         max_steps=steps,
         optimizer=optimizer,
         learning_rate=rate,
@@ -50,15 +52,16 @@ def main() -> None:
     parser.add_argument(
         "--factors", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0, 4.0], help="of the rule's rate"
     )
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batches", type=int, nargs="+", default=[BATCH], help=f"rows of {LENGTH} tokens a step")
+    parser.add_argument("--steps", type=int, default=200, help=f"of {BATCH} rows; of others as many as see its tokens")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    for depth in given.depths:
-        rule = default_rate(given.optimizer, 64 * depth, BATCH * LENGTH)
-        for factor in given.factors:
-            bits = bits_per_byte(given.tokens, depth, given.optimizer, factor * rule, given.steps, given.threads)
-            mark = "  the rule's" if factor == 1 else ""
-            print(f"depth {depth}  rate {factor * rule:.1e}  {bits:.3f} bits per byte{mark}", flush=True)
+    for depth, batch in itertools.product(given.depths, given.batches):
+        rule, steps = default_rate(given.optimizer, 64 * depth, batch * LENGTH), given.steps * BATCH // batch
+        for rate in [factor * rule for factor in given.factors]:
+            bits = bits_per_byte(given.tokens, depth, batch, given.optimizer, rate, steps, given.threads)
+            mark = "  the rule's" if rate == rule else ""
+            print(f"depth {depth}  {batch:2} rows  rate {rate:.1e}  {bits:.3f} bits per byte{mark}", flush=True)
 
 
 if __name__ == "__main__":

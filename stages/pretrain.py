@@ -139,7 +139,7 @@ class PretrainConfig(StageConfig):
 INPUTS = {"tokens": "tokens", "init": "causal-lm", "teacher": "causal-lm"}
 KIND = "causal-lm"
 SHARDS = True
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 
 
 def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
@@ -325,6 +325,7 @@ def _teacher(config: PretrainConfig, inputs: dict[str, Any], runtime: Runtime) -
 
 def _steps(config: PretrainConfig, losses: NextToken, order: Order, runtime: Runtime) -> OptimizerSteps:
     """The steps of the run, from the first: the model placed, its micro-steps, optimizers, schedule and verdicts."""
+    from pipeline.model.build import count_experts
     from pipeline.model.loss_watch import Verdicts
     from pipeline.model.micro_steps import MicroSteps
     from pipeline.model.optim import learning_rate_share, warmup_steps
@@ -342,6 +343,8 @@ def _steps(config: PretrainConfig, losses: NextToken, order: Order, runtime: Run
         runtime=runtime,
     )
     whole, world_size = config.per_device_train_batch_size, runtime.world_size
+    if count_experts(losses.config) > 1 and not losses.has_experts:
+        runtime.say("the experts are not balanced: this family's config has no router_aux_loss_coef, or 0")
     where = "pretrain.per_device_train_batch_size"
     rows, count = share_batch(whole, config.gradient_accumulation_steps, world_size, where)
     batch, warmup = _batch(config), warmup_steps(config.warmup_steps, config.max_steps)
@@ -382,11 +385,13 @@ def _steps(config: PretrainConfig, losses: NextToken, order: Order, runtime: Run
 def _optimizers(config: PretrainConfig, model: PreTrainedModel, runtime: Runtime) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon beside it, at the peak rates that are set or follow from the model."""
     from pipeline.model.optim import build_optimizers, peak_rates
+    from pipeline.model.scaling import large_batch
 
+    tokens_a_step = _batch(config) * config.context_length
     rate, embedding_rate = peak_rates(
         model,
         config.optimizer,
-        _batch(config) * config.context_length,
+        tokens_a_step,
         rate=config.learning_rate,
         embedding_rate=config.embedding_learning_rate,
         has_base=config.init is not None,
@@ -394,6 +399,9 @@ def _optimizers(config: PretrainConfig, model: PreTrainedModel, runtime: Runtime
     )
     if config.learning_rate is None:
         runtime.say(f"learning rate {rate:.1e}, embedding {embedding_rate:.1e}, by the model's width and the batch")
+    large = "" if config.init else large_batch(tokens_a_step, config.max_steps * tokens_a_step)
+    if large:
+        runtime.say(large)
     return build_optimizers(
         model,
         kind=config.optimizer,

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from pipeline.model.scaling import ALPHA, BETA, CHINCHILLA, Law, Run, fit, predict
+from pipeline.model.scaling import ALPHA, BETA, CHINCHILLA, Law, Run, batch_tokens, fit, large_batch, predict
 
 SIZES = [(1e6, 2e6), (2e6, 2e6), (1e6, 8e6), (4e6, 4e6)]
 
@@ -19,6 +19,21 @@ def test_the_law_by_hand() -> None:
     expected = 1.8172 + 482.01 / 70e9**0.3478 + 2085.43 / 1.4e12**0.3658  # Chinchilla itself
     assert CHINCHILLA.loss(70e9, 1.4e12) == pytest.approx(expected)
     assert 1.9 < expected < 2.0
+
+
+def test_the_batch_by_hand() -> None:
+    """10^0.571 = 3.724: ten times the text, 3.7 times the batch, and the rest of it in steps."""
+    assert batch_tokens(1.0) == 0.58
+    assert batch_tokens(1e10) == pytest.approx(0.58 * 10**5.71)
+    assert batch_tokens(4.1e5) == pytest.approx(929, rel=0.01)  # benchmarks/learning_rates.py's runs
+    assert batch_tokens(1e7) / batch_tokens(1e6) == pytest.approx(3.724, rel=1e-3)
+
+
+def test_a_batch_far_above_the_law_is_said() -> None:
+    assert large_batch(2048, 409_600) == ""
+    assert large_batch(8192, 409_600) == (
+        "8,192 tokens a step are many for a run of 409,600: the step law takes 929, and more steps"
+    )
 
 
 @pytest.mark.parametrize(("flops", "tokens_a_parameter"), [(1e18, 26), (1e19, 24), (1e21, 22)])

@@ -42,8 +42,9 @@ EMBEDDING_RATE = {"adamw": 1.0, "muon": 10.0}
 def default_rate(kind: str, width: int, batch_tokens: int) -> float:
     """Peak rate of a new model's matrices and norms: base · 256 / width · (tokens a step / 2048)^⅓.
 
-    The bases and the width's part are measured on three depths (benchmarks/learning_rates.py, docs/pretrain.md). The
-    batch's is chosen so that the rule stays within 1.6 times the step law (Li et al. 2025) at 124 M and at 1 B.
+    The bases and the width's part are measured on three depths, the batch's at one, up to 2,048 tokens a step
+    (benchmarks/learning_rates.py, docs/pretrain.md). So the rule stays within a factor of two of the step law (Li et
+    al. 2025) at 124 M and at 1 B.
     """
     return float(BASE_RATE[kind] * 256 / width * (batch_tokens / 2048) ** (1 / 3))
 

@@ -1,5 +1,5 @@
-"""Scaling laws: the loss that a model of N parameters reaches on D tokens, the best N and D for given FLOPs, and a fit
-to runs of one's own.
+"""Scaling laws: the loss that a model of N parameters reaches on D tokens, the best N and D for given FLOPs, the batch
+for D tokens, and a fit to runs of one's own.
 
 L(N, D) = E + A / N^α + B / D^β (Hoffmann et al. 2022, "Chinchilla"), with the constants of Besiroglu et al. 2024. A
 fit keeps the exponents and finds E, A and B, which depend on the text, the tokenizer and the architecture: three
@@ -50,6 +50,26 @@ class Law:
         ratio = (self.alpha * self.of_parameters / (self.beta * self.of_tokens)) ** (1 / both)
         parameters = ratio * (flops / 6) ** (self.beta / both)
         return parameters, flops / 6 / parameters
+
+
+def batch_tokens(tokens: float) -> float:
+    """Tokens of an optimiser step that train best where a run sees so many: 0.58 · D^0.571, whatever the model's size
+    (the step law, Li et al. 2025: measured there from 60 M to 1 B parameters and 2 B to 100 B tokens)."""
+    return float(0.58 * tokens**0.571)
+
+
+LARGE = 4
+"""Times the law's batch from which on a batch is called large."""
+
+
+def large_batch(batch: float, tokens: float) -> str:
+    """A line on a batch (tokens a step) that is LARGE for a run of so many tokens; "" where it is not."""
+    law = batch_tokens(tokens)
+    if batch < LARGE * law:
+        return ""
+    return (
+        f"{batch:,.0f} tokens a step are many for a run of {tokens:,.0f}: the step law takes {law:,.0f}, and more steps"
+    )
 
 
 CHINCHILLA = Law()
