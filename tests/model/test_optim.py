@@ -140,6 +140,15 @@ def test_what_is_stored_in_two_axes_need_not_be_a_matrix(family: str, tied: bool
     assert all(name in found and model.get_parameter(name).dim() == 2 for name, of in names.items() if of[0] == "Muon")
 
 
+@pytest.mark.parametrize(("kind", "rate"), [("adamw", 0.01), ("muon", 0.01 * 1.6 / 5.4)])
+def test_stacked_experts_have_adamws_rate(kind: str, rate: float):
+    config = AutoConfig.for_model("qwen3_moe", vocab_size=48, **FAMILIES["qwen3_moe"][0])
+    found = groups(AutoModelForCausalLM.from_config(config, dtype="float32"), kind)
+    for name in ("gate_up_proj", "down_proj"):
+        assert found[f"model.layers.0.mlp.experts.{name}"] == ("AdamW", pytest.approx(rate), 0.1)
+    assert found["model.layers.0.mlp.gate.weight"][1] == 0.01
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_rates_follow_the_share_and_every_parameter_moves(kind: str):
     model = Toy()

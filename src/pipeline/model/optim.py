@@ -37,6 +37,8 @@ BASE_RATE = {"adamw": 1.6e-3, "muon": 5.4e-3}
 """The best peak rate of a model 256 wide at 2,048 tokens a step."""
 EMBEDDING_RATE = {"adamw": 1.0, "muon": 10.0}
 """The embedding's, as a multiple of the matrices'."""
+STACK_RATE = {"adamw": 1.0, "muon": BASE_RATE["adamw"] / BASE_RATE["muon"]}
+"""That of stacked experts and convolutions, which AdamW trains beside Muon too: its own rate, not Muon's."""
 
 
 def default_rate(kind: str, width: int, batch_tokens: int) -> float:
@@ -90,7 +92,7 @@ def build_optimizers(
 
     Weight decay falls on matrices only (`is_matrix`), never on embeddings, norms and biases. Every group keeps its peak
     rate under `peak_lr`, which the schedule scales. Muon's update is scaled to AdamW's size (Liu et al. 2025, "Muon is
-    scalable"), so that one learning rate serves both.
+    scalable"), so that one learning rate serves both but for `STACK_RATE`.
     """
     matrices: list[nn.Parameter] = []
     stacks: list[nn.Parameter] = []
@@ -112,7 +114,7 @@ def build_optimizers(
     ]
     decayed = stacks if kind == "muon" else matrices + stacks
     if decayed:
-        rest.insert(0, {"params": decayed, "lr": learning_rate, "weight_decay": weight_decay})
+        rest.insert(0, {"params": decayed, "lr": learning_rate * STACK_RATE[kind], "weight_decay": weight_decay})
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=betas, eps=eps, fused=True)]
     if kind == "muon":
         optimizers.append(Muon(matrices, lr=learning_rate, weight_decay=weight_decay))
