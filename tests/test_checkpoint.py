@@ -42,6 +42,13 @@ def test_what_is_saved_comes_back(checkpoints: Checkpoints, tmp_path: Path):
         assert torch.equal(loaded[name], tensor)
 
 
+def test_a_state_that_json_turns_into_another_is_not_taken_for_damaged(checkpoints: Checkpoints, tmp_path: Path):
+    checkpoints.save(1, {"a": torch.ones(1)}, {"rows": {9: (1, 2), 10: float("nan")}, "text": "é"})
+    found = fresh(tmp_path).latest()
+    assert found is not None
+    assert found.state["rows"]["9"] == [1, 2]
+
+
 def test_tensors_that_share_memory_or_are_views_are_saved(checkpoints: Checkpoints, tmp_path: Path):
     base = torch.arange(12.0).reshape(3, 4)
     checkpoints.save(1, {"base": base, "tied": base, "row": base[1], "turned": base.T}, {})

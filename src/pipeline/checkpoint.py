@@ -219,7 +219,8 @@ def _sum(path: Path) -> list[int]:
 
 
 def _sum_of(marker: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(marker, sort_keys=True).encode())
+    as_read = json.loads(json.dumps(marker))  # numbers that are keys come back as text, which sorts otherwise
+    return zlib.crc32(json.dumps(as_read, sort_keys=True).encode())
 
 
 def _damage(path: Path) -> str:
