@@ -1,10 +1,13 @@
-"""Why a stage stopped, kept in its working folder for `llmpipe status` and the report until it goes on."""
+"""Why a stage stopped: told, and kept in its working folder for `llmpipe status` and the report until it goes on."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
+import os
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,3 +85,22 @@ def read(folder: Path) -> Failure | None:
     except (OSError, ValueError):
         return None
     return Failure(found["error"], found["time"])
+
+
+def say_error(error: BaseException) -> None:
+    """The error as a user reads it: what, where, the mend; a traceback only with LLMPIPE_DEBUG=1."""
+    if os.environ.get("LLMPIPE_DEBUG") == "1":
+        traceback.print_exception(error)
+        return
+    if isinstance(error, Halt):
+        print(f"{error}", file=sys.stderr)
+    elif isinstance(error, PipelineError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        print(
+            f"error: {type(error).__name__}: {error}\n  at {frame.filename}:{frame.lineno}\n"
+            "  mend: this is a fault of llmpipe or of a file of yours; LLMPIPE_DEBUG=1 shows the whole story",
+            file=sys.stderr,
+        )
+    sys.stderr.flush()

@@ -12,11 +12,11 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Callable
 from types import FrameType
 
 from pipeline.errors import Halt, Interrupted, MachineError, PipelineError, Stopped, TrainingError
+from pipeline.failure import say_error
 from pipeline.progress import leave_on_signals
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # what asks a run to stop
@@ -175,22 +175,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def say_error(error: BaseException) -> None:
-    """The error as a user reads it: what, where, the mend; a traceback only with LLMPIPE_DEBUG=1."""
-    if os.environ.get("LLMPIPE_DEBUG") == "1":
-        traceback.print_exception(error)
-        return
-    if isinstance(error, Halt):
-        print(f"{error}", file=sys.stderr)
-    elif isinstance(error, PipelineError):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        print(
-            f"error: {type(error).__name__}: {error}\n  at {frame.filename}:{frame.lineno}\n"
-            "  mend: this is a fault of llmpipe or of a file of yours; LLMPIPE_DEBUG=1 shows the whole story",
-            file=sys.stderr,
-        )
-    sys.stderr.flush()

@@ -21,7 +21,8 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
-        from pipeline.forking import ChildFailed, say_error
+        from pipeline.failure import say_error
+        from pipeline.forking import ChildFailed
         from pipeline.launch import rank_from_outside
 
         if not isinstance(error, ChildFailed) and not (isinstance(error, Halt) and rank_from_outside()):
