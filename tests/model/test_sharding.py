@@ -53,6 +53,25 @@ class Tied(nn.Module):
     def total(self, ids):
         return self(ids).sum()
 
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.each = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+
+    def forward(self, hidden, place):
+        return self.each[place](hidden)
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Experts()])
+
+    def forward(self, hidden, place):
+        return self.blocks[0](hidden, place)
+
+    def total(self, hidden, place):
+        return self(hidden, place).sum()
+
 def sharded(runtime):
     model = Tied()
     said = sharding.shard(model, list(model.blocks), runtime.device, runtime.world_size, evaluates="total")
@@ -180,6 +199,12 @@ def run(config, inputs, out, runtime):
     for place in (runtime.rank, 2):
         (experts[place] * (runtime.rank + 1)).sum().backward()
     sharding.sum_gradients(experts)
+    routed = Routed()
+    sharding.shard(routed, list(routed.blocks), runtime.device, 2, evaluates="total")
+    for _ in range(2):  # micro-steps
+        routed(torch.full((1, 4), 1.0 + runtime.rank), runtime.rank).sum().backward()
+    gathered = sharding.whole({name: p.grad for name, p in routed.named_parameters()}, keep=True)
+    found["routed"] = [sorted(set(gradient.flatten().tolist())) for gradient in gathered.values()]
     found["summed"] = [None if expert.grad is None else expert.grad.tolist() for expert in experts]
     (out / f"rank-{runtime.rank}.json").write_text(json.dumps(found))
     return {}
@@ -208,6 +233,7 @@ def test_two_ranks_in_shards_are_one_model(warm: Any, tmp_path: Path, kind: str,
     for found in ranks:
         assert found["said"] == "in 2 shards, 2 blocks gathered one by one"
         assert found["refused"] == ["the checkpoint could not be written: [Errno 28] No space left on device", 7]
+        assert found["routed"] == [[2.0], [4.0], [0.0]]  # two micro-steps: rank 0's expert, rank 1's, nobody's
         assert found["summed"] == [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0], None]
         assert found["gradients"] < 1e-6
         assert found["norms"][0] == pytest.approx(found["norms"][1], rel=1e-5)
