@@ -27,7 +27,7 @@ ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 import numpy as np
 import torch
 from tests.fake_cuda import fake_cuda
-from pipeline.checkpoint import Checkpoints, _separate, load_optimizer, optimizer_tensors
+from pipeline.checkpoint import Checkpoints, load_optimizer, optimizer_tensors
 from pipeline.data.packing import Batch, Windows
 from pipeline.model.build import evaluating, initialise, recompute_activations
 from pipeline.model.distillation import Teacher
