@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.model import sharding
 from pipeline.model.presets import PRESETS
 from pipeline.model.sharding import clip_gradients, cut_like, gathered, whole, whole_state
 
@@ -248,6 +249,30 @@ def test_two_ranks_in_shards_are_one_model(warm: Any, tmp_path: Path, kind: str,
         assert found["evaluates"] == pytest.approx(0, abs=1e-5)
         assert found["inside"] == pytest.approx(0, abs=1e-5)
         assert found["inside is whole"] is found["afterwards"] is True
+
+
+def test_gradients_are_summed_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    """By two ranks that have the same: which parameters have a gradient first, then ten numbers at most, or one large
+    tensor."""
+    sizes = []
+
+    def both(tensor: torch.Tensor) -> None:
+        sizes.append(tensor.numel())
+        tensor.mul_(2)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", both)
+    monkeypatch.setattr(sharding, "BUCKET", 10)
+    shapes = [(2, 3), (4,), (5, 5), (3,), (1,), (7,)]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for number, parameter in enumerate(parameters):
+        parameter.grad = None if number == 4 else torch.full(shapes[number], float(number + 1))
+    sharding.sum_gradients(parameters)
+    assert sizes == [6, 10, 25, 4, 7]
+    assert parameters[4].grad is None
+    for number in (0, 1, 2, 3, 5):
+        grad = parameters[number].grad
+        assert grad is not None
+        assert torch.equal(grad, torch.full(shapes[number], 2.0 * (number + 1)))
 
 
 def test_where_nothing_is_sharded_all_stays_as_it_is():

@@ -12,6 +12,7 @@ from pipeline.checkpoint import load_optimizer, optimizer_tensors
 from pipeline.model.build import load_buffers, load_parameters, persistent_buffers, unique_parameters
 from pipeline.model.loss_watch import Verdicts
 from pipeline.model.micro_steps import MicroSteps
+from pipeline.model.muon import Muon
 from pipeline.model.optim import set_learning_rate
 from pipeline.model.sharding import clip_gradients, sum_gradients
 from pipeline.runtime import Runtime, derive_seed
@@ -72,7 +73,7 @@ class OptimizerSteps:
 
     def need_disk(self, out: Path, saves: int) -> None:
         """MachineError where the disk will not hold the model and the checkpoints to come, of `saves` in the run."""
-        moments = {torch.optim.AdamW: 2, torch.optim.Muon: 1}
+        moments = {torch.optim.AdamW: 2, Muon: 1}
         one = sum(
             4 * (1 + moments[type(optimizer)]) * parameter.numel()
             for optimizer in self.optimizers

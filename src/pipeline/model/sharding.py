@@ -151,13 +151,31 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     has_none = [parameter.grad is None for parameter in trained]
     parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
-    had = torch.tensor([float(not each) for each in has_none], device=parts[0].device)
-    flat = torch.cat([*(part.flatten() for part in parts), had])
-    torch.distributed.all_reduce(flat)
-    ranks_with = flat[-len(trained) :].tolist() if any(has_none) else None  # asks the device only where it matters
-    start = 0
+    had = torch.tensor([float(not each) for each in has_none])
+    flags = had.to(parts[0].device, non_blocking=True)  # made there, it would wait for the backward
+    torch.distributed.all_reduce(flags)
+    for bucket in _buckets(parts):
+        flat = torch.cat([part.flatten() for part in bucket])
+        torch.distributed.all_reduce(flat)
+        for part, summed in zip(bucket, flat.split([part.numel() for part in bucket]), strict=True):
+            part.copy_(summed.view_as(part))
+    ranks_with = flags.tolist() if any(has_none) else None  # asks the device only where it matters
     for place, (parameter, part) in enumerate(zip(trained, parts, strict=True)):
-        end = start + part.numel()
         if ranks_with is None or ranks_with[place] > 0:
-            parameter.grad = part.copy_(flat[start:end].view_as(part))
-        start = end
+            parameter.grad = part
+
+
+BUCKET = 2**26
+"""Numbers of the gradients that are summed at a time: 256 MB are held twice, and not the whole gradient."""
+
+
+def _buckets(parts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, as many at a time as BUCKET holds; a larger one alone."""
+    bucket: list[Tensor] = []
+    for part in parts:
+        if bucket and sum(each.numel() for each in bucket) + part.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(part)
+    if bucket:
+        yield bucket
