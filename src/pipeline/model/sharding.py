@@ -33,7 +33,7 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], device: torch.device, wo
         sharded = fully_shard(module, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # a factor of one's own is else a product that gloo lacks
-        if hasattr(sharded, "set_reduce_scatter_unused_params"):  # torch 2.13 has it, 2.9 not
+        if hasattr(sharded, "set_reduce_scatter_unused_params"):  # an older torch may lack it
             sharded.set_reduce_scatter_unused_params(True)  # else a rank's expert is summed with another's other one
     register_fsdp_forward_method(root, evaluates)
     if not blocks:
