@@ -157,7 +157,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     for bucket in _buckets(parts):
         flat = torch.cat([part.flatten() for part in bucket])
         torch.distributed.all_reduce(flat)
-        for part, summed in zip(bucket, flat.split([part.numel() for part in bucket]), strict=True):
+        for part, summed in zip(bucket, torch.split(flat, [part.numel() for part in bucket]), strict=True):
             part.copy_(summed.view_as(part))
     ranks_with = flags.tolist() if any(has_none) else None  # asks the device only where it matters
     for place, (parameter, part) in enumerate(zip(trained, parts, strict=True)):
