@@ -265,12 +265,13 @@ def outside_model(path: Path) -> Artifact:
 
 
 def runs_code_of(model: Path) -> bool:
-    """Whether code that a model's folder brings along is run: only in an artifact, where it came from the user's own
-    file. Raises MismatchError where another folder needs such code."""
+    """Whether code that a model's folder brings along is run: only in an artifact, or where a stage works on one, where
+    it came from the user's own file. Raises MismatchError where another folder needs such code."""
     config = model / "config.json"
     if not config.exists() or "auto_map" not in json.loads(config.read_text(encoding="utf-8")):
         return False
-    if not (model.parent / MANIFEST).exists():
+    is_at_work = any(folder.suffix == ".partial" for folder in list(model.parents)[:2])
+    if not is_at_work and not (model.parent / MANIFEST).exists():
         raise MismatchError(
             "the model needs code that its folder brings along, which is not run",
             where=str(model),

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.artifacts import Store
-from pipeline.errors import ArtifactError
+from pipeline.data.tokenizers import load_tokenizer
+from pipeline.errors import ArtifactError, MismatchError
 from pipeline.model.build import load_causal_lm, save_without_weights
 from pipeline.model.unfinished import load_unfinished
 from pipeline.runtime import Runtime
@@ -62,16 +63,20 @@ def test_a_class_of_the_users_own_comes_from_its_checkpoint(
 
     def copy_as_it_begins(*given: Any) -> None:
         save_without_weights(*given)
-        shutil.copytree(tmp_path / "out" / "model", began)
+        shutil.copytree(given[1], began)
 
     monkeypatch.setattr("pipeline.model.build.save_without_weights", copy_as_it_begins)
-    partial = run_to_its_end(made, tmp_path / "out", f"{tmp_path}/gpt.py:GPT")
+    partial = run_to_its_end(made, tmp_path / ".pretrain.0123.partial", f"{tmp_path}/gpt.py:GPT")
     final = load_file(partial / "model" / "model.safetensors")
     shutil.rmtree(partial / "model")
     shutil.copytree(began, partial / "model")
-    model, _, step = load_unfinished(partial, torch.float32)
+    model, folder, step = load_unfinished(partial, torch.float32)
     assert (type(model).__name__, step) == ("GPT", 4)
+    assert len(load_tokenizer(folder)) == model.config.vocab_size
     assert {name for name, value in model.state_dict().items() if torch.equal(value, final[name])} == final.keys()
+    brought = shutil.copytree(partial, tmp_path / "brought")
+    with pytest.raises(MismatchError, match="needs code that its folder brings along, which is not run"):
+        load_unfinished(brought, torch.float32)
 
 
 def test_without_a_whole_checkpoint_or_its_folder_it_is_refused(partial: Path) -> None:

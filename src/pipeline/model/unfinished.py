@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from pipeline.artifacts import runs_code_of
 from pipeline.checkpoint import newest_checkpoint
 from pipeline.errors import ArtifactError
-from pipeline.model.build import load_buffers, load_parameters
+from pipeline.model.build import load_buffers, load_causal_lm, load_parameters
 
 ROLES = ("model", "average", "policy")
 """What pretrain and ppo call their language model in a checkpoint; ppo writes its average where it has one."""
@@ -24,10 +25,8 @@ def load_unfinished(partial: Path, dtype: torch.dtype) -> tuple[PreTrainedModel,
     newest = newest_checkpoint(partial / "checkpoints")
     if newest is None:
         raise ArtifactError("no whole checkpoint yet", where=str(partial), mend="wait for the first, or for the stage")
-    if (newest.path / "config.json").exists():  # here and below: code that it needs is the user's own, copied by us
-        model = AutoModelForCausalLM.from_pretrained(newest.path, dtype=dtype, trust_remote_code=True)
-        assert isinstance(model, PreTrainedModel)
-        return model, newest.path, newest.step
+    if (newest.path / "config.json").exists():
+        return load_causal_lm(newest.path, dtype=dtype), newest.path, newest.step
     folder = partial / "model"
     if not (newest.path / "state.safetensors").exists() or not (folder / "config.json").exists():
         raise ArtifactError("its checkpoint is not a whole model", where=str(newest.path), mend="wait for the stage")
@@ -37,8 +36,9 @@ def load_unfinished(partial: Path, dtype: torch.dtype) -> tuple[PreTrainedModel,
         raise ArtifactError("its checkpoint holds no language model", where=str(newest.path))
     if any(".lora_A." in name for name in tensors):
         raise ArtifactError("its checkpoint holds adapters alone", where=str(newest.path), mend="wait for the stage")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_config(config, dtype="float32", trust_remote_code=True)
+    runs_code = runs_code_of(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=runs_code)
+    model = AutoModelForCausalLM.from_config(config, dtype="float32", trust_remote_code=runs_code)
     assert isinstance(model, PreTrainedModel)
     load_parameters(model, tensors, role)
     if role == "model":  # pretrain's, which keeps buffers too
