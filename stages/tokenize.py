@@ -161,8 +161,9 @@ def look_through(config: TokenizeConfig, units: list[Unit], begun: Begun, runtim
         Crew(processes) if processes > 1 else nullcontext() as crew,
     ):
         meter = Meter(bar, runtime, survey.bytes)
+        read = sum(unit.bytes for unit in units[:done])
+        bar.total = round(survey.bytes / read * total) // 1_000_000 if read else bar.total
         try:
-            read = sum(unit.bytes for unit in units[:done])
             for unit in passes.look_through(units, survey, passes.Hands(crew, meter.tell, meter.look_up)):
                 begun.looked_through(unit, runtime.metrics.seconds())
                 read += units[len(survey.units) - 1].bytes
