@@ -1,5 +1,6 @@
 """Processes that are called: results in order, errors as they are, and an end in the middle of work."""
 
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -10,7 +11,7 @@ import pytest
 from pipeline.data import passes
 from pipeline.data.corpus import Survey
 from pipeline.data.units import Unit, cut
-from pipeline.data.workers import Crew, in_order, result_of
+from pipeline.data.workers import Crew, Tell, in_order, result_of
 from pipeline.errors import DataError, MachineError, Stopped
 from pipeline.recipe import DataEntry
 
@@ -56,10 +57,14 @@ def test_what_is_no_error_of_ours_ends_the_worker() -> None:
 
 def test_a_crew_ends_in_the_middle_of_work() -> None:
     with Crew(1) as alone:
-        sleeping = alone.submit(print, time.sleep, 600)
+        sleeping = alone.submit(print, sleep, 600)
         with pytest.raises(Stopped):
             result_of(sleeping, refuse)
-    assert alone.workers[0].process.poll() is not None
+    assert alone.workers[0].process.poll() == -signal.SIGKILL
+
+
+def sleep(seconds: float, tell: Tell) -> None:
+    time.sleep(seconds)
 
 
 def refuse() -> None:
