@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipeline.model.presets import build_model, shape_of
 from pipeline.plan.lengths import mean_length, si
 from pipeline.plan.planner import Planner
 from pipeline.plan.site import Estimate
-from pipeline.plan.speed import Probe, Work, flops_of_step, timed
+from pipeline.plan.speed import Probe, Work, flops_of_step, timed, usual_share
 from pipeline.recipe import DataEntry
 
 CPU = Device("2 CPU cores", "cpu", 1, 24 * 2**30, 4e11, bf16=True)
@@ -146,6 +147,40 @@ def test_every_stage_by_hand(road: Path) -> None:
     more = planned(road, CPU, 'tokenize.added_tokens=["<|a|>", "<|b|>"]')
     assert more["pretrain"].parameters == total + 2 * 64
     assert planned(road, CPU, "tokenize.algorithm=bytes")["pretrain"].parameters == total - (1000 - 260) * 64
+
+
+def test_the_disk_of_tokenize_by_hand(road: Path) -> None:
+    """Ids of two bytes up to 65,536 tokens and of four above; of the hub what pretrain reads; of packed text thrice."""
+    assert planned(road)["tokenize"].disk == pytest.approx(1.1 * 20_000 * 2)
+    assert planned(road, CPU, "tokenize.vocab_size=70000")["tokenize"].disk == pytest.approx(1.1 * 20_000 * 4)
+    hub = 'tokenize.data=["hub:some/text"]'
+    found = planned(road, CPU, hub)["tokenize"]
+    assert found.tokens == 50 * 8 * 128
+    assert found.disk == pytest.approx(1.1 * 50 * 8 * 128 * 2)
+    assert "as if hub:some/text held the 51.2 k tokens that pretrain reads" in found.notes[0]
+    shutil.copy(road.parent / "text.txt", road.parent / "text.txt.gz")
+    assert (
+        planned(road, CPU, f"tokenize.data={road.parent}/text.txt.gz", "tokenize.num_proc=4")["tokenize"].tokens
+        == 60_000
+    )
+
+
+def test_text_by_the_tokens_of_another_run(trained: Path) -> None:
+    """A recipe that takes another run's model counts its rows by the bytes a token of that run's shards."""
+    path = trained.parent / "after.yaml"
+    path.write_text("run: after\nstages:\n  sft: {init: tiny/pretrain, data: rows.jsonl, held_out: 0.0}\n")
+    (trained.parent / "rows.jsonl").write_text(json.dumps({"prompt": "a" * 350, "completion": "b" * 700}) + "\n")
+    held = json.loads((trained.parent / "artifacts" / "tiny" / "tokenize" / "manifest.json").read_text())["metrics"]
+    bytes_a_token = held["train_bytes"] / held["train_tokens"]
+    assert abs(bytes_a_token - 3.5) > 0.1
+    found = planned(path, CPU, "sft.per_device_train_batch_size=1", "sft.max_steps=1", "sft.max_length=4096")["sft"]
+    assert found.tokens == pytest.approx(1050 / bytes_a_token + 16)
+    elsewhere = trained.parent / "elsewhere.yaml"
+    elsewhere.write_text(f"run: elsewhere\nstages:\n  sft: {{init: {trained.parent}/m, data: rows.jsonl}}\n")
+    shutil.copytree(trained.parent / "artifacts" / "tiny" / "pretrain" / "model", trained.parent / "m")
+    session = open_session(str(elsewhere), artifacts=trained.parent / "none")
+    sites = [Planner(session.recipe, session.store, CPU, 1, bytes_a_token=told).site for told in (None, 4.5)]
+    assert [site.bytes_a_token() for site in sites] == [3.5, 4.5]
 
 
 def test_sample_by_hand(road: Path) -> None:
@@ -323,6 +358,30 @@ def test_shards_over_the_processes_are_advised_where_they_fit(road: Path) -> Non
     assert "does not fit" not in " ".join(cut.notes)
 
 
+def test_a_base_fits_a_small_card_as_the_plan_says(road: Path) -> None:
+    """110 M with LoRA, frozen weights in fp32, bf16, four bits: on a card that holds just so much, that is the advice,
+    and taken literally it fits."""
+    recipe = road.with_name("tuned.yaml")
+    text = BIG.replace("1b", "124m").replace("batch_size: 64", "batch_size: 1")
+    sft = "  sft: {data: rows.jsonl, held_out: 0.0, max_length: 64, per_device_train_batch_size: 1}\n"
+    recipe.write_text(text + sft)
+
+    def tuned(device: Device, *overrides: str) -> Estimate:
+        session = open_session(str(recipe), artifacts=road.parent / "artifacts", overrides=overrides)
+        standing = survey(session.recipe, session.store)["sft"]
+        return Planner(session.recipe, session.store, device, 1).estimate(standing)
+
+    lora = "--set sft.gradient_checkpointing=true --set sft.peft={}"
+    for more, weight in (("", 4.0), (" --set sft.dtype=bfloat16", 2.0), (" --set sft.load_in_4bit=true", 1.3)):
+        overrides = [part for part in f"{lora}{more}".split() if "=" in part]
+        fitting = tuned(H100, *overrides)
+        assert fitting.parameters is not None
+        assert fitting.memory["weights"] <= weight * fitting.parameters
+        card = replace(H100, memory=1.01 * fitting.peak / 0.9)
+        assert tuned(card).notes[-1] == f"would fit with {lora}{more}"
+        assert not any("does not fit" in note for note in tuned(card, *overrides).notes)
+
+
 def test_adapters_and_a_teacher_are_in_the_plan(road: Path) -> None:
     """Going on from a base with LoRA: two thirds of the FLOPs and the adapters' moments; a teacher's forward beside."""
     plain = planned(road)["pretrain"]
@@ -469,6 +528,29 @@ def test_the_device_is_measured() -> None:
     found = measure_device(0.05)
     assert found.flops_per_second > 1e8
     assert found.memory > 2**28
+
+
+def test_a_device_as_a_process_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two processes share a CPU's memory and cores; a container has what it is allowed; a Mac's GPU is one."""
+    monkeypatch.setattr("pipeline.hardware.product_rate", lambda device, size, bf16, seconds: 1e12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("pipeline.hardware.LIMITS", (limit,))
+    threads = torch.get_num_threads()
+    try:
+        whole, half = measure_device(), measure_device(processes=2)
+        limit.write_text("1073741824\n")
+        assert measure_device().memory == 2**30
+        limit.write_text("max\n")
+        assert measure_device().memory == whole.memory == 2 * half.memory
+        assert half.name.split()[0] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.mps.recommended_max_memory", lambda: 12 * 2**30)
+    mac = measure_device()
+    assert (mac.kind, mac.memory, mac.bf16) == ("mps", 12 * 2**30, False)
+    assert usual_share(mac, "train", True) == 0.3
 
 
 def test_what_utilisation_is_measured_against(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,10 +45,10 @@ def _vocabulary(recipe: Recipe, store: Store, node: Node) -> int:
     ref = node.inputs["tokens"][0]
     if ref not in recipe.nodes:
         return int(store.resolve(ref).manifest["metrics"]["vocab_size"])
-    return _tokenizer_size(recipe, store, ref, ())
+    return tokenizer_size(recipe, store, ref)
 
 
-def _tokenizer_size(recipe: Recipe, store: Store, ref: str, added: tuple[str, ...]) -> int:
+def tokenizer_size(recipe: Recipe, store: Store, ref: str, added: tuple[str, ...] = ()) -> int:
     """Tokens of the tokenizer that `ref` is or will hold, once the special tokens `added` are added to it."""
     if ref not in recipe.nodes:
         tokenizer = load_tokenizer(input_of(store, ref, TOKENIZER).model)
@@ -62,8 +62,8 @@ def _tokenizer_size(recipe: Recipe, store: Store, ref: str, added: tuple[str, ..
         added = (*config.added_tokens, *added)
         trained = SMALLEST_VOCAB if config.algorithm == "bytes" else int(config.vocab_size)
         size = trained + len({*added} - {*SPECIALS})
-        return int(config.added_merges) + (_tokenizer_size(recipe, store, given[0], added) if given else size)
+        return int(config.added_merges) + (tokenizer_size(recipe, store, given[0], added) if given else size)
     above = node.inputs.get("tokens") or node.inputs.get("init")
     if not above:
         raise MissingInputError(f"the tokenizer of `{ref}` cannot be told before it is made")
-    return _tokenizer_size(recipe, store, above[0], added)
+    return tokenizer_size(recipe, store, above[0], added)

@@ -14,7 +14,7 @@ from pipeline.graph import Node, Recipe
 from pipeline.hardware import Device
 from pipeline.model.build import count_parameters
 from pipeline.plan.lengths import BYTES_A_TOKEN, mean_length
-from pipeline.plan.models import model_of
+from pipeline.plan.models import model_of, tokenizer_size
 from pipeline.plan.speed import Work
 from pipeline.recipe import NAME, STAGE_NAME
 from pipeline.runtime import share_batch
@@ -65,6 +65,10 @@ class Site:
     def model(self, ref: str) -> PreTrainedModel | None:
         """The model that `ref` is or will be, without weights; None where it cannot be told."""
         return model_of(self.recipe, self.store, ref)
+
+    def vocabulary(self, ref: str) -> int:
+        """Tokens of the tokenizer that a tokenize stage of the recipe makes."""
+        return tokenizer_size(self.recipe, self.store, ref)
 
     def size_of(self, refs: Sequence[str] | None) -> float:
         """Parameters of the first of some references: a model that is held beside the trained one; 0 without one."""

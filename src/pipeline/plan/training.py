@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from pipeline.data.encoding import processes_for
+from pipeline.data.files import COMPRESSED, kind
 from pipeline.data.formats import read_rows
-from pipeline.data.sources import local_files
+from pipeline.data.looking import UNPACKED
+from pipeline.data.shards import token_dtype
+from pipeline.data.sources import HUB, local_files
 from pipeline.graph import Node
 from pipeline.model.build import count_parameters, flops_per_token
 from pipeline.model.freezing import train_last
@@ -17,28 +22,66 @@ from pipeline.model.losses import CHUNK, CPU_CHUNK
 from pipeline.model.memory import Load, adapter_parameters, memory_of
 from pipeline.model.micro_steps import CACHED_TOKENS
 from pipeline.model.scaling import CHINCHILLA
-from pipeline.plan.lengths import BYTES_A_TOKEN, si
+from pipeline.plan.lengths import si
 from pipeline.plan.site import Estimate, Site
 from pipeline.plan.speed import Work, head_flops
+from pipeline.recipe import DataEntry
 
 START = 2.0
 """Seconds in which a stage is begun, measured and written."""
 ENCODED = 7000
 """Rows that are made into tokens in a second."""
+READ_A_PROCESS = 3e6
+"""Bytes of text that a process of tokenize takes in a second."""
 BUILT_IN_BYTES = {"pydocs": 30e6, "arithmetic": 1.1e6}
 
 
 def tokenize(site: Site, node: Node, found: Estimate) -> Estimate:
-    """Time and disk by the bytes of the data."""
-    size = 0.0
-    for entry in node.config.data:  # type: ignore[attr-defined]
-        if entry.source in BUILT_IN_BYTES:
-            size += BUILT_IN_BYTES[entry.source]
-        elif entry.source.startswith("hub:"):
+    """Time and disk by the bytes of the data. How much a dataset of the hub holds is not known before it is here: as
+    much as pretrain reads of it once is counted then, and it is said."""
+    config: Any = node.config
+    on_hub = [entry.source for entry in config.data if entry.source.startswith(HUB)]
+    size = sum(_bytes_of(entry) for entry in config.data if entry.source not in on_hub)
+    tokens, notes = size / site.bytes_a_token(), tuple[str, ...]()
+    if on_hub:
+        read = _read_of(site, node.name)
+        if not read:
             return replace(found, notes=("not estimated: the size of a hub dataset is known once it is here",))
-        else:
-            size += sum(path.stat().st_size for path in local_files(entry))
-    return replace(found, tokens=size / BYTES_A_TOKEN, seconds=size / 3e6, disk=2.2 * size / BYTES_A_TOKEN)
+        tokens, size = max(tokens, read), max(size, read * site.bytes_a_token())
+        notes = (
+            f"as if {', '.join(on_hub)} held the {si(read)} tokens that pretrain reads, once; not counted is what "
+            "`datasets` keeps of all of it in its cache (about 3 bytes a token as downloaded, 5 unpacked)",
+        )
+    processes = config.num_proc or processes_for(int(size))
+    if processes > 1:
+        notes += (f"at {READ_A_PROCESS / 1e6:.0f} MB/s a process, {processes} of them (num_proc)",)
+    disk = 1.1 * tokens * token_dtype(site.vocabulary(node.name)).itemsize
+    return replace(found, tokens=tokens, seconds=size / READ_A_PROCESS / processes, disk=disk, notes=notes)
+
+
+def _bytes_of(entry: DataEntry) -> float:
+    """Text in a local or built-in source, about."""
+    if entry.source in BUILT_IN_BYTES:
+        return BUILT_IN_BYTES[entry.source]
+    sizes = [(path, path.stat().st_size) for path in local_files(entry)]
+    return float(sum(size * (UNPACKED if _is_packed(path) else 1.0) for path, size in sizes))
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix in COMPRESSED or kind(path) == ".parquet"
+
+
+def _read_of(site: Site, name: str) -> float:
+    """Tokens of the shards `name` that a pretrain stage of the recipe reads at most."""
+    nodes = [node for node in site.recipe.nodes.values() if node.inputs.get("tokens") == (name,)]
+    configs: list[Any] = [node.config for node in nodes if node.stage.type == "pretrain"]
+    return max((float(_steps_tokens(config)) for config in configs), default=0.0)
+
+
+def _steps_tokens(config: Any) -> int:
+    """Tokens of a pretrain stage's steps."""
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return int(config.max_steps * batch * config.context_length)
 
 
 def pretrain(site: Site, node: Node, found: Estimate) -> Estimate:
@@ -47,8 +90,7 @@ def pretrain(site: Site, node: Node, found: Estimate) -> Estimate:
     model = site.model(node.name)
     assert model is not None
     total, counted = count_parameters(model)
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    tokens = float(config.max_steps * batch * config.context_length)
+    tokens = float(_steps_tokens(config))
     rows = site.micro_step(node)
     while site.device.kind == "cpu" and rows % 2 == 0 and rows * config.context_length > CACHED_TOKENS:
         rows //= 2  # as the stage does, so that they stay in the cache
