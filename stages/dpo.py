@@ -139,7 +139,7 @@ class DPOConfig(TrainerConfig):
 INPUTS = {"init": "causal-lm"}
 KIND = "causal-lm"
 TRAINS_ON = "preferences"
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 
 
 def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:

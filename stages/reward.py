@@ -77,7 +77,7 @@ INPUTS = {"init": "causal-lm"}
 KIND = "reward-model"
 TRAINS_ON = "preferences"
 DEFAULTS = {"demonstrations": "demonstrations"}
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 
 
 @dataclass(frozen=True)

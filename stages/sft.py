@@ -80,7 +80,7 @@ class SFTConfig(TrainerConfig):
 INPUTS = {"init": "causal-lm", "teacher": "causal-lm"}
 KIND = "causal-lm"
 TRAINS_ON = "demonstrations"
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 
 
 def run(config: SFTConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:

@@ -580,6 +580,18 @@ def test_the_large_recipes_fit_eight_gpus(recipe: str, hours: float, count: floa
     assert found.seconds == pytest.approx(hours * 3600, rel=0.03)
 
 
+def test_a_batch_far_above_the_step_laws_is_said(tmp_path: Path) -> None:
+    """512 × 1,024 tokens a step for 100 steps: 0.58 · 52,428,800^0.571 are 14,836; for 19,000 steps 297,000."""
+    said = []
+    for steps in (100, 19_000):
+        session = open_session("gpt2-124m", artifacts=tmp_path, overrides=[f"pretrain.max_steps={steps}"])
+        planner = Planner(session.recipe, session.store, known_device("h100x8"), 8)
+        notes = planner.estimate(survey(session.recipe, session.store)["pretrain"]).notes
+        said.append([note for note in notes if "step law" in note])
+    line = "524,288 tokens a step are many for a run of 52,428,800: the step law takes 14,836, and more steps"
+    assert said == [[line], []]
+
+
 def test_a_probe_measures_what_the_formula_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes on by a second at each look: a step takes one, an update too."""
     model = build_model("llama", shape_of({"depth": 2, "hidden_size": 64}, 128, 1000), {}).to("meta")

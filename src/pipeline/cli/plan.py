@@ -132,9 +132,9 @@ def _processes(session: Session, on: str | None) -> int:
 
 
 def _compiles(session: Session) -> bool:
-    """Whether the recipe asks for compiled blocks in pretrain."""
+    """Whether the recipe leaves pretrain its compiled blocks."""
     configs: list[Any] = [node.config for node in session.recipe.nodes.values() if node.stage.type == "pretrain"]
-    return any(config.torch_compile for config in configs)
+    return any(config.torch_compile is not False for config in configs)
 
 
 def _best_split(asked: tuple[float, str], price: float, processes: int, rate: float) -> str:

@@ -21,7 +21,7 @@ from pipeline.model.freezing import train_last
 from pipeline.model.losses import CHUNK, CPU_CHUNK
 from pipeline.model.memory import Load, adapter_parameters, memory_of
 from pipeline.model.micro_steps import CACHED_TOKENS
-from pipeline.model.scaling import CHINCHILLA
+from pipeline.model.scaling import CHINCHILLA, large_batch
 from pipeline.plan.lengths import si
 from pipeline.plan.site import Estimate, Site
 from pipeline.plan.speed import Work, head_flops
@@ -118,9 +118,11 @@ def pretrain(site: Site, node: Node, found: Estimate) -> Estimate:
     have = _tokens_there(site, node)
     if have is not None:
         notes.append(f"{tokens / have:.2f} epochs of {si(have)} tokens")
+    if config.init is None and (large := large_batch(tokens / config.max_steps, tokens)):
+        notes.append(large)
     in_range = counted >= 40e6  # smaller ones lie outside of what the law was fitted to
     flops = tokens * (flops_per_token(model, config.context_length) * share + 2 * teacher)
-    is_compiled = bool(config.torch_compile) and site.device.kind == "cuda"
+    is_compiled = config.torch_compile is not False and site.device.kind == "cuda"
     work = Work("train", model, flops, rows, config.context_length, bf16, 1.0, config.optimizer, is_compiled)
     return replace(
         found,
