@@ -1,5 +1,6 @@
 """Models that keep no cache write what they would write read anew at every token, whatever stands beside them."""
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,23 @@ def test_rows_of_any_length_side_by_side_are_those_alone(family: str, tmp_path: 
     stop = expected[0][2]  # ended rows leave
     ended = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in expected]
     assert generate(model, prompts, max_new_tokens=10, stop_ids=[stop], pad_id=0).responses() == ended
+
+
+def test_what_fails_in_a_model_of_keys_alone_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading every row again would hide it, and be slow."""
+    model = build_model("llama", Shape(1, 32, 2, 2, None, 64, VOCAB, tied=True), {}).eval()
+
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def fails_with_a_cache(*args: Any, **given: Any) -> Any:
+        if given.get("past_key_values") is not None:
+            raise ValueError("in the middle of a forward")
+        return forward(*args, **given)
+
+    monkeypatch.setattr(model, "forward", fails_with_a_cache)
+    with pytest.raises(ValueError, match="in the middle of a forward"):
+        generate(model, [[3, 4]], max_new_tokens=2, stop_ids=[], pad_id=0)
 
 
 def test_samples_of_one_prompt_and_a_conversation_gone_on_with(tmp_path: Path) -> None:

@@ -71,6 +71,12 @@ class _BlockLayer(DynamicLayer):  # type: ignore[misc]
         return columns(self.written + query_length) if self.written else query_length, 0
 
 
+def has_keys_alone(model: PreTrainedModel) -> bool:
+    """Whether the model's cache is keys and values in every layer, all of them or those of a window."""
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
 class Decoder:
     """A model in the middle of writing a batch: its cache, which columns are real, and where each row stands.
 
@@ -93,7 +99,7 @@ class Decoder:
         self.model = model
         self.cache = DynamicCache(config=model.config)
         # Where recurrent layers stand among the others, these read the mask by its last columns: no room there.
-        self.has_room = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers)
+        self.has_room = has_keys_alone(model)
         if self.has_room:
             layers = self.cache.layers
             self.cache.layers = [_BlockLayer() if type(layer) is DynamicLayer else layer for layer in layers]

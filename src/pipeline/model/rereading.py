@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.model.decoding import Decoder
+from pipeline.model.decoding import Decoder, has_keys_alone
 
 
 def begin(
@@ -22,19 +22,22 @@ def begin(
     owners_B: Tensor | None = None,
     shared_S: Tensor | None = None,
 ) -> Decoder | Rereader:
-    """What writes behind the prompts: see `Decoder`. Its cache, or every row read again where the model has none."""
+    """What writes behind the prompts: see `Decoder`. Its cache, or every row read again where the model has none.
+
+    A model of keys and values alone is written with by its cache, and what fails there is an error. With states it is
+    found out by trying: some have a cache of the family's own (xLSTM, MiniMax), or layers of states alone, where
+    transformers counts keys.
+    """
     given = (model, prompt_ids_BP, is_real_BP, owners_B, shared_S)
-    if keeps_cache(model):
-        try:
-            return Decoder(*given)
-        except (AttributeError, ValueError):
-            pass  # a cache of the family's own (xLSTM, MiniMax), or layers of states alone where keys are counted
-    return Rereader(*given)
-
-
-def keeps_cache(model: PreTrainedModel) -> bool:
-    """Whether the model's forward takes what it has read: keys and values, or states."""
-    return not {"past_key_values", "cache_params"}.isdisjoint(inspect.signature(model.forward).parameters)
+    parameters = inspect.signature(model.forward).parameters
+    if "past_key_values" in parameters and has_keys_alone(model):
+        return Decoder(*given)
+    if "past_key_values" not in parameters and "cache_params" not in parameters:
+        return Rereader(*given)
+    try:
+        return Decoder(*given)
+    except (AttributeError, ValueError):
+        return Rereader(*given)
 
 
 class Rereader:

@@ -39,12 +39,6 @@ def ppo(site: Site, node: Node, found: Estimate) -> Estimate:
     forwards = 3 + critics + rewards + judges / total
     updates = (1 + critics) * config.num_ppo_epochs * (2 / 3 if config.peft else 1.0)
     trained = (1 + critics) * (adapter_parameters(model, config.peft.r) if config.peft else float(total))
-    copies = critics + 1 + rewards  # beside the policy: critic, reference, reward models
-    if config.peft:  # the reference is the policy without adapters, the reward model the critic without its own
-        apart = [ref for ref in scoring if not _is_adapter_on(site, ref, node.inputs["init"][0])]
-        copies = len(apart) if config.shared_trunk else max(critics, rewards)
-    elif config.offload and site.device.kind != "cpu":  # one of the frozen at a time
-        copies = critics + max(1, rewards)
     on_device = site.of_batch(config.per_device_train_batch_size, config.batch_size // config.num_mini_batches)
     load = Load(
         on_device,
@@ -54,7 +48,7 @@ def ppo(site: Site, node: Node, found: Estimate) -> Estimate:
         bf16=site.bf16(config),
         checkpointing=False,
         logits=min(chunk_of(model.config.get_text_config().vocab_size), on_device * config.response_length),
-        others=total * copies + judges,
+        others=total * _copies(site, node, scoring, critics) + judges,
         four_bit=config.load_in_4bit,
         on_cpu=site.device.kind == "cpu",
     )
@@ -79,6 +73,17 @@ def ppo(site: Site, node: Node, found: Estimate) -> Estimate:
         ),
         beginning=START,
     )
+
+
+def _copies(site: Site, node: Node, scoring: list[str], critics: int) -> int:
+    """Whole models on the device beside the policy: critic, reference, and the reward models `scoring`."""
+    config: Any = node.config
+    if config.peft:  # the reference is the policy without adapters, the reward model the critic without its own
+        apart = [ref for ref in scoring if not _is_adapter_on(site, ref, node.inputs["init"][0])]
+        return len(apart) if config.shared_trunk else max(critics, len(scoring))
+    if config.offload and site.device.kind != "cpu":  # one of the frozen at a time
+        return critics + max(1, len(scoring))
+    return critics + 1 + len(scoring)
 
 
 def _is_adapter_on(site: Site, reward: str, init: str) -> bool:
