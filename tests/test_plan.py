@@ -158,6 +158,9 @@ def test_the_disk_of_tokenize_by_hand(road: Path) -> None:
     assert found.tokens == 50 * 8 * 128
     assert found.disk == pytest.approx(1.1 * 50 * 8 * 128 * 2)
     assert "as if hub:some/text held the 51.2 k tokens that pretrain reads" in found.notes[0]
+    assert "nothing with `streaming: true`" in found.notes[0]
+    streamed = planned(road, CPU, 'tokenize.data=[{"source": "hub:some/text", "streaming": true}]')["tokenize"]
+    assert (streamed.disk, "streaming" in streamed.notes[0]) == (found.disk, False)
     shutil.copy(road.parent / "text.txt", road.parent / "text.txt.gz")
     assert (
         planned(road, CPU, f"tokenize.data={road.parent}/text.txt.gz", "tokenize.num_proc=4")["tokenize"].tokens

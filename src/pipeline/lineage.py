@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.artifacts import Artifact, Store, read_begun
-from pipeline.data.sources import source_fingerprint
+from pipeline.data.sources import read_options, source_fingerprint
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import defaults, differences, fingerprint, stage_parts
 from pipeline.graph import Node, Recipe
@@ -126,7 +126,7 @@ def _data(node: Node, parents: Mapping[str, Standing]) -> dict[str, Any]:
 
 
 def _entry(entry: DataEntry, made: str | None) -> str:
-    options = entry.model_dump(exclude={"source"}, exclude_defaults=True)
+    options = read_options(entry)
     content = source_fingerprint(entry, hash_file=sha256) if made is None else {"rows": made}
     return digest({"content": content, "options": options})
 

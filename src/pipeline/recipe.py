@@ -86,6 +86,10 @@ class DataEntry(Section):
     split: str | None = field(None, "split of a hub dataset, such as `train`")
     name: str | None = field(None, "configuration of a hub dataset")
     revision: str | None = field(None, "revision of a hub dataset")
+    data_files: str | tuple[str, ...] | None = field(
+        None, "paths or globs of the files of a hub dataset that are taken"
+    )
+    streaming: bool = field(False, "read a hub dataset file by file from the hub, and keep none of it on disk")
     format: Literal[RowFormat, "text"] | None = field(
         None, "layout of the rows; recognised by their keys where unset; `text`: any file as one document"
     )

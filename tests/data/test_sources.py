@@ -175,8 +175,8 @@ def test_hub_rows_come_through_datasets(tmp_path: Path, monkeypatch: pytest.Monk
 
     asked: list[object] = []
 
-    def load(name: str, config: str | None, *, split: str, revision: str | None) -> datasets.Dataset:
-        asked.append((name, config, split, revision))
+    def load(name: str, config: str | None, **more: object) -> datasets.Dataset:
+        asked.append((name, config, more))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -185,7 +185,7 @@ def test_hub_rows_come_through_datasets(tmp_path: Path, monkeypatch: pytest.Monk
         ("one ä", "hub:org/name@abc test: row 1"),
         ("two\r\n2", "hub:org/name@abc test: row 2"),
     ]
-    assert asked == [("org/name", "en", "test", "abc")]
+    assert asked == [("org/name", "en", {"split": "test", "revision": "abc", "data_files": None, "streaming": False})]
     assert hub_name(DataEntry(source="hub:org/name", revision="r")) == ("org/name", "r")
 
 

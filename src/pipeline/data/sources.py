@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -79,13 +79,19 @@ def short_name(source: str) -> str:
 
 def check_entry(entry: DataEntry) -> None:
     """ConfigError where an entry says what its kind of source has no use for."""
-    for name in ("split", "name", "revision"):
-        if getattr(entry, name) is not None and not entry.source.startswith(HUB):
+    for name in ("split", "name", "revision", "data_files", "streaming"):
+        if getattr(entry, name) not in (None, False) and not entry.source.startswith(HUB):
             built_in = entry.source in BUILT_IN
             own = f"{entry.source} is divided by llmpipe itself" if built_in else "this is a local source"
             raise ConfigError(
                 f"`{name}` is for datasets of the hub; {own}", where=entry.source, mend=f"take `{name}` out"
             )
+    if entry.streaming and entry.split and "[" in entry.split:
+        raise ConfigError(
+            f"{entry.split!r} is a part of a split, which can't be streamed",
+            where=entry.source,
+            mend="name the files with `data_files`, or the first rows with `limit`; or take `streaming` out",
+        )
 
 
 def check_documents_entry(entry: DataEntry) -> None:
@@ -218,33 +224,73 @@ def text_of(row: Row, text_field: str, where: str) -> str:
 
 def hub_rows(entry: DataEntry) -> Iterator[tuple[Row, str]]:
     """The rows of a dataset of the hub (split `train` unless the entry names one)."""
+    if entry.streaming:
+        yield from streamed_rows(entry, hub_dataset(entry))
+        return
     for number, row in enumerate(hub_dataset(entry), start=1):
         yield dict(row), f"{entry.source} {entry.split or 'train'}: row {number}"
 
 
+def streamed_rows(entry: DataEntry, rows: Any, files: Iterable[int] | None = None) -> Iterator[tuple[Row, str]]:
+    """The rows of some files of a streamed dataset (None: of all of them), by their places among them.
+
+    MissingInputError where the hub does not answer, after what `datasets` tries again by itself.
+    """
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever client it stands on
+
+    for place in range(rows.num_shards) if files is None else files:
+        named = f"{entry.source} {entry.split or 'train'}: file {place + 1}"
+        number = 0
+        try:
+            for number, row in enumerate(rows.shard(num_shards=rows.num_shards, index=place), start=1):
+                yield dict(row), f"{named}, row {number}"
+        except (OSError, ValueError, HTTPError) as error:  # a connection, or a file that is none of its kind
+            raise MissingInputError(
+                f"can't be read after row {number}: {_reason(error)}",
+                where=named,
+                mend="run the same command again to go on from there; without `streaming` it is fetched once, first",
+            ) from error
+
+
 def hub_dataset(entry: DataEntry) -> Any:
-    """A dataset of the hub, from the local cache if it is there; MissingInputError where it can't be had."""
+    """A dataset of the hub, streamed or from the local cache if it is there. Raises MissingInputError."""
     import datasets
 
     name, revision = hub_name(entry)
+    files = entry.data_files if entry.data_files is None or isinstance(entry.data_files, str) else [*entry.data_files]
     try:
-        return datasets.load_dataset(name, entry.name, split=entry.split or "train", revision=revision)
+        return datasets.load_dataset(
+            name,
+            entry.name,
+            data_files=files,
+            split=entry.split or "train",
+            revision=revision,
+            streaming=entry.streaming,
+        )
     except (
         OSError,
         ValueError,
     ) as error:  # what `datasets` raises for a name, a split or a hub that is not there
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MissingInputError(
-            f"the dataset cannot be had: {reason}",
+            f"the dataset cannot be had: {_reason(error)}",
             where=entry.source,
-            mend="check the name, `name:` and `split:`; without a hub, name local jsonl or parquet files",
+            mend="check its name, `name:`, `data_files:` and `split:`; without a hub, name local jsonl or parquet",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def hub_name(entry: DataEntry) -> tuple[str, str | None]:
     """(org/name, revision) of a hub source."""
     name, _, revision = entry.source.removeprefix(HUB).partition("@")
     return name, entry.revision or revision or None
+
+
+def read_options(entry: DataEntry) -> dict[str, Any]:
+    """What of an entry beside its source says which rows are read, and how; not how they come here."""
+    return entry.model_dump(exclude={"source", "streaming"}, exclude_defaults=True)
 
 
 def source_fingerprint(entry: DataEntry, hash_file: Callable[[Path], str]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from pipeline.data.sources import (
     is_few_documents,
     local_files,
     read_documents,
+    streamed_rows,
     text_of,
 )
 from pipeline.recipe import DataEntry
@@ -34,6 +35,8 @@ FEW = 100
 UNIT_BYTES = 8_000_000
 UNPACKED = 3
 """Text in a byte of a compressed file, about."""
+STREAMED_BYTES = 500_000_000
+"""Text in a file of a streamed dataset, until it is read."""
 BUILT_IN_BYTES = {"pydocs": 30_000_000, "arithmetic": 2_000_000}
 
 
@@ -57,7 +60,7 @@ class Unit:
     """Of text, as far as can be told without reading."""
     files: tuple[Path, ...] = ()
     span: Span | None = None
-    """Bytes or row groups (`files.spans`), or rows of a hub dataset."""
+    """Bytes or row groups (`files.spans`), rows of a hub dataset, or files of a streamed one."""
     split: Split = "train"
     """For what is built in, which comes divided."""
 
@@ -91,8 +94,11 @@ def cut(entries: Sequence[DataEntry], held_out: float, tail: float, say: Callabl
 
 
 def cut_rows(whole: Unit) -> list[Unit]:
-    """A hub dataset by its rows."""
+    """A hub dataset by its rows; a streamed one by its files, of which neither rows nor sizes are known."""
     rows = cached_rows(whole.entry)
+    if whole.entry.streaming:
+        parts = [None] if whole.entry.limit is not None else [(place, place + 1) for place in range(rows.num_shards)]
+        return [replace(whole, bytes=STREAMED_BYTES, span=part) for part in parts]
     count, size = len(rows), int(rows.data.nbytes)
     if whole.entry.limit is not None or not count:
         return [replace(whole, bytes=size)]
@@ -155,6 +161,10 @@ def unit_files(unit: Unit) -> Iterator[Document]:
 
 def unit_rows(unit: Unit) -> Iterator[Document]:
     assert unit.span is not None
+    if unit.entry.streaming:
+        for row, where in streamed_rows(unit.entry, cached_rows(unit.entry), range(*unit.span)):
+            yield Document(text_of(row, unit.entry.text_field, where), where)
+        return
     split = unit.entry.split or "train"
     rows = cached_rows(unit.entry).select(range(*unit.span))
     for number, row in enumerate(rows, start=unit.span[0] + 1):

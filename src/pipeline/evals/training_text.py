@@ -19,7 +19,7 @@ from pipeline.data.nearest import Near, nearest
 from pipeline.data.placed import Placed
 from pipeline.data.samples import Packed, Shares, run_samples
 from pipeline.data.shards import TokenFile
-from pipeline.data.sources import BUILT_IN, source_fingerprint
+from pipeline.data.sources import BUILT_IN, read_options, source_fingerprint
 from pipeline.data.survey import format_of
 from pipeline.data.tokenizers import plain_text
 from pipeline.errors import PipelineError
@@ -176,7 +176,7 @@ def _rows(text: Text, artifact: Artifact, asked: Asked, store: Store) -> None:
 
 def _is_unchanged(entry: DataEntry, made: str) -> bool:
     """Whether the source holds what it held when the stage ran (as `lineage` counts it)."""
-    options = entry.model_dump(exclude={"source"}, exclude_defaults=True)
+    options = read_options(entry)
     return digest({"content": source_fingerprint(entry, hash_file=sha256), "options": options}) == made
 
 

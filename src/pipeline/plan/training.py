@@ -33,6 +33,10 @@ ENCODED = 7000
 """Rows that are made into tokens in a second."""
 READ_A_PROCESS = 3e6
 """Bytes of text that a process of tokenize takes in a second."""
+KEPT = (
+    "; not counted is what `datasets` keeps of all of it in its cache (about 3 bytes a token as downloaded, "
+    "5 unpacked), nothing with `streaming: true`"
+)
 BUILT_IN_BYTES = {"pydocs": 30e6, "arithmetic": 1.1e6}
 
 
@@ -48,10 +52,8 @@ def tokenize(site: Site, node: Node, found: Estimate) -> Estimate:
         if not read:
             return replace(found, notes=("not estimated: the size of a hub dataset is known once it is here",))
         tokens, size = max(tokens, read), max(size, read * site.bytes_a_token())
-        notes = (
-            f"as if {', '.join(on_hub)} held the {si(read)} tokens that pretrain reads, once; not counted is what "
-            "`datasets` keeps of all of it in its cache (about 3 bytes a token as downloaded, 5 unpacked)",
-        )
+        kept = any(entry.source.startswith(HUB) and not entry.streaming for entry in config.data)
+        notes = (f"as if {', '.join(on_hub)} held the {si(read)} tokens that pretrain reads, once" + KEPT * kept,)
     processes = config.num_proc or processes_for(int(size))
     if processes > 1:
         notes += (f"at {READ_A_PROCESS / 1e6:.0f} MB/s a process, {processes} of them (num_proc)",)
