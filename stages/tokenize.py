@@ -146,6 +146,7 @@ class Meter:
 def look_through(config: TokenizeConfig, units: list[Unit], begun: Begun, runtime: Runtime) -> Survey:
     """Both sides counted, and a sample of the training side. DataError where a side is empty."""
     from pipeline.data import encoding, passes
+    from pipeline.data.files import left_out
     from pipeline.data.workers import Crew
 
     survey, seconds = begun.survey(config.sample_bytes)
@@ -177,6 +178,8 @@ def look_through(config: TokenizeConfig, units: list[Unit], begun: Begun, runtim
         f"{survey.train_documents:,} documents, {survey.train_bytes / 1e6:.1f} MB to train on; "
         f"{survey.held_out_documents:,} held out, {survey.held_out_bytes / 1e6:.1f} MB"
     )
+    for source, (count, *first) in sorted(survey.left_out.items()):
+        runtime.say(left_out(config.data[source].source, count, first))
     return survey
 
 
@@ -299,6 +302,8 @@ def write_tokens(
     with files.train as train, files.valid as valid:
         encode(units, survey, encoder, files, config.num_proc or encoding.processes_for(left), begun, runtime)
     figures = counts(train, valid) | {"mb_per_second": left / 1e6 / (time.monotonic() - start)}
+    if survey.left_out:
+        figures["bad_rows"] = float(sum(each.rows for each in survey.left_out.values()))
     runtime.metrics.log(0, tokens=train.tokens, **figures)
     runtime.say(
         f"{train.tokens:,} tokens to train on, {valid.tokens:,} held out; "

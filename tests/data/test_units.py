@@ -129,8 +129,9 @@ def test_what_is_for_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(LINES))
     with pytest.raises(ConfigError, match="`deduplicate` is for rows"):
         cut_one(DataEntry(source=str(tmp_path / "a.jsonl"), deduplicate="exact"))
-    with pytest.raises(ConfigError, match="`max_bad_rows` is for rows"):
-        cut_one(DataEntry(source=str(tmp_path / "a.jsonl"), max_bad_rows=1))
+    for source, options in (("pydocs", {}), ("hub:org/name", {}), ("b.txt", {}), ("a.jsonl", {"format": "text"})):
+        with pytest.raises(ConfigError, match="`max_bad_rows` is for rows of files, and this source has none"):
+            cut_one(DataEntry(source=source, max_bad_rows=1, **options))
 
 
 def test_what_a_unit_holds_is_known_without_its_place(tmp_path: Path) -> None:

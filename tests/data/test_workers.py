@@ -28,20 +28,22 @@ def unit(path: Path, text: str) -> Unit:
 
 
 def survey(crew: Crew, found: Unit, told: list[int]) -> "Future[Survey]":
-    return crew.submit(told.append, passes.survey_unit, found, 10**6, 1.0, False)
+    return crew.submit(told.append, passes.survey_unit, found, 10**6, 1.0, 0, False)
 
 
 def test_a_call_returns_what_the_function_does_and_tells_of_all_of_it(crew: Crew, tmp_path: Path) -> None:
     told: list[int] = []
     found = survey(crew, unit(tmp_path / "a.jsonl", '{"text": "ä"}\n' * 200), told).result()
-    assert found == passes.survey_unit(unit(tmp_path / "a.jsonl", '{"text": "ä"}\n' * 200), 10**6, 1.0, False, print)
+    assert found == passes.survey_unit(unit(tmp_path / "a.jsonl", '{"text": "ä"}\n' * 200), 10**6, 1.0, 0, False, print)
     assert sum(told) == 400
 
 
 def test_an_error_comes_back_as_it_is_and_the_worker_goes_on(crew: Crew, tmp_path: Path) -> None:
+    torn = unit(tmp_path / "a.jsonl", '{"text": "x"}\n')
+    torn.files[0].write_text('{"text": "x"}\n{"text": }\n')  # after it was cut, which looks at the first rows
     for _ in range(4):
         with pytest.raises(DataError, match="not JSON") as caught:
-            survey(crew, unit(tmp_path / "a.jsonl", '{"text": "x"}\n{"text": }\n'), []).result()
+            survey(crew, torn, []).result()
         assert caught.value.where == f"{tmp_path}/a.jsonl:2"
     assert survey(crew, unit(tmp_path / "b.txt", "x"), []).result().counts == (1, 1, 0, 0)
 

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.data import begun, encoding, passes, units, workers
 from pipeline.data.corpus import Piece
+from pipeline.data.files import Bad
 from pipeline.data.shards import ShardWriter, TokenFile
 from pipeline.errors import DataError, MachineError, Stopped
 from pipeline.runtime import Runtime
@@ -51,6 +52,21 @@ def run(out: Path, data: object, stop: bool = False, **options: object) -> dict[
     runtime = Runtime.start(out, seed=0, threads=1)
     runtime.halt.asked = Stopped if stop else None
     return tokenize.run(config, {"tokenizer": None}, out, runtime)
+
+
+def torn(folder: Path, data: list[str]) -> list[dict[str, object]]:
+    """The same data with three bad rows in each of the sources, which two of them in all may have."""
+    (folder / "many").mkdir(parents=True)
+    many = sorted(Path(data[1]).iterdir())
+    lines = {path: path.read_text().splitlines(keepends=True) for path in (Path(data[0]), *many)}
+    lines[Path(data[0])].insert(300, '{"text": "torn')
+    lines[Path(data[0])].insert(150, '{"body": "Ä"}\n')
+    lines[Path(data[0])].insert(149, "[]\n")
+    for path, bad in zip(many[1::2], ('{"text": null}\n', '{"te\n', '\n{"text": 7}\n'), strict=True):
+        lines[path].insert(20, bad)
+    for path, found in lines.items():
+        (folder / path.relative_to(Path(data[0]).parent)).write_text("".join(found))
+    return [{"source": str(folder / Path(source).name), "max_bad_rows": 3} for source in data]
 
 
 def hashes(out: Path) -> dict[str, str]:
@@ -234,6 +250,30 @@ def test_a_stop_in_the_middle_is_saved(
     assert hashes(out) == hashes(tmp_path / "calm")
 
 
+def test_bad_rows_are_left_out_in_both_readings_under_any_processes_and_after_a_kill(
+    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bytes are those of the data without them."""
+    figures = run(tmp_path / "calm", data)
+    assert "bad_rows" not in figures
+    bad = torn(tmp_path / "torn", data)
+    out = tmp_path / "out"
+    broken_off(monkeypatch, "looked_through", 20, out, bad)
+    broken_off(monkeypatch, "save_written", 300, out, bad)
+    capsys.readouterr()
+    figures |= {"bad_rows": 6.0, "mb_per_second": 0.0}
+    assert run(out, bad) | {"mb_per_second": 0.0} == figures
+    said = capsys.readouterr().err
+    assert (
+        f"{tmp_path}/torn/one.jsonl: 3 bad rows are left out, the first at {tmp_path}/torn/one.jsonl:150: a row" in said
+    )
+    assert f"{tmp_path}/torn/many: 3 bad rows are left out, the first at {tmp_path}/torn/many/1.jsonl:21: field" in said
+    assert hashes(out) == hashes(tmp_path / "calm")
+    monkeypatch.setattr(encoding, "processes_for", lambda text_bytes: 2)
+    assert run(tmp_path / "two", bad) | {"mb_per_second": 0.0} == figures
+    assert hashes(tmp_path / "two") == hashes(tmp_path / "calm")
+
+
 def test_a_small_corpus_is_read_once_and_nothing_of_it_is_saved(
     data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,9 +281,9 @@ def test_a_small_corpus_is_read_once_and_nothing_of_it_is_saved(
     read: list[units.Unit] = []
     whole = passes.pieces
 
-    def counted(unit: units.Unit) -> Iterator[Piece]:
+    def counted(unit: units.Unit, bad: Bad) -> Iterator[Piece]:
         read.append(unit)
-        return whole(unit)
+        return whole(unit, bad)
 
     monkeypatch.setattr(passes, "pieces", counted)
     run(tmp_path / "out", data, sample_bytes=1_000_000)
@@ -313,13 +353,17 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_killed_in_every_phase_it_ends_with_the_same_bytes_under_any_processes(data: list[str], tmp_path: Path) -> None:
+    """With bad rows to leave out, whose bytes are those of the data without them."""
+    run(tmp_path / "clean", data)
+    bad = torn(tmp_path / "torn", data)
     seed = random.SystemRandom().randrange(1000)
     done = subprocess.run(
-        [sys.executable, "-c", KILLS, json.dumps(data), str(tmp_path), str(seed)],
+        [sys.executable, "-c", KILLS, json.dumps(bad), str(tmp_path), str(seed)],
         capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     calm = hashes(tmp_path / "calm")
+    assert calm == hashes(tmp_path / "clean")
     assert len(calm) == 11
     for name, states, resumed_from in json.loads(done.stdout.splitlines()[-1]):
         reading, training, encoding_, anywhere = states

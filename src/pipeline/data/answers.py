@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.data.files import BadRows, Row
+from pipeline.data.files import BadRows, Row, left_out
 from pipeline.data.formats import PAIRS, canonical_rows, named_format, recognise, to_layout
 from pipeline.data.messages import Message
 from pipeline.data.preferences import TIE
@@ -87,8 +87,8 @@ def _rows(entry: DataEntry, say: Callable[[str], None]) -> Iterator[Read]:
             bad(error)
             continue
         yield found
-    if bad.count:
-        say(f"{entry.source}: {bad.count:,} bad rows are left out, the first at {bad.first}")
+    if bad.first:
+        say(left_out(entry.source, bad.count, bad.first))
 
 
 def _of_pair(pair: Row, where: str) -> Read:

@@ -1,7 +1,7 @@
 """What of a tokenize stage that was broken off is on disk, so that the same command goes on from there.
 
     begun.json      what it was begun with: other data or other libraries begin anew
-    survey.jsonl    a line a unit of the corpus: its counts, and what it gives to the tokenizer's sample
+    survey.jsonl    a line a unit of the corpus: its counts, what it gives to the tokenizer's sample, its bad rows
     ../model/       the tokenizer: there when it is whole
     written.json    how far the token files are written
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import write_json
-from pipeline.data.corpus import Sample, Survey
+from pipeline.data.corpus import LeftOut, Sample, Survey
 from pipeline.data.passes import SIDES, Files
 from pipeline.data.shards import Source
 from pipeline.data.units import Unit
@@ -81,7 +81,9 @@ class Begun:
                 if found is None:
                     break
                 sample = Sample(limit, found["threshold"], texts=found["texts"])
-                survey.add_unit(Survey(sample, *found["counts"], pieces=None))
+                unit = Survey(sample, *found["counts"], pieces=None)
+                unit.left_out = {source: LeftOut(*bad) for source, *bad in found.get("bad", [])}
+                survey.add_unit(unit)
                 seconds, good = found["seconds"], good + len(line)
         os.truncate(self.log, good)
         return survey, seconds
@@ -98,6 +100,7 @@ class Begun:
             for unit, seconds in self.waiting:
                 sample = unit.sample
                 line = {"counts": unit.counts, "threshold": sample.threshold, "seconds": seconds}
+                line |= {"bad": [[source, *bad] for source, bad in unit.left_out.items()]} if unit.left_out else {}
                 file.write(json.dumps(line | {"texts": sample.texts}) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from pipeline.data.files import Bad
 from pipeline.data.sources import BUILT_IN, copies, share
 from pipeline.data.units import Unit, read
 
@@ -69,6 +71,16 @@ Counts = tuple[int, int, int, int]
 """Documents and UTF-8 bytes of what is trained on, then of what is held out."""
 
 
+class LeftOut(NamedTuple):
+    """Bad rows of a source that are left out."""
+
+    rows: int
+    where: str
+    """The first of them stands here,"""
+    what: str
+    """and this is wrong with it."""
+
+
 @dataclass
 class Survey:
     """What a first pass over the corpus found: documents and UTF-8 bytes on each side, and the sample.
@@ -84,6 +96,8 @@ class Survey:
     pieces: list[Piece] | None = field(default_factory=list, kw_only=True)
     units: list[Counts] = field(default_factory=list)
     """What had been counted at the end of each unit."""
+    left_out: dict[int, LeftOut] = field(default_factory=dict)
+    """By source, where it has bad rows."""
 
     @property
     def counts(self) -> Counts:
@@ -94,6 +108,10 @@ class Survey:
     def bytes(self) -> int:
         """Of both sides."""
         return self.train_bytes + self.held_out_bytes
+
+    def bad_rows(self, source: int) -> int:
+        """How many rows of a source are left out."""
+        return self.left_out[source].rows if source in self.left_out else 0
 
     def add(self, piece: Piece, weight: float = 1.0) -> None:
         """Counts a piece; the sample is of what is trained on alone, and has it as often as its source's weight."""
@@ -126,6 +144,9 @@ class Survey:
             self.sample.lower(unit.sample.threshold)
         for text in unit.sample.texts:
             self.sample.add(text)
+        for source, found in unit.left_out.items():
+            first = self.left_out.get(source, found)
+            self.left_out[source] = first._replace(rows=self.bad_rows(source) + found.rows)
         self.units.append(self.counts)
 
 
@@ -139,10 +160,10 @@ def text_bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 
 
-def pieces(unit: Unit) -> Iterator[Piece]:
-    """The documents of one unit, each on its side."""
+def pieces(unit: Unit, bad: Bad | None = None) -> Iterator[Piece]:
+    """The documents of one unit, each on its side; `bad` as in `units.read`."""
     tail = unit.division.tail
-    for document in read(unit):
+    for document in read(unit, bad):
         text = document.text
         if unit.entry.source in BUILT_IN:
             yield Piece(text, unit.split == "held_out", unit.source)

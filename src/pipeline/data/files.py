@@ -15,7 +15,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -35,17 +35,25 @@ Bad = Callable[[DataError], None]
 
 
 class BadRows:
-    """Counts the bad rows of a source: up to `most` are left out, one more is the error."""
+    """Counts the bad rows of a source: up to `most` are left out, one more is the error. `count`: those in the parts
+    before what is read."""
 
-    def __init__(self, most: int = 0) -> None:
-        self.most, self.count, self.first = most, 0, ""
+    def __init__(self, most: int = 0, count: int = 0) -> None:
+        self.most, self.count = most, count
+        self.first: tuple[str, str] | None = None
+        """Where the first that it was told of stands, and what is wrong with it."""
 
     def __call__(self, error: DataError) -> None:
         self.count += 1
-        self.first = self.first or f"{error.where}: {error.what}"
+        self.first = self.first or (error.where, error.what)
         if self.count > self.most:
             beyond = f" (bad row {self.count:,}; max_bad_rows is {self.most:,})" if self.most else ""
             raise DataError(error.what + beyond, where=error.where, mend=error.mend) from error
+
+
+def left_out(source: str, count: int, first: Iterable[str]) -> str:
+    """What is said of bad rows that are left out; `first`: where the first stands, and what is wrong with it."""
+    return f"{source}: {count:,} bad rows are left out, the first at {': '.join(first)}"
 
 
 def kind(path: Path) -> str:

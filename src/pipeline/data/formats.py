@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from pipeline.data.files import BadRows, Row
+from pipeline.data.files import BadRows, Row, left_out
 from pipeline.data.messages import (
     ROLES,
     SHAREGPT_ROLES,
@@ -130,8 +130,8 @@ def placed_rows(
                 yield row, where
         if count == entry.limit:
             break
-    if bad.count:
-        say(f"{entry.source}: {bad.count:,} bad rows are left out, the first at {bad.first}")
+    if bad.first:
+        say(left_out(entry.source, bad.count, bad.first))
 
 
 def canonical_rows(

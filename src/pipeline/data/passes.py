@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.corpus import Piece, Sample, Survey, pieces
+from pipeline.data.corpus import LeftOut, Piece, Sample, Survey, pieces
 from pipeline.data.encoding import BulkEncoder, encode_by, encode_here, encoder_of
+from pipeline.data.files import BadRows
 from pipeline.data.shards import ShardWriter, TokenFile
-from pipeline.data.units import Unit
+from pipeline.data.units import Unit, place_in_file
 from pipeline.data.workers import Crew, Tell, in_order, result_of
 from pipeline.errors import DataError
 
@@ -59,28 +60,46 @@ class Hands:
 
 
 def look_through(units: Sequence[Unit], survey: Survey, hands: Hands) -> Iterator[Survey]:
-    """Adds to `survey` the units it lacks, in order; yields what each of them holds."""
+    """Adds to `survey` the units it lacks, in order; yields what each of them holds. DataError for a bad row more than
+    its source may have."""
     sample = survey.sample
 
     def call(unit: Unit) -> tuple[Any, ...]:
-        return survey_unit, unit, sample.limit, sample.threshold, False
+        return survey_unit, unit, sample.limit, sample.threshold, 0, False
 
     for unit, future in hands.share_out(units[len(survey.units) :], call):
-        if future is None:
+        before = survey.bad_rows(unit.source)
+        found = None if future is None else survey_of(future, unit.entry.max_bad_rows - before, hands)
+        if found is None:
             keep = survey.pieces is not None and hands.crew is None
-            found = survey_unit(unit, sample.limit, sample.threshold, keep, hands.here)
-        else:
-            found = result_of(future, hands.look_up)
+            found = survey_unit(unit, sample.limit, sample.threshold, before, keep, hands.here)
+        if found.left_out and not before:
+            first = found.left_out[unit.source]
+            found.left_out[unit.source] = first._replace(where=place_in_file(unit, first.where))
         survey.add_unit(found)
         yield found
 
 
-def survey_unit(unit: Unit, limit: int, threshold: float, keep: bool, tell: Tell) -> Survey:
-    """What a unit holds, with what it gives to a sample of at most `threshold`; its pieces too, to `keep` them."""
+def survey_of(future: Future[Survey], most: int, hands: Hands) -> Survey | None:
+    """What a worker found; None where it met an error, or more bad rows than `most`: read once more behind the rows
+    before it, the unit ends at the right one."""
+    try:
+        found = result_of(future, hands.look_up)
+    except DataError:
+        return None
+    return found if sum(each.rows for each in found.left_out.values()) <= most else None
+
+
+def survey_unit(unit: Unit, limit: int, threshold: float, before: int, keep: bool, tell: Tell) -> Survey:
+    """What a unit holds, with what it gives to a sample of at most `threshold`; its pieces too, to `keep` them. So many
+    bad rows of its source were left out `before`."""
     survey = Survey(Sample(limit, threshold), pieces=[] if keep else None)
-    for piece in pieces(unit):
+    bad = BadRows(unit.entry.max_bad_rows, before)
+    for piece in pieces(unit, bad):
         survey.add(piece, unit.entry.weight)
         tell(piece.bytes)
+    if bad.first:
+        survey.left_out[unit.source] = LeftOut(bad.count - before, *bad.first)
     return survey
 
 

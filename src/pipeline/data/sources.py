@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.data.files import ROWS, TEXT, Bad, Row, Span, file_rows, kind, lines_before, read_text
+from pipeline.data.files import ROWS, TEXT, Bad, BadRows, Row, Span, file_rows, kind, lines_before, read_text
 from pipeline.errors import ConfigError, DataError, MissingInputError
 from pipeline.recipe import DataEntry
 
@@ -36,16 +36,16 @@ class Document:
     where: str
 
 
-def read_documents(entry: DataEntry, *, split: Split = "train") -> Iterator[Document]:
+def read_documents(entry: DataEntry, *, split: Split = "train", bad: Bad | None = None) -> Iterator[Document]:
     """The documents of one source, in a fixed order, `entry.limit` of them at most; empty texts are left out.
 
-    `split` is for what is built in, which comes divided; everything else is divided by the caller. Raises
-    MissingInputError for what is not there, DataError (file and line) for what can't be read, ConfigError for options
-    that documents have no use for.
+    `split` is for what is built in, which comes divided; everything else is divided by the caller. `bad` as in
+    `file_rows`; without it `entry.max_bad_rows` of them are left out. Raises MissingInputError for what is not there,
+    DataError (file and line) for what can't be read, ConfigError for options that documents have no use for.
     """
     check_documents_entry(entry)
     count = 0
-    for document in _documents(entry, split):
+    for document in _documents(entry, split, bad or BadRows(entry.max_bad_rows)):
         if document.text.strip():
             yield document
             count += 1
@@ -97,10 +97,12 @@ def check_entry(entry: DataEntry) -> None:
 def check_documents_entry(entry: DataEntry) -> None:
     """ConfigError where an entry of documents says what only rows have a use for."""
     check_entry(entry)
-    for name in ("deduplicate", "max_bad_rows"):
-        if getattr(entry, name):
-            what = f"`{name}` is for rows, and these are documents"
-            raise ConfigError(what, where=entry.source, mend="take it out")
+    if entry.deduplicate:
+        what = "`deduplicate` is for rows, and these are documents"
+        raise ConfigError(what, where=entry.source, mend="take it out")
+    if entry.max_bad_rows and not has_own_rows(entry):
+        what = "`max_bad_rows` is for rows of files, and this source has none"
+        raise ConfigError(what, where=entry.source, mend="take it out")
 
 
 def check_rows_entry(entry: DataEntry, without: Sequence[str] = (), why: str = "") -> None:
@@ -114,7 +116,12 @@ def check_rows_entry(entry: DataEntry, without: Sequence[str] = (), why: str = "
             raise ConfigError(what, where=entry.source, mend=f"take `{name}` out")
 
 
-def _documents(entry: DataEntry, split: Split) -> Iterator[Document]:
+def has_own_rows(entry: DataEntry) -> bool:
+    """Whether a source of documents may be files of rows, of which one can be bad by itself."""
+    return not (entry.source in BUILT_IN or entry.source.startswith(HUB) or is_text(Path(entry.source), entry))
+
+
+def _documents(entry: DataEntry, split: Split, bad: Bad) -> Iterator[Document]:
     if entry.source == PYDOCS:
         from pipeline.data import pydocs
 
@@ -130,23 +137,40 @@ def _documents(entry: DataEntry, split: Split) -> Iterator[Document]:
             yield Document(text_of(row, entry.text_field, where), where)
     else:
         for path in local_files(entry):
-            yield from file_documents(path, entry)
+            yield from file_documents(path, entry, bad=bad)
 
 
-def file_documents(path: Path, entry: DataEntry, span: Span | None = None) -> Iterator[Document]:
-    """The documents of one file, or of a part of it (see `files.spans`); empty ones too."""
+def file_documents(
+    path: Path, entry: DataEntry, span: Span | None = None, bad: Bad | None = None
+) -> Iterator[Document]:
+    """The documents of one file, or of a part of it (see `files.spans`); empty ones too.
+
+    `bad` as in `file_rows`, and told of rows without a text as well: of a part by `file:line` of the part
+    (`line_in_file`).
+    """
     if is_text(path, entry):
         yield Document(read_text(path), str(path))
         return
+    bad = bad or BadRows()
     try:
-        for row, where in file_rows(path, span=span):
-            yield Document(text_of(row, entry.text_field, where), where)
+        for row, where in file_rows(path, bad, span):
+            try:
+                text = text_of(row, entry.text_field, where)
+            except DataError as error:
+                bad(error)
+                continue
+            yield Document(text, where)
     except DataError as error:
-        if span is None or kind(path) == ".parquet":
-            raise
-        name, _, number = error.where.rpartition(":")
-        where = f"{name}:{int(number) + lines_before(path, span[0])}"
+        where = line_in_file(error.where, path, span)
         raise DataError(error.what, where=where, mend=error.mend) from error
+
+
+def line_in_file(where: str, path: Path, span: Span | None) -> str:
+    """A place in a part of a file as a place in the whole file, all before it read once more to count its lines."""
+    if span is None or kind(path) == ".parquet":
+        return where
+    name, _, number = where.rpartition(":")
+    return f"{name}:{int(number) + lines_before(path, span[0])}"
 
 
 def read_source_rows(entry: DataEntry, bad: Bad | None = None) -> Iterator[tuple[Row, str]]:
@@ -171,9 +195,9 @@ def is_few_documents(entry: DataEntry, few: int) -> bool:
         return False
     if entry.limit is not None and entry.limit < few:
         return True
-    count = 0
+    count, bad = 0, BadRows(entry.max_bad_rows)
     for path in local_files(entry):
-        for _ in [None] if is_text(path, entry) else file_rows(path):
+        for _ in [None] if is_text(path, entry) else file_documents(path, entry, bad=bad):
             count += 1
             if count >= few:
                 return False

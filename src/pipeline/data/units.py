@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.files import COMPRESSED, Span, kind, spans
+from pipeline.data.files import COMPRESSED, Bad, BadRows, Span, kind, spans
 from pipeline.data.sources import (
     BUILT_IN,
     HUB,
@@ -24,6 +24,7 @@ from pipeline.data.sources import (
     file_documents,
     hub_dataset,
     is_few_documents,
+    line_in_file,
     local_files,
     read_documents,
     streamed_rows,
@@ -144,19 +145,25 @@ def text_in(path: Path) -> int:
     return path.stat().st_size * (UNPACKED if packed else 1)
 
 
-def read(unit: Unit) -> Iterator[Document]:
-    """The documents of one unit, empty ones left out; errors as those of `read_documents`."""
+def read(unit: Unit, bad: Bad | None = None) -> Iterator[Document]:
+    """The documents of one unit, empty ones left out; errors and `bad` as those of `read_documents`."""
+    bad = bad or BadRows(unit.entry.max_bad_rows)
     if not unit.files and unit.span is None:
-        yield from read_documents(unit.entry, split=unit.split)
+        yield from read_documents(unit.entry, split=unit.split, bad=bad)
         return
-    for document in unit_rows(unit) if not unit.files else unit_files(unit):
+    for document in unit_rows(unit) if not unit.files else unit_files(unit, bad):
         if document.text.strip():
             yield document
 
 
-def unit_files(unit: Unit) -> Iterator[Document]:
+def unit_files(unit: Unit, bad: Bad) -> Iterator[Document]:
     for path in unit.files:
-        yield from file_documents(path, unit.entry, unit.span)
+        yield from file_documents(path, unit.entry, unit.span, bad)
+
+
+def place_in_file(unit: Unit, where: str) -> str:
+    """A place that `bad` was told of, as in the whole file."""
+    return line_in_file(where, unit.files[0], unit.span) if unit.files else where
 
 
 def unit_rows(unit: Unit) -> Iterator[Document]:
