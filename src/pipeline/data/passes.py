@@ -43,17 +43,19 @@ class Hands:
         self.tell(done)
         self.look_up()
 
-    def share_out(self, units: Sequence[Unit], call: Callable[..., Any]) -> Iterator[tuple[Unit, Future[Any] | None]]:
-        """Each unit, in order, with what a worker makes of `call(unit)`: a function and its arguments; None where it is
-        to be done here."""
-        crew, total = self.crew, sum(unit.bytes for unit in units)
+    def share_out(
+        self, units: Sequence[Unit], first: int, call: Callable[[int], tuple[Any, ...]]
+    ) -> Iterator[tuple[int, Future[Any] | None]]:
+        """The place of each unit from the `first` on, in order, with what a worker makes of `call(place)` (a function
+        and its arguments); None where it is to be done here."""
+        crew, total = self.crew, sum(unit.bytes for unit in units[first:])
 
-        def submit(unit: Unit) -> Future[Any] | None:
-            if crew is None or unit.bytes * crew.count > total:
+        def submit(place: int) -> Future[Any] | None:
+            if crew is None or units[place].bytes * crew.count > total:
                 return None
-            return crew.submit(self.tell, *call(unit))
+            return crew.submit(self.tell, *call(place))
 
-        yield from in_order(units, submit, 2 * crew.count if crew else 0)
+        yield from in_order(range(first, len(units)), submit, 2 * crew.count if crew else 0)
 
 
 # 1. What the corpus holds.
@@ -64,10 +66,11 @@ def look_through(units: Sequence[Unit], survey: Survey, hands: Hands) -> Iterato
     its source may have."""
     sample = survey.sample
 
-    def call(unit: Unit) -> tuple[Any, ...]:
-        return survey_unit, unit, sample.limit, sample.threshold, 0, False
+    def call(place: int) -> tuple[Any, ...]:
+        return survey_unit, units[place], sample.limit, sample.threshold, 0, False
 
-    for unit, future in hands.share_out(units[len(survey.units) :], call):
+    for place, future in hands.share_out(units, len(survey.units), call):
+        unit = units[place]
         before = survey.bad_rows(unit.source)
         found = None if future is None else survey_of(future, unit.entry.max_bad_rows - before, hands)
         if found is None:
@@ -143,17 +146,15 @@ def write(
     skip = done - (ends[first - 1] if first else 0)
     train = files.train
     what = (train.vocab_size, train.separator_id, train.tokenizer_hash)
-    places = {id(unit): place for place, unit in enumerate(units)}
 
-    def part_of(unit: Unit) -> tuple[Path, int]:
-        place = places[id(unit)]
+    def part_of(place: int) -> tuple[Path, int]:
         return parts / f"{place:07d}", skip if place == first else 0
 
-    def call(unit: Unit) -> tuple[Any, ...]:
-        return encode_unit, unit, *part_of(unit), *encoder.how, what
+    def call(place: int) -> tuple[Any, ...]:
+        return encode_unit, units[place], *part_of(place), *encoder.how, what
 
-    for unit, future in hands.share_out(units[first:], call):
-        part, before = part_of(unit)
+    for place, future in hands.share_out(units, first, call):
+        unit, (part, before) = units[place], part_of(place)
         if future is None:
             yield from append(itertools.islice(pieces(unit), before, None), encoder, files, hands)
         else:
@@ -162,7 +163,7 @@ def write(
                 writer.take(TokenFile(part / side), unit.source)
             shutil.rmtree(part)
             yield
-        if files.counts != survey.units[places[id(unit)]]:
+        if files.counts != survey.units[place]:
             named = ", ".join(map(str, unit.files[:3])) or unit.entry.source
             raise DataError("was changed while it was read", where=named, mend="run the same command again")
 
