@@ -1,4 +1,4 @@
-"""A hub on this machine: one dataset's repository, by the addresses that `huggingface_hub` and `datasets` ask for."""
+"""A hub on this machine: one repository, by the addresses that `huggingface_hub` and `datasets` ask for."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ COMMIT = "a" * 40
 
 @contextmanager
 def hub(repository: Path) -> Iterator[tuple[str, list[str]]]:
-    """(its address, for HF_ENDPOINT; the files that are asked for). Every dataset's name is answered with `repository`,
-    every revision with what lies there now."""
+    """(its address, for HF_ENDPOINT; the files that are asked for). Every name of a dataset or a model is answered with
+    `repository`, every revision with what lies there now."""
     asked: list[str] = []
 
     class Answer(BaseHTTPRequestHandler):
@@ -28,10 +28,10 @@ def hub(repository: Path) -> Iterator[tuple[str, list[str]]]:
         def do_GET(self) -> None:
             address = urlparse(unquote(self.path))
             parts = address.path.strip("/").split("/")
-            if parts[:2] == ["api", "datasets"]:
+            if parts[0] == "api":
                 self.describe(parts[4:], parse_qs(address.query))
-            elif parts[0] == "datasets" and parts[3] == "resolve" and repository.joinpath(*parts[5:]).is_file():
-                self.hand_over(repository.joinpath(*parts[5:]))
+            elif "resolve" in parts and (path := repository.joinpath(*parts[parts.index("resolve") + 2 :])).is_file():
+                self.hand_over(path)
             else:
                 self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
 
@@ -45,7 +45,8 @@ def hub(repository: Path) -> Iterator[tuple[str, list[str]]]:
                 error = {} if found else {"X-Error-Code": "EntryNotFound"}
                 self.answer(200 if found else 404, json.dumps(found).encode(), error)
             else:
-                about = {"id": "org/web", "sha": COMMIT, "siblings": [], "tags": []}
+                files = [{"rfilename": entry(path)["path"]} for path in sorted(repository.rglob("*")) if path.is_file()]
+                about = {"id": "org/web", "sha": COMMIT, "siblings": files, "tags": []}
                 self.answer(200, json.dumps(about).encode(), {})
 
         def hand_over(self, path: Path) -> None:

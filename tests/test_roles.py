@@ -71,12 +71,14 @@ class Hub:
         self.cache, self.files = cache, files
         self.fetched: list[str] = []
 
-    def download(self, name: str, *, revision: Any, allow_patterns: Any, local_files_only: bool) -> str:
+    def download(
+        self, name: str, *, revision: Any, allow_patterns: Any, ignore_patterns: Any, local_files_only: bool
+    ) -> str:
         assert (name, revision) == ("org/name", "v1")
         folder = self.cache / "commit"
         if local_files_only and not folder.exists():
             raise huggingface_hub.errors.LocalEntryNotFoundError("not there")
-        wanted = [f for f in self.files if allow_patterns is None or any(fnmatch(f, p) for p in allow_patterns)]
+        wanted = [f for f in self.files if any(fnmatch(f, p) for p in allow_patterns)]
         folder.mkdir(parents=True, exist_ok=True)
         for file in wanted if not local_files_only else ():
             if not (folder / file).exists():
@@ -124,4 +126,4 @@ def test_a_real_cache_without_the_weights_is_no_model(store: Store, tmp_path: Pa
     (snapshot / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
     assert store.resolve("hub:org/name").kind == "causal-lm"
     with pytest.raises(MissingInputError, match="neither in the local cache nor to be had"):
-        hub_folder("hub:org/other", ("*",))
+        hub_folder("hub:org/other", ("*",), ("*",))

@@ -26,7 +26,7 @@ from typing import Any
 
 from pipeline.errors import ArtifactError, ConfigError, MachineError, MismatchError, MissingInputError
 from pipeline.hashes import digest, sha256, template_hash, tokenizer_hash
-from pipeline.hub import hub_folder
+from pipeline.hub import hub_weights
 from pipeline.recipe import NAME, STAGE_NAME
 
 SCHEMA_VERSION = 1
@@ -282,7 +282,7 @@ def runs_code_of(model: Path) -> bool:
 
 def hub_model(reference: str) -> Artifact:
     """A model of the hub, from the local cache if it is there; MissingInputError where it cannot be had."""
-    folder = hub_folder(reference, ("*.safetensors", "*.bin"))
+    folder = hub_weights(reference)
     name = reference.removeprefix("hub:").partition("@")[0]
     return Artifact(reference, folder, outside_model(folder).kind, digest(["hub", name, folder.name]), {})
 

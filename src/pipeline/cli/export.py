@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.artifacts import Artifact, Store, need_disk, outside_model
 from pipeline.cli.outputs import check_out, make_parent
 from pipeline.errors import ArtifactError, ConfigError, MissingInputError
-from pipeline.hub import hub_folder
+from pipeline.hub import hub_weights
 
 ADAPTER = "adapter_config.json"
 FORMS = ("hf", "merged", "gguf")
@@ -187,7 +187,7 @@ def _base(store: Store, adapter: Path, given: str | None) -> Path:
             return folder
     try:
         if name.count("/") == 1 and not name.startswith((".", "/")):
-            return hub_folder(f"hub:{name}", ("*.safetensors", "*.bin"))
+            return hub_weights(f"hub:{name}")
     except MissingInputError as error:
         raise MissingInputError(error.what, where=str(adapter / ADAPTER), mend="--base REF") from error
     problem = f"it names {name!r} as its base, which is not there" if name else "it names no base"
