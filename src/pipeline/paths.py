@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.data.sources import BUILT_IN, HUB
+from pipeline.data.hub_rows import HUB
+from pipeline.data.sources import BUILT_IN
 from pipeline.errors import MissingInputError, RecipeError
 from pipeline.evaluation_config import Task, check_names, with_files
 from pipeline.reading import Document, Key

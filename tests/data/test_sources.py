@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from pipeline.data.hub_rows import hub_name
 from pipeline.data.sources import (
     copies,
-    hub_name,
     is_few_documents,
     labels,
     local_files,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import Artifact, Store
-from pipeline.data.sources import BUILT_IN, HUB, short_name
+from pipeline.data.hub_rows import HUB
+from pipeline.data.sources import BUILT_IN, short_name
 from pipeline.errors import PipelineError
 from pipeline.evals.table import has_interval
 from pipeline.progress import clock

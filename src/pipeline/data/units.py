@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.files import COMPRESSED, Bad, BadRows, Span, kind, spans
+from pipeline.data.hub_rows import HUB, hub_dataset, streamed_rows
 from pipeline.data.sources import (
     BUILT_IN,
-    HUB,
     Document,
     Split,
     check_documents_entry,
     file_documents,
-    hub_dataset,
     is_few_documents,
     line_in_file,
     local_files,
     read_documents,
-    streamed_rows,
     text_of,
 )
 from pipeline.recipe import DataEntry

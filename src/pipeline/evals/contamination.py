@@ -15,7 +15,8 @@ from typing import Any
 from pipeline.artifacts import Artifact
 from pipeline.data.duplicates import shared_runs
 from pipeline.data.files import ROWS, file_rows, kind, read_text
-from pipeline.data.sources import BUILT_IN, HUB, local_files
+from pipeline.data.hub_rows import HUB
+from pipeline.data.sources import BUILT_IN, local_files
 from pipeline.errors import PipelineError
 from pipeline.evals.own_tasks import OwnTask
 from pipeline.evals.spent import lineage

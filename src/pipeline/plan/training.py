@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from pipeline.data.encoding import processes_for
 from pipeline.data.files import COMPRESSED, kind
 from pipeline.data.formats import read_rows
+from pipeline.data.hub_rows import HUB
 from pipeline.data.looking import UNPACKED
 from pipeline.data.shards import token_dtype
-from pipeline.data.sources import HUB, local_files
+from pipeline.data.sources import local_files
 from pipeline.graph import Node
 from pipeline.model.build import count_parameters, flops_per_token
 from pipeline.model.freezing import train_last
