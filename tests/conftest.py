@@ -1,5 +1,6 @@
 """What the tests share: an offline environment, `llmpipe` as a process, a small corpus and what stages make of it."""
 
+import gc
 import json
 import os
 import random
@@ -40,6 +41,13 @@ stages:
     save_steps: 5
     logging_steps: 5
 """
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is there to stay: accelerate collects garbage after every training, and looked through
+    all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 class Result(NamedTuple):
@@ -143,16 +151,23 @@ class Warm(Cli):
         answer: dict[str, Any] = json.loads(self.server.stdout.readline())
         return answer
 
-    def start(self, *args: object, env: dict[str, str] | None = None) -> Running:
-        """Start the command and don't wait for it."""
+    def start(self, *args: object, env: dict[str, str] | None = None, code: str | None = None) -> Running:
+        """Start the command and don't wait for it; with `code` a piece of Python in its place."""
         self.count += 1
         log = str(self.logs / str(self.count))
-        request = {"args": [*map(str, args)], "cwd": str(self.folder), "env": env or {}, "log": log}
+        folder = self.folder if code is None else Path(__file__).parents[1]
+        request = {"args": [*map(str, args)], "cwd": str(folder), "env": env or {}, "log": log, "code": code}
         pid = int(self._ask(request)["pid"])
         return Running(pid, log, lambda: self._ask({"wait": pid})["code"])
 
     def __call__(self, *args: object, env: dict[str, str] | None = None) -> Result:
         return self.start(*args, env=env).wait()
+
+    def script(self, code: str, *args: object) -> str:
+        """What a piece of Python says on stdout, which may fork: torch is imported and has not been used in it."""
+        done = self.start(*args, code=code).wait()
+        assert done.code == 0, done.stderr
+        return done.stdout
 
 
 @pytest.fixture

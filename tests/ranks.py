@@ -2,22 +2,17 @@
 
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
-
-ROOT = Path(__file__).parents[1]
+from typing import Any
 
 
-def run_script(script: str, *arguments: object, timeout: int = 400) -> None:
+def run_script(warm: Any, script: str, *arguments: object) -> None:
     """Run a script whose last argument is a free port; what it wrote to stderr is shown where it fails."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", script, *map(str, arguments), str(port)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stderr
+    warm.script(script, *arguments, port)
 
 
 def one_and_two(work: Callable[[int], None], port: int) -> bool:

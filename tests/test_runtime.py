@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,6 @@ sys.exit(not one_and_two(work, int(sys.argv[1])))
 
 
 @pytest.mark.slow
-def test_ranks_wait_for_rank_0_for_days():
+def test_ranks_wait_for_rank_0_for_days(warm: Any):
     """That is how long a large corpus takes; torch's own patience is half an hour."""
-    run_script(PATIENT)
+    run_script(warm, PATIENT)

@@ -127,10 +127,10 @@ sys.exit(not one_and_two(alone_or_not, int(sys.argv[-1])))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["plain", "taught"])
-def test_two_processes_give_what_one_gives(head: str, tmp_path: Path) -> None:
+def test_two_processes_give_what_one_gives(warm: Any, head: str, tmp_path: Path) -> None:
     """The same rows a step, split over two gloo ranks: weights equal to 1e-6 after 11 steps, the epoch's tail too; the
     figures of a teacher are those of all rows."""
-    run_script(TWO, tmp_path, head)
+    run_script(warm, TWO, tmp_path, head)
     one, two = (json.loads((tmp_path / world / "found.json").read_text()) for world in "12")
     assert one["steps"] == two["steps"] == 11
     assert two["shared"] == one["shared"] == [0.0, 10.0, 20.0, 30.0, 40.0]

@@ -3,32 +3,36 @@
 Reads one JSON object a line on stdin and answers with one a line on stdout:
 
     {"args": [...], "cwd": "...", "env": {...}, "log": "..."}    starts `llmpipe args`   -> {"pid": 123}
+    {"code": "...", …}                                            runs Python instead, as `python -c code args`
     {"wait": 123}                                                 has it ended?          -> {"code": 0}, null while not
 
 The child leads a process group of its own, so that a test can kill the whole of it. Its stdout and stderr go to
-`log`.out and `log`.err.
+`log`.out and `log`.err. What is imported here is not looked through by a child's garbage collections.
 """
 
+import gc
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import sys
+import traceback
 from pathlib import Path
 
-import pipeline.cli.app
-import pipeline.cli.run
-import pipeline.cli.session
-import pipeline.data.encoding
-import pipeline.data.tokenizers
-import pipeline.model.continued
-import pipeline.runtime
-import pipeline.trainer  # noqa: F401
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+import pipeline
+import pipeline.trainer
+from pipeline import hardware
 from pipeline.cli import main
 from pipeline.cli.stages import STAGES, load_stage
 from pipeline.fingerprint import code_parts
 
 
-def start(args: list[str], cwd: str, env: dict[str, str], log: str) -> int:
+def start(args: list[str], cwd: str, env: dict[str, str], log: str, code: str | None = None) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     logs = {1: os.open(f"{log}.out", flags), 2: os.open(f"{log}.err", flags)}
     pid = os.fork()
@@ -43,16 +47,31 @@ def start(args: list[str], cwd: str, env: dict[str, str], log: str) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, file in logs.items():
         os.dup2(file, descriptor)
-    sys.argv = ["llmpipe", *args]
-    code = 0
+    status = 1
     try:
-        main()
+        if code is None:
+            sys.argv = ["llmpipe", *args]
+            main()
+        else:
+            sys.argv = ["-c", *args]
+            sys.path[0] = cwd
+            exec(compile(code, "<script>", "exec"), {"__name__": "__main__"})
+        status = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(status)
+
+
+def quick_rate(device: torch.device, size: int, bf16: bool, seconds: float) -> float:
+    """As `hardware.product_rate`, of small matrices and for a moment: each stage measures its own, for its `mfu`."""
+    return measured_rate(device, 128, bf16, 0.01)
 
 
 def ended(pid: int) -> int | None:
@@ -60,8 +79,15 @@ def ended(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if done else None
 
 
+for _module in pkgutil.walk_packages(pipeline.__path__, "pipeline."):
+    if not _module.name.endswith("__main__"):
+        importlib.import_module(_module.name)
+measured_rate, hardware.product_rate = hardware.product_rate, quick_rate
+get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns, once in a process
 for _stage in STAGES:  # what every command that looks at a recipe reads of the code; a child has it from here
     code_parts(load_stage(_stage, Path()))
+gc.collect()
+gc.freeze()
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 for line in sys.stdin:
     request = json.loads(line)

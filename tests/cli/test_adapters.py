@@ -93,7 +93,7 @@ stages:
          per_device_train_batch_size: 4, response_length: 4, bf16: false}}
   sample: {{init: {init}, data: rows.jsonl, prompts: 3, num_generations: 2, response_length: 4, unfinished: keep,
             bf16: false}}
-  eval: {{models: [{init}], tasks: [preference_accuracy], data: pairs.jsonl}}
+  eval: {{models: [{init}], tasks: [preference_accuracy], data: pairs.jsonl, preferences: pairs.jsonl}}
 """
 
 

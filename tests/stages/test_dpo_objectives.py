@@ -593,9 +593,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(model_folder: Path, preferences: Path, lines: Any, tmp_path: Path) -> None:
+def test_two_processes_give_what_one_gives(
+    warm: Any, model_folder: Path, preferences: Path, lines: Any, tmp_path: Path
+) -> None:
     """The same rows a step, split over two gloo ranks: weights to 1e-6, losses, and what is measured."""
-    run_script(RANKS, tmp_path, model_folder, preferences, json.dumps(CASES))
+    run_script(warm, RANKS, tmp_path, model_folder, preferences, json.dumps(CASES))
     for name in CASES:
         one, two = (tmp_path / f"{name}-{world}" for world in (1, 2))
         theirs, ours = (load_file(out / "model" / "model.safetensors") for out in (one, two))

@@ -3,9 +3,8 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,17 +82,12 @@ print(json.dumps({"kills": kills, "half": half, "resumed_from": int((killed / "r
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward", "reward on lists", "dpo", "dpo:kto", "dpo:orpo"])
 def test_killed_at_random_and_in_the_middle_of_a_save_it_ends_with_the_same_bits(
-    stage: str, model_folder: Path, demonstrations: Path, preferences: Path, lists: Path, tmp_path: Path
+    warm: Any, stage: str, model_folder: Path, demonstrations: Path, preferences: Path, lists: Path, tmp_path: Path
 ) -> None:
     seed = int.from_bytes(os.urandom(2))
     rows = {"sft": demonstrations, "reward on lists": lists}.get(stage, preferences)
     name = stage.partition(" ")[0]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, name, str(model_folder), str(rows), str(tmp_path), str(seed)],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(warm.script(KILLS, name, model_folder, rows, tmp_path, seed).splitlines()[-1])
     assert found["kills"] == 3, found
     assert found["half"] >= 1, f"seed {seed}: no kill hit a save: {found}"
     assert found["resumed_from"] > 0, found

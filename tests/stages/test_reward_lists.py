@@ -262,11 +262,18 @@ sys.exit(not one_and_two(work, int(sys.argv[-1])))
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["lists", "pairs"])
 def test_two_processes_are_one(
-    model_folder: Path, lists: Path, preferences: Path, demonstrations: Path, lines: Any, tmp_path: Path, what: str
+    warm: Any,
+    model_folder: Path,
+    lists: Path,
+    preferences: Path,
+    demonstrations: Path,
+    lines: Any,
+    tmp_path: Path,
+    what: str,
 ) -> None:
     """An ensemble of two, the rows of each step split over two gloo ranks: losses, figures and weights."""
     rows = lists if what == "lists" else preferences
-    run_script(TWO, model_folder, rows, demonstrations, tmp_path)
+    run_script(warm, TWO, model_folder, rows, demonstrations, tmp_path)
     one, two = (lines(tmp_path / world) for world in "12")
     assert len(one) == len(two) == 9
     for ours, theirs in zip(two[:-1], one[:-1], strict=True):

@@ -4,10 +4,9 @@ import hashlib
 import json
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -352,20 +351,18 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_killed_in_every_phase_it_ends_with_the_same_bytes_under_any_processes(data: list[str], tmp_path: Path) -> None:
+def test_killed_in_every_phase_it_ends_with_the_same_bytes_under_any_processes(
+    warm: Any, data: list[str], tmp_path: Path
+) -> None:
     """With bad rows to leave out, whose bytes are those of the data without them."""
     run(tmp_path / "clean", data)
     bad = torn(tmp_path / "torn", data)
     seed = random.SystemRandom().randrange(1000)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, json.dumps(bad), str(tmp_path), str(seed)],
-        capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    said = warm.script(KILLS, json.dumps(bad), tmp_path, seed)
     calm = hashes(tmp_path / "calm")
     assert calm == hashes(tmp_path / "clean")
     assert len(calm) == 11
-    for name, states, resumed_from in json.loads(done.stdout.splitlines()[-1]):
+    for name, states, resumed_from in json.loads(said.splitlines()[-1]):
         reading, training, encoding_, anywhere = states
         assert reading[0] < 32, (seed, name)
         assert reading[1:] == [False, 0]
