@@ -21,7 +21,8 @@ SMALL = {
 def test_dpo_variants(warm: Any):
     """From one sft model: every loss for every seed, measured on the same rows."""
     names = ("dpo", "ipo", "kto", "simpo")
-    small = {"max_steps": 3, "eval_rows": 8, "drift_prompts": 4, "data.0.limit": 100, "matrix.seed": "[0, 1]"}
+    small = {"max_steps": 2, "eval_rows": 8, "drift_prompts": 4, "max_new_tokens": 4, "data.0.limit": 40}
+    small |= {"per_device_train_batch_size": 4, "matrix.seed": "[0, 1]"}
     few = {"questions": 8, "documents": 4, "prompts": 4, "preference_rows": 16, "max_new_tokens": 8}
     changed = SMALL | dict.fromkeys(names, small) | {"eval": few}
     changed["pretrain"] = SMALL["pretrain"] | {"model.intermediate_size": 64, "eval_documents": 4}

@@ -77,7 +77,7 @@ def test_the_recipe_runs_as_it_is_written(warm: Any):
     """All seven stages, from text, chats that lie in the same folder, and preferences."""
     corpus(warm.folder)
     options = ("--data", "texts", "--chats", "texts/chats.jsonl", "--preferences", "preferences.jsonl")
-    done = warm("init", *options, "--hours", "0.01")
+    done = warm("init", *options, "--hours", "0.003")
     assert done.code == 0, done.stderr
     assert "next: llmpipe run" in done.stdout
     text = (warm.folder / "recipe.yaml").read_text()
