@@ -86,12 +86,11 @@ def test_the_weights_of_the_data_are_the_mixture_unless_one_is_set(train: Any, m
 def test_a_source_is_read_no_oftener_than_its_cap(train: Any, mixed: Artifact, tmp_path: Path):
     file = TokenFile(mixed.path / "train.ds")
     one = (file.metadata.sources[0].tokens - 1) // 32
-    steps = one // 2  # 2 × one samples: half of them of each source, were it not for the cap
-    found = train(
-        mixed, tmp_path / "out", max_steps=steps, mixture={"corpus": 1, "sums": 1}, max_epochs={"corpus": 0.25}
-    )
+    steps = one // 16  # 2 × one samples: half of them of each source, were it not for the cap
+    fields = {"max_steps": steps, "per_device_train_batch_size": 32}
+    found = train(mixed, tmp_path / "out", mixture={"corpus": 1, "sums": 1}, max_epochs={"corpus": 0.25}, **fields)
     assert found["epochs/corpus"] == pytest.approx(0.25, abs=1 / one)
-    assert found["drawn_tokens/corpus"] + found["drawn_tokens/sums"] == steps * 4 * 32
+    assert found["drawn_tokens/corpus"] + found["drawn_tokens/sums"] == steps * 32 * 32
     with pytest.raises(
         ConfigError, match=r"takes 4,000 samples and the sources have [\d,]+ of them \(corpus [\d,]+, sums"
     ):
@@ -143,25 +142,47 @@ def nats_alone(model: Any, ids: list[int]) -> float:
         return float(model(row, labels=row).loss) * (len(ids) - 1)
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "document"])
-def test_the_loss_of_whole_documents_is_that_of_each_alone(
-    train: Any, packing: str, tokens: Artifact, base: Artifact, tmp_path: Path
-):
-    """One step over a whole epoch, at the rate of nothing: the mean over every document, each on its own."""
-    file = TokenFile(tokens.path / "train.ds")
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory, corpus: Path, base: Artifact) -> Artifact:
+    """Shards of the corpus' 110 shortest documents, in the base's tokens."""
+    folder = tmp_path_factory.mktemp("short")
+    lines = sorted(corpus.read_text().splitlines(keepends=True), key=len)
+    (folder / "short.jsonl").write_text("".join(lines[:110]))
+    out = folder / "tokenize"
+    out.mkdir()
+    config = TokenizeConfig(data=[str(folder / "short.jsonl")], tokenizer="tiny/pretrain")
+    tokenize.run(config, {"tokenizer": base}, out, Runtime.start(out, seed=0, threads=1, quiet=True))
+    return Artifact("short/tokenize", out, "tokens", "short", {"stage": "tokenize"})
+
+
+@pytest.fixture(scope="module")
+def nats_of_each_alone(short: Artifact, base: Artifact) -> float:
+    """Over all documents, cut where they are longer than LENGTH."""
+    file = TokenFile(short.path / "train.ds")
     model = AutoModelForCausalLM.from_pretrained(base.model).eval()
-    length = 32
-    starts, lengths = cut(file.ends.astype("int64"), length)
+    starts, lengths = cut(file.ends.astype("int64"), LENGTH)
     separator = file.metadata.separator_id
     total = 0.0
     for start, size in zip(starts.tolist(), lengths.tolist(), strict=True):
         lead = int(file.tokens[start - 1]) if start else separator
         total += nats_alone(model, [lead, *file.tokens[start : start + size].tolist()])
-    config = PretrainConfig(context_length=length, packing=packing, document_mask=True)
+    return total
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "document"])
+def test_the_loss_of_whole_documents_is_that_of_each_alone(
+    train: Any, packing: str, short: Artifact, base: Artifact, nats_of_each_alone: float, tmp_path: Path
+):
+    """One step over a whole epoch, at the rate of nothing: the mean over every document, each on its own."""
+    file = TokenFile(short.path / "train.ds")
+    config = PretrainConfig(context_length=LENGTH, packing=packing, document_mask=True)
     samples = pretrain._samples(config, file)
-    fields = {"packing": packing, "document_mask": True, "context_length": length, "per_device_train_batch_size": 1}
-    train(tokens, tmp_path / "out", base, max_steps=1, gradient_accumulation_steps=samples.order.count, **fields)
-    assert losses(tmp_path / "out")[0] == pytest.approx(total / len(file), rel=1e-5)
+    fields = {"packing": packing, "document_mask": True, "context_length": LENGTH, "per_device_train_batch_size": 1}
+    train(short, tmp_path / "out", base, max_steps=1, gradient_accumulation_steps=samples.order.count, **fields)
+    assert losses(tmp_path / "out")[0] == pytest.approx(nats_of_each_alone / len(file), rel=1e-5)
     assert samples.epochs(samples.order.count) == 1
 
 
