@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 
 from pipeline.cli.show import schema
 from pipeline.cli.stages import STAGES, shipped_recipes
+from tests.conftest import Warm
 
 RECIPE = """\
 seed: 5
@@ -23,12 +24,19 @@ stages:
 """
 
 
-@pytest.fixture
-def shown(warm: Any) -> dict[str, dict[str, Any]]:
-    warm.write("text.txt", "a\n")
-    warm.write("rows.jsonl", "{}\n")
-    warm.write("r.yaml", RECIPE)
-    done = warm(
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory, warm_server: Any) -> Warm:
+    """`llmpipe` in a folder with the recipe."""
+    found = Warm(tmp_path_factory.mktemp("config"), tmp_path_factory.mktemp("logs"), warm_server)
+    found.write("text.txt", "a\n")
+    found.write("rows.jsonl", "{}\n")
+    found.write("r.yaml", RECIPE)
+    return found
+
+
+@pytest.fixture(scope="module")
+def shown(there: Warm) -> dict[str, dict[str, Any]]:
+    done = there(
         *("config", "show", "r.yaml", "--json", "--set", "pretrain.learning_rate=1e-5"),
         *("--set", "pretrain.model.hidden_size=64"),
         env={"LLMPIPE_SET": "pretrain.bf16=false sft.max_length=77"},
@@ -57,15 +65,15 @@ def test_every_value_and_where_it_came_from(shown: dict[str, dict[str, Any]], na
     assert (shown[name]["value"], shown[name]["from"]) == (value, origin)
 
 
-def test_units_inherited_data_and_paths(shown: dict[str, dict[str, Any]], warm: Any):
+def test_units_inherited_data_and_paths(shown: dict[str, dict[str, Any]], there: Warm):
     assert shown["pretrain.max_steps"]["unit"] == "steps"
     demonstrations = shown["reward.demonstrations"]
     assert demonstrations["from"] == "default: the data of `sft`"
-    assert [entry["source"] for entry in demonstrations["value"]] == [str(warm.folder / "rows.jsonl")]
+    assert [entry["source"] for entry in demonstrations["value"]] == [str(there.folder / "rows.jsonl")]
 
 
-def test_the_table_holds_the_same(warm: Any, shown: dict[str, dict[str, Any]]):
-    lines = warm("config", "show", "r.yaml").stdout.splitlines()
+def test_the_table_holds_the_same(there: Warm, shown: dict[str, dict[str, Any]]):
+    lines = there("config", "show", "r.yaml").stdout.splitlines()
     assert lines[0].strip() == "run demo"
     assert lines[1].split() == ["field", "value", "unit", "from"]
     rows = [re.split(r"\s{2,}", line.strip()) for line in lines]

@@ -54,6 +54,7 @@ def test_the_steps_by_hand():
     assert arithmetic.worked((47, 8, 5, 9)) == "47+8=55\n55+5=60\n60+9=69"
 
 
+@pytest.mark.slow
 def test_every_sum_is_right(documents: dict[str, list[str]], rows: dict[str, list[tuple[str, str]]]):
     for text in documents["train"] + documents["held_out"]:
         problem = problem_of(text)
@@ -64,6 +65,7 @@ def test_every_sum_is_right(documents: dict[str, list[str]], rows: dict[str, lis
         assert all(sum(numbers_in(left)) == right for left, right in equations(answer)), answer
 
 
+@pytest.mark.slow
 def test_what_is_held_out_is_nowhere_else(documents: dict[str, list[str]], rows: dict[str, list[tuple[str, str]]]):
     """All of it: problems as sets of numbers, so that another order or wording is the same problem."""
     seen = {problem_of(text) for text in documents["train"]} | {problem_of(asked) for asked, _ in rows["train"]}
@@ -81,11 +83,13 @@ def test_the_order_of_the_numbers_does_not_move_a_problem():
         assert len({arithmetic.is_held_out(order) for order in permutations(numbers)}) == 1
 
 
+@pytest.mark.slow
 def test_a_problem_is_asked_once(rows: dict[str, list[tuple[str, str]]]):
     asked = [problem_of(question) for question, _ in rows["train"] + rows["held_out"]]
     assert len(set(asked)) == len(asked)
 
 
+@pytest.mark.slow
 def test_the_shares_are_those_that_are_stated(documents: dict[str, list[str]], rows: dict[str, list[tuple[str, str]]]):
     """A tenth held out, a tenth of the answers and two thirds of the documents in steps, within four deviations."""
     everything = rows["train"] + rows["held_out"]
@@ -97,6 +101,7 @@ def test_the_shares_are_those_that_are_stated(documents: dict[str, list[str]], r
     assert documents_in_steps == pytest.approx(2 / 3, abs=4 * (2 / 9 / len(documents["train"])) ** 0.5)
 
 
+@pytest.mark.slow
 def test_both_sides_are_all_of_it(rows: dict[str, list[tuple[str, str]]]):
     both = [pair(row) for row in arithmetic.instruction_rows("all")]
     assert sorted(both) == sorted(rows["train"] + rows["held_out"])

@@ -10,7 +10,7 @@ import pytest
 from pipeline.artifacts import Store
 from pipeline.report.page import LARGEST, page_of
 from pipeline.report.records import read_run
-from tests.report.written_run import answer, result, training, write_evaluation, write_stage
+from tests.report.written_run import answer, result, training, write_demo, write_evaluation, write_stage
 
 LOADING = ("src", "href", "action", "data", "poster", "srcset", "formaction", "xlink:href")
 
@@ -39,13 +39,27 @@ class Page(HTMLParser):
         return self.values("data-figure")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `root`, for tests that leave it as it is."""
+    root = tmp_path_factory.mktemp("whole") / "artifacts"
+    write_demo(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def text(whole: Path) -> str:
+    """Its page."""
+    return page_of(read_run(Store(whole), "demo"), 2.0)
+
+
 def page(root: Path, run: str = "demo", price: float = 2.0) -> Page:
     return Page(page_of(read_run(Store(root), run), price))
 
 
-def test_the_numbers_are_the_manifests(root: Path):
-    found = page(root)
-    manifests = {path.parent.name: json.loads(path.read_text()) for path in root.glob("demo/*/manifest.json")}
+def test_the_numbers_are_the_manifests(whole: Path, text: str):
+    found = Page(text)
+    manifests = {path.parent.name: json.loads(path.read_text()) for path in whole.glob("demo/*/manifest.json")}
     seconds = dict(zip(found.values("data-stage"), found.values("data-seconds"), strict=True))
     assert {name: float(value or 0) for name, value in seconds.items()} == {
         name: manifest["seconds"] for name, manifest in manifests.items()
@@ -62,7 +76,7 @@ def test_the_numbers_are_the_manifests(root: Path):
     ]  # five stages of 1000; tokenize's are no training
     assert found.values("data-value", data_total="flops") == ["10000000000000.0"]
     assert found.values("data-value", data_final="ppo", data_metric="parameters") == ["1234567.0"]
-    results = {row["model"]: row["value"] for row in map(json.loads, (root / "demo/eval/results.jsonl").open())}
+    results = {row["model"]: row["value"] for row in map(json.loads, (whole / "demo/eval/results.jsonl").open())}
     assert {model: float(found.values("data-value", data_model=model)[0] or 0) for model in results} == results
 
 
@@ -79,15 +93,14 @@ def test_a_cpu_has_no_price_but_one_that_is_given(root: Path):
     assert "at €2.50 an hour" in found.text
 
 
-def test_every_stage_is_drawn_once_in_each_graph(root: Path):
-    text = page_of(read_run(Store(root), "demo"), 2.0)
+def test_every_stage_is_drawn_once_in_each_graph(text: str):
     for name in ("tokenize", "pretrain", "sft", "ppo", "dpo", "eval"):
         assert text.count(f"<title>{name}</title>") == 2
 
 
-def test_curves_hold_what_was_measured(root: Path):
-    found = page(root)
-    data = json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', page_text(root))[0])
+def test_curves_hold_what_was_measured(text: str):
+    found = Page(text)
+    data = json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)[0])
     assert [int(number or 0) for number in found.figures()] == list(range(len(data)))
     losses = [curve for each in data for curve in each["curves"] if curve["label"] == "training"]
     assert losses[0] == {"label": "training", "x": [10, 20, 30, 40, 50], "y": [4, 3, 2, 1, 0]}
@@ -102,8 +115,7 @@ def page_text(root: Path) -> str:
     return page_of(read_run(Store(root), "demo"), 2.0)
 
 
-def test_it_loads_nothing_and_the_same_artifacts_make_the_same_bytes(root: Path):
-    text = page_text(root)
+def test_it_loads_nothing_and_the_same_artifacts_make_the_same_bytes(root: Path, text: str):
     assert text == page_text(root)
     assert not re.search(r"https?://(?!www\.w3\.org)", text)
     for tag, attributes in Page(text).tags:

@@ -6,7 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -29,20 +29,46 @@ def write(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> list[str]:
+def data_in(folder: Path) -> list[str]:
     """Two sources: 300 documents in one file that is cut, 300 in six files. About 240 kB, 32 units of 8,000."""
     for number in range(6):
-        write(tmp_path / "many" / f"{number}.jsonl", 50, seed=number)
-    return [str(write(tmp_path / "one.jsonl", 300, seed=9)), str(tmp_path / "many")]
+        write(folder / "many" / f"{number}.jsonl", 50, seed=number)
+    return [str(write(folder / "one.jsonl", 300, seed=9)), str(folder / "many")]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    """The sources of `data_in`, of the test's own."""
+    return data_in(tmp_path)
+
+
+def make_small(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(os, "fsync", lambda descriptor: None)
+    patch.setattr(units, "UNIT_BYTES", 8_000)
+    patch.setattr(begun, "SECONDS_BETWEEN_SAVES", 0.0)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small units, every one of them saved; a disk that is waited for makes it slow, and a kill leaves it as it is."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(units, "UNIT_BYTES", 8_000)
-    monkeypatch.setattr(begun, "SECONDS_BETWEEN_SAVES", 0.0)
+    make_small(monkeypatch)
+
+
+class Calm(NamedTuple):
+    """What a run of the sources makes that nothing disturbs."""
+
+    hashes: dict[str, str]
+    figures: dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Calm:
+    """By one process."""
+    folder = tmp_path_factory.mktemp("calm")
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        figures = run(folder / "out", data_in(folder), num_proc=1)
+    return Calm(hashes(folder / "out"), figures)
 
 
 def run(out: Path, data: object, stop: bool = False, **options: object) -> dict[str, float]:
@@ -99,9 +125,9 @@ def broken_off(monkeypatch: pytest.MonkeyPatch, name: str, after: int, out: Path
 
 
 def test_what_is_kept_is_said_and_the_bytes_are_the_same(
-    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: list[str], calm: Calm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    figures = run(tmp_path / "calm", data)
+    figures = calm.figures
     out = tmp_path / "out"
     broken_off(monkeypatch, "looked_through", 10, out, data)
     log = out / "checkpoints" / "survey.jsonl"
@@ -120,7 +146,7 @@ def test_what_is_kept_is_said_and_the_bytes_are_the_same(
     said = capsys.readouterr().err
     assert "kept: the tokenizer" in said
     assert "of text had been encoded" in said
-    assert hashes(out) == hashes(tmp_path / "calm")
+    assert hashes(out) == calm.hashes
     assert {name: value for name, value in resumed.items() if name != "mb_per_second"} == {
         name: value for name, value in figures.items() if name != "mb_per_second"
     }
@@ -128,9 +154,13 @@ def test_what_is_kept_is_said_and_the_bytes_are_the_same(
 
 @pytest.mark.parametrize("suffix", ["", ".index", ".bytes"])
 def test_a_torn_write_behind_what_was_saved_is_dropped_and_a_lost_one_begins_anew(
-    suffix: str, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    suffix: str,
+    data: list[str],
+    calm: Calm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run(tmp_path / "calm", data)
     out = tmp_path / "out"
     broken_off(monkeypatch, "save_written", 100, out, data)
     torn = out / f"train.ds{suffix}"
@@ -140,7 +170,7 @@ def test_a_torn_write_behind_what_was_saved_is_dropped_and_a_lost_one_begins_ane
     with torn.open("rb") as file:
         before = file.read(saved)
     run(out, data)
-    assert hashes(out) == hashes(tmp_path / "calm")
+    assert hashes(out) == calm.hashes
     assert torn.read_bytes()[:saved] == before
 
     out = tmp_path / "lost"
@@ -150,7 +180,7 @@ def test_a_torn_write_behind_what_was_saved_is_dropped_and_a_lost_one_begins_ane
     capsys.readouterr()
     run(out, data)
     assert f"encoding begins anew: {torn}: the file has 100 bytes" in capsys.readouterr().err
-    assert hashes(out) == hashes(tmp_path / "calm")
+    assert hashes(out) == calm.hashes
 
 
 def test_other_data_begins_anew(
@@ -187,12 +217,11 @@ def test_data_that_change_between_the_passes_are_refused(
 
 
 def test_workers_that_read_for_themselves_write_the_same_and_one_that_is_killed_loses_nothing_that_was_saved(
-    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: list[str], calm: Calm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tmp_path / "calm", data, num_proc=1)
     monkeypatch.setattr(encoding, "processes_for", lambda text_bytes: 2)
     run(tmp_path / "out", data)
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "calm")
+    assert hashes(tmp_path / "out") == calm.hashes
     out = tmp_path / "killed"
     crews: list[workers.Crew] = []
     whole, calls = ShardWriter.take, [0]
@@ -217,14 +246,13 @@ def test_workers_that_read_for_themselves_write_the_same_and_one_that_is_killed_
     capsys.readouterr()
     run(out, data, num_proc=1)
     assert "of text had been encoded" in capsys.readouterr().err
-    assert hashes(out) == hashes(tmp_path / "calm")
+    assert hashes(out) == calm.hashes
 
 
 def test_a_stop_in_the_middle_is_saved(
-    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: list[str], calm: Calm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing but the stop saves: the time for it has not come."""
-    run(tmp_path / "calm", data)
     monkeypatch.setattr(begun, "SECONDS_BETWEEN_SAVES", 1e9)
     out = tmp_path / "out"
     done = [0]
@@ -246,31 +274,31 @@ def test_a_stop_in_the_middle_is_saved(
     with pytest.raises(Stopped, match="what is done is kept"):
         run(out, data, stop=True)
     run(out, data)
-    assert hashes(out) == hashes(tmp_path / "calm")
+    assert hashes(out) == calm.hashes
 
 
 def test_bad_rows_are_left_out_in_both_readings_under_any_processes_and_after_a_kill(
-    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: list[str], calm: Calm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The bytes are those of the data without them."""
-    figures = run(tmp_path / "calm", data)
+    figures = calm.figures
     assert "bad_rows" not in figures
     bad = torn(tmp_path / "torn", data)
     out = tmp_path / "out"
     broken_off(monkeypatch, "looked_through", 20, out, bad)
     broken_off(monkeypatch, "save_written", 300, out, bad)
     capsys.readouterr()
-    figures |= {"bad_rows": 6.0, "mb_per_second": 0.0}
+    figures = figures | {"bad_rows": 6.0, "mb_per_second": 0.0}
     assert run(out, bad) | {"mb_per_second": 0.0} == figures
     said = capsys.readouterr().err
     assert (
         f"{tmp_path}/torn/one.jsonl: 3 bad rows are left out, the first at {tmp_path}/torn/one.jsonl:150: a row" in said
     )
     assert f"{tmp_path}/torn/many: 3 bad rows are left out, the first at {tmp_path}/torn/many/1.jsonl:21: field" in said
-    assert hashes(out) == hashes(tmp_path / "calm")
+    assert hashes(out) == calm.hashes
     monkeypatch.setattr(encoding, "processes_for", lambda text_bytes: 2)
     assert run(tmp_path / "two", bad) | {"mb_per_second": 0.0} == figures
-    assert hashes(tmp_path / "two") == hashes(tmp_path / "calm")
+    assert hashes(tmp_path / "two") == calm.hashes
 
 
 def test_a_small_corpus_is_read_once_and_nothing_of_it_is_saved(
@@ -352,16 +380,14 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_killed_in_every_phase_it_ends_with_the_same_bytes_under_any_processes(
-    warm: Any, data: list[str], tmp_path: Path
+    warm: Any, data: list[str], calm: Calm, tmp_path: Path
 ) -> None:
     """With bad rows to leave out, whose bytes are those of the data without them."""
-    run(tmp_path / "clean", data)
     bad = torn(tmp_path / "torn", data)
     seed = random.SystemRandom().randrange(1000)
     said = warm.script(KILLS, json.dumps(bad), tmp_path, seed)
-    calm = hashes(tmp_path / "calm")
-    assert calm == hashes(tmp_path / "clean")
-    assert len(calm) == 11
+    assert len(calm.hashes) == 11
+    assert hashes(tmp_path / "calm") == calm.hashes
     for name, states, resumed_from in json.loads(said.splitlines()[-1]):
         reading, training, encoding_, anywhere = states
         assert reading[0] < 32, (seed, name)
@@ -370,4 +396,4 @@ def test_killed_in_every_phase_it_ends_with_the_same_bytes_under_any_processes(
         assert encoding_[:2] == [32, True], (seed, name)
         assert anywhere[2] >= encoding_[2], (seed, name)
         assert resumed_from == 32 + anywhere[2], (seed, name)
-        assert hashes(tmp_path / name) == calm, (seed, name)
+        assert hashes(tmp_path / name) == calm.hashes, (seed, name)
