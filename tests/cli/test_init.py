@@ -196,7 +196,7 @@ def test_a_word_is_refused_and_a_page_runs(warm: Any):
     assert "tokens of text, and a sample has 128" in refused.stderr
     assert not (warm.folder / "recipe.yaml").exists()
     (warm.folder / "texts" / "a.txt").write_text(invented_text(0, 300))
-    done = warm("init", "--data", "texts", "--hours", "0.01")
+    done = warm("init", "--data", "texts", "--hours", "0.003")
     assert done.code == 0, done.stderr
     ran = warm("run", "recipe.yaml", "--json")
     assert ran.code == 0, ran.stderr

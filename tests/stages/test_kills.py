@@ -27,7 +27,7 @@ data, own = (DataEntry(source=rows),), {} if name == "sft" else {"optimizer": "m
 own |= {"objective": objective, "eval_steps": 10} if objective else {}
 if rows.endswith("lists.jsonl"):
     own |= {"ensemble": 2, "max_length": 64}
-config = getattr(stage, make)(data=data, learning_rate=1e-3, per_device_train_batch_size=4, max_steps=60, save_steps=4,
+config = getattr(stage, make)(data=data, learning_rate=1e-3, per_device_train_batch_size=4, max_steps=48, save_steps=4,
                               logging_steps=2, held_out=0.1, eval_rows=8, **own)
 
 def start(out, dies_saving=None):

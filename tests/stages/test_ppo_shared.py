@@ -331,6 +331,7 @@ def test_four_bits_are_refused_here(parts: Parts, tmp_path: Path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_what_is_written_of_four_bits_are_the_starts_weights_with_the_adapters(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
