@@ -50,9 +50,9 @@ def places(tmp_path: Path) -> list[str]:
     return [*lines, f"{tmp_path}/b.json: row 6", f"{tmp_path}/c.parquet: row 34", f"{tmp_path}/d.jsonl:51"]
 
 
-def looked_through(entry: DataEntry, crew: Crew | None) -> Survey:
+def looked_through(entry: DataEntry, crew: Crew | None, parts: int = 13) -> Survey:
     found = cut([entry], 0.1, 0.1, print)
-    assert len(found) > 12
+    assert len(found) >= parts
     survey = Survey(Sample(1000), pieces=None)
     for _ in passes.look_through(found, survey, passes.Hands(crew, lambda size: None, lambda: None)):
         pass
@@ -107,3 +107,27 @@ def test_bad_rows_do_not_make_documents_many(tmp_path: Path) -> None:
     entry = DataEntry(source=str(tmp_path / "a.jsonl"), max_bad_rows=2)
     assert is_few_documents(entry, 4)
     assert not is_few_documents(entry, 3)
+
+
+@pytest.mark.parametrize(
+    ("streaming", "places"), [(False, ["row 8", "row 52"]), (True, ["file 1, row 8", "file 4, row 5"])]
+)
+def test_rows_of_the_hub_without_a_text_are_left_out(
+    streaming: bool, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """62 rows; streamed, four files of 16, 16, 15 and 15. Read here: a worker would open the dataset by its name."""
+    import datasets
+
+    rows = datasets.Dataset.from_list([*GOOD[:7], {"text": None}, *GOOD[7:50], {"text": None}, *GOOD[50:]])
+    made = rows.to_iterable_dataset(num_shards=4) if streaming else rows
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: made)
+    entry = DataEntry(source="hub:org/torn", max_bad_rows=2, streaming=streaming)
+    survey = looked_through(entry, None, parts=4)
+    what = "field `text` holds no text (the row has text)"
+    assert survey.left_out == {0: LeftOut(2, f"hub:org/torn train: {places[0]}", what)}
+    assert survey.bytes == sum(len(row["text"].encode()) for row in GOOD)
+    assert len(list(read_documents(entry))) == 60
+    with pytest.raises(DataError, match=r"bad row 2; max_bad_rows is 1") as caught:
+        looked_through(entry.model_copy(update={"max_bad_rows": 1}), None, parts=4)
+    assert caught.value.where == f"hub:org/torn train: {places[1]}"
+    units.cached_rows.cache_clear()

@@ -129,8 +129,8 @@ def test_what_is_for_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(LINES))
     with pytest.raises(ConfigError, match="`deduplicate` is for rows"):
         cut_one(DataEntry(source=str(tmp_path / "a.jsonl"), deduplicate="exact"))
-    for source, options in (("pydocs", {}), ("hub:org/name", {}), ("b.txt", {}), ("a.jsonl", {"format": "text"})):
-        with pytest.raises(ConfigError, match="`max_bad_rows` is for rows of files, and this source has none"):
+    for source, options in (("pydocs", {}), ("b.txt", {}), ("a.jsonl", {"format": "text"})):
+        with pytest.raises(ConfigError, match="`max_bad_rows` is for rows, and this source has none"):
             cut_one(DataEntry(source=source, max_bad_rows=1, **options))
 
 

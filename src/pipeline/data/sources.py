@@ -100,8 +100,8 @@ def check_documents_entry(entry: DataEntry) -> None:
     if entry.deduplicate:
         what = "`deduplicate` is for rows, and these are documents"
         raise ConfigError(what, where=entry.source, mend="take it out")
-    if entry.max_bad_rows and not has_own_rows(entry):
-        what = "`max_bad_rows` is for rows of files, and this source has none"
+    if entry.max_bad_rows and (entry.source in BUILT_IN or is_text(Path(entry.source), entry)):
+        what = "`max_bad_rows` is for rows, and this source has none that can be bad by itself"
         raise ConfigError(what, where=entry.source, mend="take it out")
 
 
@@ -116,11 +116,6 @@ def check_rows_entry(entry: DataEntry, without: Sequence[str] = (), why: str = "
             raise ConfigError(what, where=entry.source, mend=f"take `{name}` out")
 
 
-def has_own_rows(entry: DataEntry) -> bool:
-    """Whether a source of documents may be files of rows, of which one can be bad by itself."""
-    return not (entry.source in BUILT_IN or entry.source.startswith(HUB) or is_text(Path(entry.source), entry))
-
-
 def _documents(entry: DataEntry, split: Split, bad: Bad) -> Iterator[Document]:
     if entry.source == PYDOCS:
         from pipeline.data import pydocs
@@ -133,8 +128,7 @@ def _documents(entry: DataEntry, split: Split, bad: Bad) -> Iterator[Document]:
         for index, text in enumerate(arithmetic.corpus(split)):
             yield Document(text, f"arithmetic {split} document {index + 1}")
     elif entry.source.startswith(HUB):
-        for row, where in hub_rows(entry):
-            yield Document(text_of(row, entry.text_field, where), where)
+        yield from documents_in(hub_rows(entry), entry, bad)
     else:
         for path in local_files(entry):
             yield from file_documents(path, entry, bad=bad)
@@ -153,16 +147,21 @@ def file_documents(
         return
     bad = bad or BadRows()
     try:
-        for row, where in file_rows(path, bad, span):
-            try:
-                text = text_of(row, entry.text_field, where)
-            except DataError as error:
-                bad(error)
-                continue
-            yield Document(text, where)
+        yield from documents_in(file_rows(path, bad, span), entry, bad)
     except DataError as error:
         where = line_in_file(error.where, path, span)
         raise DataError(error.what, where=where, mend=error.mend) from error
+
+
+def documents_in(rows: Iterable[tuple[Row, str]], entry: DataEntry, bad: Bad) -> Iterator[Document]:
+    """The document of each row; `bad` is told of one without."""
+    for row, where in rows:
+        try:
+            text = text_of(row, entry.text_field, where)
+        except DataError as error:
+            bad(error)
+            continue
+        yield Document(text, where)
 
 
 def line_in_file(where: str, path: Path, span: Span | None) -> str:

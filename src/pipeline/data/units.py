@@ -14,19 +14,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.files import COMPRESSED, Bad, BadRows, Span, kind, spans
+from pipeline.data.files import COMPRESSED, Bad, BadRows, Row, Span, kind, spans
 from pipeline.data.hub_rows import HUB, hub_dataset, streamed_rows
 from pipeline.data.sources import (
     BUILT_IN,
     Document,
     Split,
     check_documents_entry,
+    documents_in,
     file_documents,
     is_few_documents,
     line_in_file,
     local_files,
     read_documents,
-    text_of,
 )
 from pipeline.recipe import DataEntry
 
@@ -149,7 +149,7 @@ def read(unit: Unit, bad: Bad | None = None) -> Iterator[Document]:
     if not unit.files and unit.span is None:
         yield from read_documents(unit.entry, split=unit.split, bad=bad)
         return
-    for document in unit_rows(unit) if not unit.files else unit_files(unit, bad):
+    for document in documents_in(unit_rows(unit), unit.entry, bad) if not unit.files else unit_files(unit, bad):
         if document.text.strip():
             yield document
 
@@ -164,17 +164,15 @@ def place_in_file(unit: Unit, where: str) -> str:
     return line_in_file(where, unit.files[0], unit.span) if unit.files else where
 
 
-def unit_rows(unit: Unit) -> Iterator[Document]:
+def unit_rows(unit: Unit) -> Iterator[tuple[Row, str]]:
     assert unit.span is not None
     if unit.entry.streaming:
-        for row, where in streamed_rows(unit.entry, cached_rows(unit.entry), range(*unit.span)):
-            yield Document(text_of(row, unit.entry.text_field, where), where)
+        yield from streamed_rows(unit.entry, cached_rows(unit.entry), range(*unit.span))
         return
     split = unit.entry.split or "train"
     rows = cached_rows(unit.entry).select(range(*unit.span))
     for number, row in enumerate(rows, start=unit.span[0] + 1):
-        where = f"{unit.entry.source} {split}: row {number}"
-        yield Document(text_of(dict(row), unit.entry.text_field, where), where)
+        yield dict(row), f"{unit.entry.source} {split}: row {number}"
 
 
 @functools.lru_cache(maxsize=4)
