@@ -10,8 +10,10 @@ The child leads a process group of its own, so that a test can kill the whole of
 `log`.out and `log`.err. What is imported here is not looked through by a child's garbage collections.
 """
 
+import functools
 import gc
 import importlib
+import importlib.metadata
 import json
 import os
 import pkgutil
@@ -86,6 +88,8 @@ measured_rate, hardware.product_rate = hardware.product_rate, quick_rate
 get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns, once in a process
 for _stage in STAGES:  # what every command that looks at a recipe reads of the code; a child has it from here
     code_parts(load_stage(_stage, Path()))
+for _name in ("metadata", "version"):  # read and parsed anew for every question; nothing is installed meanwhile
+    setattr(importlib.metadata, _name, functools.cache(getattr(importlib.metadata, _name)))
 gc.collect()
 gc.freeze()
 signal.signal(signal.SIGINT, signal.SIG_DFL)
