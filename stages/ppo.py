@@ -257,6 +257,8 @@ def preview(config: PPOConfig, inputs: dict[str, Any], count: int) -> list[Shown
 
 def _check(config: PPOConfig, runtime: Runtime) -> None:
     """ConfigError for a batch that cannot be cut as it is told, and for settings that don't go together."""
+    from pipeline.runtime import check_batch
+
     if config.rollout_engine == "vllm":
         from pipeline.rl.vllm_engine import check_vllm
 
@@ -278,16 +280,7 @@ def _check(config: PPOConfig, runtime: Runtime) -> None:
             mend="leave it out; it is for advantage_estimator: gae",
         )
     group = config.num_generations
-    for name, parts in (
-        ("num_mini_batches", config.num_mini_batches),
-        (f"processes with {group} answers a prompt" if group > 1 else "processes", runtime.world_size * group),
-    ):
-        if config.batch_size % parts:
-            raise ConfigError(
-                f"a batch of {config.batch_size} is not divisible by {parts} {name}",
-                where="ppo.batch_size",
-                mend=f"--set ppo.batch_size={math.ceil(config.batch_size / parts) * parts}",
-            )
+    check_batch(config.batch_size, config.num_mini_batches, group, runtime.world_size, "ppo.batch_size")
     if group == 1 and (needs_a_group(config.advantage_estimator) or config.dynamic_sampling):
         what = "dynamic_sampling" if config.dynamic_sampling else f"advantage_estimator {config.advantage_estimator}"
         raise ConfigError(

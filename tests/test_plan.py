@@ -342,6 +342,9 @@ def test_a_process_has_the_rows_that_the_stage_gives_it(road: Path) -> None:
         assert found.memory["activations"] == here * row, (rows, steps)
     uneven = planned(recipe, H100, "pretrain.per_device_train_batch_size=4", processes=8)["pretrain"]
     assert "8 processes cannot share 4 rows" in uneven.notes[0]
+    uneven = planned(road, CPU, "ppo.batch_size=64", processes=3)["ppo"]
+    assert "a batch of 64 is not divisible by 3 processes" in uneven.notes[0], "as the stage itself would say"
+    assert "ppo.batch_size=66" in uneven.notes[0]
     assert planned(road, CPU, "sft.per_device_train_batch_size=8", processes=4)["sft"].work[0].rows == 2
     for batch, processes, here in ((64, 1, 16), (64, 8, 8), (16, 8, 2)):
         ppo = planned(road, CPU, f"ppo.batch_size={batch}", processes=processes)["ppo"]

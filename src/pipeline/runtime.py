@@ -192,6 +192,19 @@ def share_batch(rows: int, micro_steps: int, world_size: int, where: str) -> tup
     )
 
 
+def check_batch(batch: int, mini_batches: int, group: int, world_size: int, where: str) -> None:
+    """ConfigError where a step of `batch` answers, `group` to a prompt, is not cut evenly into `mini_batches`, or whole
+    groups not shared evenly by the processes."""
+    shared = f"processes with {group} answers a prompt" if group > 1 else "processes"
+    for name, parts in (("num_mini_batches", mini_batches), (shared, world_size * group)):
+        if batch % parts:
+            raise ConfigError(
+                f"a batch of {batch} is not divisible by {parts} {name}",
+                where=where,
+                mend=f"--set {where}={math.ceil(batch / parts) * parts}",
+            )
+
+
 def default_threads(processes: int) -> int:
     """Threads a process may use: OMP_NUM_THREADS, else the cores this process may run on, shared out."""
     asked = os.environ.get("OMP_NUM_THREADS", "")

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.cli.init import init
 from pipeline.cli.init_recipe import Asked, Found, Stages, shown_path
 from pipeline.cli.init_sizing import _steps
 from pipeline.data.looking import Rows, look_at_rows, look_at_text
 from pipeline.errors import ConfigError, DataError
+from pipeline.hardware import Device
+from pipeline.runtime import check_batch, share_batch
 from tests.conftest import invented_text
 from tests.stages.conftest import make_model
 
@@ -183,6 +186,24 @@ def test_few_steps_are_of_few_rows_however_they_are_cut():
     small = {"per_device_train_batch_size": 2, "max_steps": 8, "gradient_accumulation_steps": 2}
     assert sized(2, 8, 0.02) == small
     assert sized(2, 8, 0.4)["max_steps"] == 40  # 640 rows of 16: steps enough
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [3, 5, 6, 7, 8])
+def test_every_batch_is_one_that_the_gpus_share(gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of 60 rows and a small text a step has few rows: eight GPUs need eight of them."""
+    corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    device = Device("a GPU", "cuda", gpus, 2.0**36, 1e12, bf16=False)
+    monkeypatch.setattr("pipeline.hardware.measure_device", lambda *given, **named: device)
+    named = {"data": "texts", "chats": "texts/chats.jsonl", "preferences": "preferences.jsonl", "out": "recipe.yaml"}
+    given = asked(**{name: tmp_path / path for name, path in named.items()}, hours=0.01, artifacts=tmp_path / "made")
+    init(given, force=False, as_json=True)
+    stages = YAML(typ="safe").load((tmp_path / "recipe.yaml").read_text())["stages"]
+    for name in ("pretrain", "sft", "reward", "dpo"):
+        share_batch(stages[name]["per_device_train_batch_size"], 1, gpus, name)
+    check_batch(stages["ppo"]["batch_size"], 1, 1, gpus, "ppo")
 
 
 @pytest.mark.slow

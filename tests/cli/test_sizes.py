@@ -3,6 +3,7 @@
 import pytest
 
 from pipeline.cli import sizes
+from pipeline.runtime import share_batch
 
 
 def cubic(depth: int, context: int) -> tuple[float, float]:
@@ -51,6 +52,25 @@ def test_few_rows_make_small_steps():
     assert sizes.fewer_a_step(200, 32, 2) == 4
     assert sizes.fewer_a_step(200, 32, 8) == 8
     assert sizes.fewer_a_step(2000, 32, 2) == 32
+
+
+def test_a_batch_is_one_that_the_processes_share():
+    """What is nearest to it by their ratio: of 8 rows six on three and on six GPUs, ten on five, seven on seven."""
+    assert [sizes.shared(8, processes) for processes in (1, 2, 3, 4, 5, 6, 7, 8, 16)] == [8, 8, 6, 8, 10, 6, 7, 8, 16]
+    assert [sizes.shared(128, processes) for processes in (1, 3, 5, 6, 7)] == [128, 96, 160, 96, 112]
+    assert [sizes.rows_a_step(rows, 32, 3) for rows in (3, 40, 100, 10_000)] == [3, 3, 6, 24]
+    assert sizes.fewer_a_step(200, 24, 4) == 6  # three would be less than four
+    assert sizes.fewer_a_step(200, 40, 5) == 5
+    for processes in (1, 3, 5, 6, 7, 8):
+        rows, steps = sizes.shared(64, processes), 1
+        while rows > processes:  # as where the memory is short of it
+            rows, steps = rows // 2, 2 * steps
+            mine, mine_steps = share_batch(rows, steps, processes, "")
+            assert processes * mine * mine_steps == sizes.shared(64, processes)
+        assert rows == processes
+    alone, three = (sizes.pretraining(1e15, 1e9, [], even, cubic, processes) for processes in (1, 3))
+    assert (alone.batch, three.batch) == (128, 96)
+    assert three.steps == round(1e15 / 1.62e7 / 96 / 256) == 2512
 
 
 @pytest.mark.parametrize(("size", "tokens"), [(9e5, 1024), (1e6, 4096), (5e7, 8192), (5e8, 16_384), (1e12, 32_768)])

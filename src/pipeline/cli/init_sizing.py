@@ -69,7 +69,8 @@ def stages_of_text(stages: Stages, asked: Asked, found: Found, probe: Probe, sec
     """tokenize's vocabulary and pretrain's model, batch and steps."""
     assert found.text is not None
     tokens = 0.95 * found.text.bytes / found.bytes_a_token
-    flops = seconds * _rate(stages, asked, probe) * Launch().processes()
+    processes = Launch().processes()
+    flops = seconds * _rate(stages, asked, probe) * processes
     if found.base is not None:
         _continued(stages, asked, found, probe, tokens, seconds)
         return
@@ -78,14 +79,15 @@ def stages_of_text(stages: Stages, asked: Asked, found: Found, probe: Probe, sec
     stages.set("tokenize", "vocab_size", found.vocab, f"for {found.text.bytes / 1e6:,.3g} MB")
     rows = [[min(LONGEST_ROW, length) for length in kind] for kind in found.row_lengths]
     cost = functools.partial(_cost, found.vocab)
-    plan = sizes.pretraining(flops, tokens, rows, CHINCHILLA.best_split, cost)
+    plan = sizes.pretraining(flops, tokens, rows, CHINCHILLA.best_split, cost, processes)
     _check_text(asked, tokens, plan.context)
     _set_pretrain(stages, found, plan, tokens)
     tried = _estimate(stages, "pretrain", asked, found, probe)
     assert tried.seconds is not None, tried.notes
     assert tried.flops is not None
     rate = tried.flops / (tried.seconds - tried.beginning)  # of this very model: small ones are slower
-    plan = sizes.pretraining(max(0.0, seconds - tried.beginning) * rate, tokens, rows, CHINCHILLA.best_split, cost)
+    flops = max(0.0, seconds - tried.beginning) * rate
+    plan = sizes.pretraining(flops, tokens, rows, CHINCHILLA.best_split, cost, processes)
     _set_pretrain(stages, found, plan, tokens)
     _fitted(stages, "pretrain", asked, found, probe)
 
@@ -141,17 +143,17 @@ def _continued(stages: Stages, asked: Asked, found: Found, probe: Probe, tokens:
 
     assert found.base is not None
     base = empty_model(found.base.model)
-    context = min(reach_of(base.config) or 1024, 1024)
+    context, batch = min(reach_of(base.config) or 1024, 1024), sizes.shared(8, Launch().processes())
     _check_text(asked, tokens, context)
     stages.set("pretrain", "context_length", context)
-    stages.set("pretrain", "per_device_train_batch_size", 8)
+    stages.set("pretrain", "per_device_train_batch_size", batch)
     stages.set("pretrain", "max_steps", TRIED_STEPS)
     if count_parameters(base)[0] >= LARGE:
         stages.set("pretrain", "peft", LORA, "adapters: the base is large")
     tried = _fitted(stages, "pretrain", asked, found, probe)
     paid = TRIED_STEPS * _paid(seconds, tried)
-    steps = max(2, round(min(paid, tokens / 8 / context)))
-    stages.set("pretrain", "max_steps", steps, f"{steps * 8 * context / tokens:.2g} of the text")
+    steps = max(2, round(min(paid, tokens / batch / context)))
+    stages.set("pretrain", "max_steps", steps, f"{steps * batch * context / tokens:.2g} of the text")
 
 
 def _model(stages: Stages, found: Found) -> tuple[float, int]:
@@ -179,14 +181,15 @@ def _row_stage(stages: Stages, name: str, found: Found, parameters: float, conte
         return
     rows = found.chats if name == "sft" else found.preferences
     assert rows is not None
-    stages.set(name, "per_device_train_batch_size", sizes.rows_a_step(rows.count, 32 if parameters < 2e7 else 16))
+    most, processes = 32 if parameters < 2e7 else 16, Launch().processes()
+    stages.set(name, "per_device_train_batch_size", sizes.rows_a_step(rows.count, most, processes))
     stages.set(name, "max_length", min(context, LONGEST_ROW))
     stages.set(name, "max_steps", TRIED_STEPS)
 
 
 def _ppo(stages: Stages, found: Found, context: int) -> None:
     assert found.chats is not None
-    batch = max(8, min(64, sizes.power_of_two(found.chats.count / 4)))
+    batch = sizes.shared(max(8, min(64, sizes.power_of_two(found.chats.count / 4))), Launch().processes())
     answer = sizes.quantile(found.chats.answers, 0.9) / found.bytes_a_token
     length = min(max(16, sizes.power_of_two(answer, up=True)), context // 2, 256)
     stages.set("ppo", "batch_size", batch)
@@ -202,7 +205,7 @@ def _steps(stages: Stages, name: str, found: Found, paid: float) -> None:
     if name == "ppo":
         assert found.chats is not None
         episodes = min(paid * TRIED_STEPS * fields["batch_size"], 4 * found.chats.count)
-        batch = sizes.fewer_a_step(episodes, fields["batch_size"], 16)
+        batch = sizes.fewer_a_step(episodes, fields["batch_size"], max(16, Launch().processes()))
         stages.set("ppo", "batch_size", batch)
         stages.set("ppo", "per_device_train_batch_size", min(batch, fields["per_device_train_batch_size"]))
         stages.set("ppo", "total_episodes", batch * max(2, round(episodes / batch)), "answers to learn from")
@@ -216,7 +219,7 @@ def _steps(stages: Stages, name: str, found: Found, paid: float) -> None:
         del fields["max_steps"]
         stages.set(name, "num_train_epochs", float(most))
         return
-    batch = sizes.fewer_a_step(seen, fields["per_device_train_batch_size"] * steps, 4)
+    batch = sizes.fewer_a_step(seen, fields["per_device_train_batch_size"] * steps, max(4, Launch().processes()))
     at_once = min(batch, fields["per_device_train_batch_size"])
     stages.set(name, "per_device_train_batch_size", at_once)
     if steps > 1:

@@ -56,8 +56,9 @@ def pretraining(
     rows: Sequence[Sequence[int]],
     best_split: Callable[[float], tuple[float, float]],
     cost: Callable[[int, int], tuple[float, float]],
+    processes: int = 1,
 ) -> Pretraining:
-    """The model and the steps for a budget of FLOPs and a text of `text_tokens`.
+    """The model and the steps for a budget of FLOPs and a text of `text_tokens`, in a batch that `processes` share.
 
     best_split: FLOPs -> (parameters, tokens) of the lowest loss. cost: (depth, context) -> (parameters that count,
     FLOPs a token to train) of the model that would be built. rows: tokens of the later stages' rows, by kind.
@@ -73,7 +74,7 @@ def pretraining(
     context = context_for(rows, context_of(cost(depth, 256)[0]))
     there = flops / cost(depth, context)[1]
     seen = min(there, most)
-    batch = power_of_two(min(max(seen / 1500, LEAST_TOKENS), MOST_TOKENS) / context)
+    batch = shared(power_of_two(min(max(seen / 1500, LEAST_TOKENS), MOST_TOKENS) / context), processes)
     return Pretraining(depth, context, batch, max(10, round(seen / batch / context)), there > most)
 
 
@@ -106,14 +107,21 @@ def power_of_two(value: float, up: bool = False) -> int:
     return int(2 ** (math.ceil(exponent) if up else math.floor(exponent)))
 
 
-def rows_a_step(rows: int, most: int) -> int:
-    """Rows of an optimiser step: a power of two up to `most`, of few rows so many that an epoch has eight steps."""
-    return max(2, min(most, power_of_two(rows / 8)))
+def shared(batch: int, processes: int) -> int:
+    """The batch nearest to `batch` (by their ratio) of which every process has the same power of two of rows: it can be
+    halved, and accumulated, down to a row a process."""
+    return processes * int(2 ** max(0, round(math.log2(batch / processes))))
+
+
+def rows_a_step(rows: int, most: int, processes: int = 1) -> int:
+    """Rows of an optimiser step: a power of two up to `most`, of few rows so many that an epoch has eight steps; then
+    what is nearest to it that `processes` share."""
+    return shared(max(2, min(most, power_of_two(rows / 8))), processes)
 
 
 def fewer_a_step(seen: float, batch: int, least: int) -> int:
-    """The batch, halved down to `least` until `seen` rows make some steps of it."""
-    while batch > least and seen / batch < FEW_STEPS:
+    """The batch, halved as long as it is no less than `least`, until `seen` rows make some steps of it."""
+    while batch // 2 >= least and seen / batch < FEW_STEPS:
         batch //= 2
     return batch
 

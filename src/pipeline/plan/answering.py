@@ -16,6 +16,7 @@ from pipeline.plan.training import START
 from pipeline.rl.logprobs import chunk_of
 from pipeline.rl.revising import principles_in
 from pipeline.rl.scoring import text_in
+from pipeline.runtime import check_batch
 
 
 def ppo(site: Site, node: Node, found: Estimate) -> Estimate:
@@ -25,8 +26,10 @@ def ppo(site: Site, node: Node, found: Estimate) -> Estimate:
     model = site.model(node.inputs["init"][0])
     if model is None:
         return replace(found, notes=("not estimated: what it starts from is not known",))
+    batch, group = config.batch_size, config.num_generations
+    check_batch(batch, config.num_mini_batches, group, site.processes, f"{node.name}.batch_size")
     rows, prompt, answer = site.prompts(config, config.response_length)
-    episodes = config.total_episodes or round(config.num_train_epochs * rows * config.num_generations)
+    episodes = config.total_episodes or round(config.num_train_epochs * rows * group)
     length = prompt + answer
     longest = round(prompt + config.response_length)
     tokens = episodes * length
@@ -39,7 +42,7 @@ def ppo(site: Site, node: Node, found: Estimate) -> Estimate:
     forwards = 3 + critics + rewards + judges / total
     updates = (1 + critics) * config.num_ppo_epochs * (2 / 3 if config.peft else 1.0)
     trained = (1 + critics) * (adapter_parameters(model, config.peft.r) if config.peft else float(total))
-    on_device = site.of_batch(config.per_device_train_batch_size, config.batch_size // config.num_mini_batches)
+    on_device = site.of_batch(config.per_device_train_batch_size, batch // config.num_mini_batches)
     load = Load(
         on_device,
         longest,
