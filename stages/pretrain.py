@@ -139,7 +139,7 @@ class PretrainConfig(StageConfig):
 INPUTS = {"tokens": "tokens", "init": "causal-lm", "teacher": "causal-lm"}
 KIND = "causal-lm"
 SHARDS = True
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 
 
 def run(config: PretrainConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) -> dict[str, float]:
@@ -289,7 +289,8 @@ def _start(
         shape = shape_of(given.model_dump(exclude={"architecture", "config"}), config.context_length, len(tokenizer))
         on_meta = runtime.shards and not runtime.is_main  # rank 0 deals its weights out
         seed = derive_seed(config.seed, "model")
-        return Start(draw_model(given.architecture, shape, given.config, seed, on_meta=on_meta))
+        pad_id = tokenizer.pad_token_id
+        return Start(draw_model(given.architecture, shape, given.config, seed, pad_id=pad_id, on_meta=on_meta))
     return start_from_base(
         inputs["init"].model,
         tokenizer,

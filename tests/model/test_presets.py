@@ -124,6 +124,17 @@ def test_attention_is_counted_in_every_family(architecture: str, layers: int) ->
     assert flops_per_token(model, 100) == 6 * counted + 12 * layers * 2 * 16 * 100
 
 
+def test_attention_of_layers_that_differ_is_counted_layer_by_layer() -> None:
+    """Gemma 4: heads of 16 channels where a layer looks back on a window, of 512 where it sees all."""
+    fields = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0,
+    }  # fmt: skip
+    model = build_model("gemma4_text", Shape(1, 32, 2, 2, None, 64, 64, tied=True), fields)
+    assert flops_per_token(model, 10) == 6 * count_parameters(model)[1] + 12 * (2 * 16 + 2 * 512) * 10
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -168,6 +179,52 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused() -> None:
     with pytest.raises(ConfigError, match="BertLMHeadModel sees the tokens that it is to predict"):
         draw_model("bert", shape, fields, 0)
     assert sees(draw_model("bert", shape, {**fields, "is_decoder": True}, 0).eval(), 6) == list(range(6))
+
+
+def test_what_looks_like_padding_hides_nothing() -> None:
+    """XLM is told no mask: it counts the tokens that are not its pad, and leaves out so many of the last ones."""
+    fields = {"emb_dim": 32, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}
+    shape = Shape(1, 32, 2, 2, None, 32, 64, tied=True)
+    with pytest.raises(ConfigError, match="XLMWithLMHeadModel sees the tokens that it is to predict"):
+        draw_model("xlm", shape, fields, 0, pad_id=2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "message"),
+    [
+        ("gpt_neo", {"num_layers": 2}, "transformers refuses this gpt_neo: .*attention_types.*ValidationError"),
+        (
+            "codegen",
+            {"n_embd": 32, "n_head": 2, "n_layer": 1, "rotary_dim": 8},
+            r"refuses this codegen: shape .*Runtime",
+        ),
+        ("lfm2_moe", {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}, "lfm2_moe: .*TypeError"),
+        ("musicgen", {}, r"refuses this musicgen: .*\(AttributeError\)"),
+        (
+            "emu3",
+            {"text_config": {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}},
+            "none that it lo",
+        ),
+        ("llama", {"pad_token_id": 5}, "the tokenizer sets `pad_token_id`"),
+    ],
+)
+def test_what_fails_in_a_familys_own_code_is_said(architecture: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        draw_model(architecture, Shape(2, 32, 2, 2, None, 32, 64, tied=True), fields, 0)
+
+
+def test_the_pad_token_is_the_tokenizers() -> None:
+    """A family's own would be some token of the text, of which the embedding is then never trained; or none at all."""
+    shape = Shape(1, 32, 2, 2, None, 32, 64, tied=True)
+    found = [build_config(name, shape, {}, 5).pad_token_id for name in ("gemma3", "opt", "glm", "llama")]
+    assert found == [5, 5, 5, None]
+    untied = draw_model("gemma3", shape, {"tie_word_embeddings": False}, 0, pad_id=5)
+    untied(torch.arange(8)[None], use_cache=False).logits.square().sum().backward()
+    gradient = untied.get_input_embeddings().weight.grad
+    assert gradient.any(dim=1).nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 6, 7]
+    fields = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    of_text = build_config("fuyu", shape, {"text_config": fields}, 5).get_text_config()
+    assert (of_text.vocab_size, of_text.pad_token_id, of_text.hidden_size) == (64, 5, 32)
 
 
 def test_fields_stand_over_the_sizes_and_the_depth() -> None:

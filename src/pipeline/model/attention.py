@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import ConfigError
 from pipeline.model.build import evaluating
+from pipeline.model.rereading import cache_of, in_doubt
 
 APART = ("flex_attention",)
 """What skips the products between documents of a row that do not see each other; torch's own kernel takes a mask.
@@ -129,7 +130,8 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     """Whether positions that begin again keep what stands before them out of sight: tried on two rows of eight tokens.
 
     transformers reads document borders off the positions where it makes the attention mask; families that make none
-    (state spaces, ALiBi) see on.
+    (state spaces, ALiBi) see on. And whether a document says there what it says by itself: some count from another
+    place than 0 (RoBERTa's kin).
     """
     ids_28 = torch.arange(16, device=model.device).reshape(2, 8) % model.get_input_embeddings().weight.shape[0]
     ids_28[1, 4:] = ids_28[0, 4:]
@@ -137,10 +139,12 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     with drawn(model), evaluating(model), torch.autocast(model.device.type, enabled=False):
         try:
             found = model.base_model(ids_28, position_ids=positions_28, use_cache=False)
+            alone = model.base_model(ids_28[:, :4], use_cache=False)
         except TypeError:  # a model of one's own that takes no positions
             return False
-    hidden_28D = found.last_hidden_state
-    return bool((hidden_28D[0, 4:] - hidden_28D[1, 4:]).abs().max() < 1e-4 * hidden_28D.abs().max())
+    hidden_28D, alone_24D = found.last_hidden_state, alone.last_hidden_state
+    apart = torch.stack([hidden_28D[0, 4:] - hidden_28D[1, 4:], hidden_28D[0, :4] - alone_24D[0]])
+    return bool(apart.abs().max() < 1e-4 * hidden_28D.abs().max())
 
 
 def check_looks_back(model: PreTrainedModel, where: str) -> None:
@@ -155,10 +159,13 @@ def check_looks_back(model: PreTrainedModel, where: str) -> None:
 
 @torch.no_grad()
 def sees_ahead(model: PreTrainedModel) -> bool:
-    """Whether what a model says behind a token depends on later ones: tried on eight tokens, the last one changed."""
+    """Whether what a model says behind a token depends on later ones: tried on eight tokens, the last one changed. None
+    is padding: XLM leaves out as many of the last ones as there are of it."""
     rows = model.get_input_embeddings().weight.shape[0]
-    ids_28 = torch.arange(8, device=model.device).repeat(2, 1) % rows
-    ids_28[1, -1] = 8 % rows
+    pad_id = getattr(model.config.get_text_config(), "pad_token_id", None)
+    known = [token for token in range(min(rows, 10)) if token != pad_id]
+    ids_28 = torch.tensor([[known[place % len(known)] for place in range(8)]] * 2, device=model.device)
+    ids_28[1, -1] = known[8 % len(known)]
     with drawn(model), evaluating(model), torch.autocast(model.device.type, enabled=False):
         logits_28V = model(ids_28, use_cache=False).logits
     return bool((logits_28V[0, :-1] - logits_28V[1, :-1]).abs().max() > 1e-4 * logits_28V.abs().max())
@@ -178,6 +185,9 @@ def reach_of_masks(model: PreTrainedModel) -> float:
     kinds = set(getattr(config, "layer_types", None) or ())
     is_told = has_positions and not model._is_stateful and kinds <= _ATTENTION and not getattr(config, "alibi", False)
     if not is_told or model.config._attn_implementation != "sdpa":
+        return 0
+    parameters = inspect.signature(model.forward).parameters
+    if "past_key_values" in parameters and in_doubt(model) and cache_of(model) == "none":  # positions mean other things
         return 0
     if kinds == {"full_attention"}:
         return math.inf

@@ -84,7 +84,7 @@ def reach(folder: Path) -> int | None:
 def reach_of(config: PreTrainedConfig) -> int | None:
     """Tokens that a model's positions reach; None where nothing bounds them (BLOOM, Mamba)."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if found is None else int(found)
+    return None if found is None or found < 1 else int(found)  # XLNet's is -1
 
 
 def check_reach(model: PreTrainedModel, length: int, whose: str, where: str) -> None:
@@ -238,8 +238,13 @@ def flops_per_token(model: PreTrainedModel, length: int) -> float:
     """FLOPs of a training step a token: 6 N + 12 · layers · heads · head_dim · T (PaLM, appendix B), over the layers
     that attend, as if each saw all T tokens."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 0
-    head_width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    each = config.per_layer_config[:] if config.is_heterogeneous else [config]  # Gemma 4's layers differ
+    channels = sum(_attention_channels(layer) for layer in each) / len(each)
     layers = sum(name.rpartition(".")[2] in ATTENTION_NAMES for name, _ in model.named_modules())
-    attention = 12.0 * layers * heads * head_width * length
-    return 6.0 * count_parameters(model)[1] + attention
+    return 6.0 * count_parameters(model)[1] + 12.0 * layers * channels * length
+
+
+def _attention_channels(config: Any) -> float:
+    """Channels of all heads of a layer."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    return float(heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)) if heads else 0.0

@@ -73,7 +73,10 @@ class _BlockLayer(DynamicLayer):  # type: ignore[misc]
 
 def has_keys_alone(model: PreTrainedModel) -> bool:
     """Whether the model's cache is keys and values in every layer, all of them or those of a window."""
-    layers = DynamicCache(config=model.config).layers
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except AttributeError:  # BLT's config is of several models: no layers are told
+        return False
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
@@ -84,7 +87,7 @@ class Decoder:
     side. With `owners_B` row b answers prompt owners_B[b]: each prompt goes through the model once, then its keys and
     values (or states) are copied for its rows. So it is with `shared_S`, what stands before all prompts: padding then
     stands between it and a prompt, so that only models that see nothing but the mask and positions may be given it
-    (`reach_of_masks` is infinite).
+    (`reach_of_masks` is infinite). `room` False: the cache holds what is written and no empty columns.
     """
 
     def __init__(
@@ -94,12 +97,14 @@ class Decoder:
         is_real_BP: Tensor,
         owners_B: Tensor | None = None,
         shared_S: Tensor | None = None,
+        *,
+        room: bool = True,
     ) -> None:
         parameters = inspect.signature(model.forward).parameters
         self.model = model
         self.cache = DynamicCache(config=model.config)
         # Where recurrent layers stand among the others, these read the mask by its last columns: no room there.
-        self.has_room = has_keys_alone(model)
+        self.has_room = room and has_keys_alone(model)
         if self.has_room:
             layers = self.cache.layers
             self.cache.layers = [_BlockLayer() if type(layer) is DynamicLayer else layer for layer in layers]

@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.model.attention import check_looks_back
 from pipeline.model.build import check_reach, initialise
 from pipeline.reading import meant
@@ -190,11 +192,13 @@ def shape_of(given: Mapping[str, Any], context: int, vocab: int) -> Shape:
     return Shape(depth, width, heads, kv_heads, named.get("intermediate_size"), context, vocab, tied, tuple(asked))
 
 
-def build_config(architecture: str, shape: Shape, fields: Mapping[str, Any]) -> PreTrainedConfig:
+def build_config(architecture: str, shape: Shape, fields: Mapping[str, Any], pad_id: int = 0) -> PreTrainedConfig:
     """transformers' config of a preset with `fields` over it, or of another model type from `fields` alone.
 
-    The vocabulary is the tokenizer's in either case. Raises ConfigError for an unknown architecture, for a size that
-    would be lost on one that is no preset, for a field that its config lacks, and for values that transformers refuses.
+    The vocabulary is the tokenizer's in either case, of the text's part where a model has others; so is the pad token,
+    in families that have one of their own: its row is not trained, and RoBERTa's kin count positions from behind it.
+    Raises ConfigError for an unknown architecture, for a size that would be lost on one that is no preset, for a field
+    that its config lacks, and for values that transformers refuses.
     """
     model_type, preset = PRESETS.get(architecture, (architecture, None))
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -211,48 +215,76 @@ def build_config(architecture: str, shape: Shape, fields: Mapping[str, Any]) -> 
             mend="set them in `config`, such as config: {num_hidden_layers: 8, hidden_size: 512}",
         )
     made = {**(preset(shape) if preset else {"vocab_size": shape.vocab}), **fields}
-    kind = type(AutoConfig.for_model(model_type))
-    known = set(inspect.signature(kind).parameters) | set(kind.attribute_map)
-    _check_fields(kind, fields, known)
-    try:
+    kind = CONFIG_MAPPING[model_type]
+    parameters = inspect.signature(kind).parameters
+    _check_fields(kind, fields, set(parameters) | set(kind.attribute_map))
+    if "pad_token_id" in parameters and parameters["pad_token_id"].default is not None:
+        made["pad_token_id"] = pad_id
+    if "text_config" in kind.sub_configs:
+        given = fields.get("text_config") or {}
+        _check_fields(kind.sub_configs["text_config"], given, set(given))
+        made["text_config"] = {**given, "vocab_size": shape.vocab, "pad_token_id": pad_id}
+    with _transformers_own(architecture):
         return AutoConfig.for_model(model_type, **made)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"transformers refuses this {architecture}: {error}", where=f"{WHERE}.config") from error
 
 
-def build_model(architecture: str, shape: Shape, fields: Mapping[str, Any]) -> PreTrainedModel:
+@contextmanager
+def _transformers_own(architecture: str) -> Iterator[None]:
+    """ConfigError for whatever transformers' own code of a family raises over a user's fields: it asserts, divides by
+    zero, looks for what is not there."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split()) or "no word on it"
+        raise ConfigError(
+            f"transformers refuses this {architecture}: {said} ({type(error).__name__})",
+            where=f"{WHERE}.config",
+            mend=f"fields with which transformers' own {architecture} runs on tokens alone, or another architecture",
+        ) from error
+
+
+def build_model(architecture: str, shape: Shape, fields: Mapping[str, Any], pad_id: int = 0) -> PreTrainedModel:
     """A model with weights as transformers (or the user's class) draws them, from torch's global random state.
 
-    Raises ConfigError as `build_config`, and where its positions do not reach the context.
+    Raises ConfigError as `build_config`, where its positions do not reach the context, and for one that could not be
+    loaded again.
     """
     if is_user_code(architecture):
         model = _user_model(architecture, shape, fields)
     else:
-        model = AutoModelForCausalLM.from_config(build_config(architecture, shape, fields), dtype="float32")
+        config = build_config(architecture, shape, fields, pad_id)
+        with _transformers_own(architecture):
+            model = AutoModelForCausalLM.from_config(config, dtype="float32")
         assert isinstance(model, PreTrainedModel)
+        if model.config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            what = f"what transformers builds of it, a `{model.config.model_type}`, is none that it loads by itself"
+            raise ConfigError(what, where=f"{WHERE}.architecture", mend="another architecture")
     check_reach(model, shape.context, "the model's", "pretrain.context_length")
     return model
 
 
 def draw_model(
-    architecture: str, shape: Shape, fields: Mapping[str, Any], seed: int, *, on_meta: bool = False
+    architecture: str, shape: Shape, fields: Mapping[str, Any], seed: int, *, pad_id: int = 0, on_meta: bool = False
 ) -> PreTrainedModel:
     """A new model, its weights a function of `seed`: `initialise`'s for a preset, else those of `build_model`.
 
-    ConfigError as there, and for one that sees ahead.
+    ConfigError as there, for one that sees ahead, and for one that does not run. `pad_id`: the tokenizer's.
 
     `on_meta`: a preset without its weights, on the meta device, where another process is to give them.
     """
     if on_meta and architecture in PRESETS:
         with torch.device("meta"):
-            return build_model(architecture, shape, fields)
+            return build_model(architecture, shape, fields, pad_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(architecture, shape, fields)
+        model = build_model(architecture, shape, fields, pad_id)
     if architecture in PRESETS:
         initialise(model, torch.Generator().manual_seed(seed))
     else:
-        check_looks_back(model, f"{WHERE}.architecture")
+        with nullcontext() if is_user_code(architecture) else _transformers_own(architecture):
+            check_looks_back(model, f"{WHERE}.architecture")
     return model
 
 
@@ -290,8 +322,9 @@ def _is_causal_model(kind: object) -> bool:
 
 def _check_fields(config: type, fields: Mapping[str, Any], known: Collection[str]) -> None:
     """ConfigError for a field that the config lacks, or that the tokenizer sets."""
-    if "vocab_size" in fields:
-        raise ConfigError("the tokenizer sets `vocab_size`", where=f"{WHERE}.config", mend="leave it out")
+    for name in ("vocab_size", "pad_token_id"):
+        if name in fields:
+            raise ConfigError(f"the tokenizer sets `{name}`", where=f"{WHERE}.config", mend="leave it out")
     for name in fields:
         if name not in known:
             raise ConfigError(f"{config.__name__} has no field `{name}`{meant(name, known)}", where=f"{WHERE}.config")
