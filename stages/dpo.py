@@ -177,10 +177,9 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     if config.has_reference:
         preference_trainer.add_reference(trainer, rows, plan, out / "reference.safetensors", runtime)
     shown = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
-    # in the middle a measurement is never cut short: a stop is taken, and saved, at the end of the next step
     adapter.train(
         trainer, config, rows, plan, runtime, checkpoint, phase="dpo", shown=shown, state={},
-        measure=lambda: preference_trainer.while_training(trainer, lambda policy: measure(policy, lambda: None)),
+        measure=lambda: preference_trainer.while_training(trainer, measure),
         measure_steps=config.eval_steps,
     )  # fmt: skip
 
@@ -190,7 +189,7 @@ def run(config: DPOConfig, inputs: dict[str, Any], out: Path, runtime: Runtime) 
     if runtime.is_main:
         save_model(model, out / "model", init.model, [stop_id], tokenizer.pad_token_id)
     runtime.barrier()
-    figures |= measure(model, runtime.check_stop) if config.held_out else {}
+    figures |= measure(model) if config.held_out else {}
     runtime.metrics.log(plan.steps, int(plan.tokens[-1]), **figures)
     read_only = preference_trainer.tokens_only_read(rows, plan, config.objective)
     return {**figures, "flops": flops + adapter.forward_flops(model, plan, read_only)}
@@ -347,7 +346,7 @@ def _measuring(
     tokenizer: PreTrainedTokenizerFast,
     length: int,
     runtime: Runtime,
-) -> Callable[[PreTrainedModel, Callable[[], None]], dict[str, float]]:
+) -> Callable[[PreTrainedModel], dict[str, float]]:
     """What measures a policy against the start, of which `model` is listened to here, before it is trained."""
     from pipeline import trainer as adapter
     from pipeline.evals import implicit_reward
@@ -355,10 +354,11 @@ def _measuring(
     with adapter.autocast(config, runtime):
         before = implicit_reward.listen(_subject(model, tokenizer, length, runtime.check_stop), held_out)
 
-    def measure(policy: PreTrainedModel, tick: Callable[[], None]) -> dict[str, float]:
+    def measure(policy: PreTrainedModel) -> dict[str, float]:
         start = adapter.load_policy(init, config, runtime)
         with adapter.autocast(config, runtime):
-            found = implicit_reward.figures(_subject(policy, tokenizer, length, tick), start, held_out, before)
+            subject = _subject(policy, tokenizer, length, runtime.check_stop)
+            found = implicit_reward.figures(subject, start, held_out, before)
         runtime.say("held out: " + ("  ".join(f"{name} {value:.3f}" for name, value in found.items()) or "no row fits"))
         return found
 

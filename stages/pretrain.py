@@ -14,11 +14,11 @@ import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from pydantic import Field
 
-from pipeline.errors import ConfigError, MismatchError, TrainingError
+from pipeline.errors import ConfigError, Halt, MismatchError, TrainingError
 from pipeline.recipe import PeftConfig, Section, StageConfig, field
 
 if TYPE_CHECKING:
@@ -430,6 +430,8 @@ def _held_out(
         documents=config.eval_documents,
         prompts=config.sample_prompts,
         sample_tokens=config.sample_tokens,
+        heed=runtime.heed,
+        check_stop=runtime.check_stop,
     )
 
 
@@ -528,7 +530,10 @@ def _loop(config: PretrainConfig, steps: OptimizerSteps, step: int, held_out: He
         while step < config.max_steps:
             if step and step % config.eval_steps == 0:  # after its checkpoint, and again when resumed from it
                 looked = time.monotonic()
-                bits, samples = held_out.look()
+                try:
+                    bits, samples = held_out.look()
+                except Halt:  # on all ranks
+                    _stop(steps, step, runtime)
                 began += time.monotonic() - looked  # a rate is that of steps
                 runtime.metrics.log(step, step * tokens_a_step, bits_per_byte=bits, **samples)
                 runtime.say(f"step {step:,}: {bits:.3f} bits per byte, held out")
@@ -545,12 +550,19 @@ def _loop(config: PretrainConfig, steps: OptimizerSteps, step: int, held_out: He
                 runtime.metrics.log(step, step * tokens_a_step, **figures, **rates)
                 bar.advance(step - bar.done, **shown)
             stopping = runtime.stop_requested()
-            if step % config.save_steps == 0 or stopping or step == config.max_steps:
+            if step % config.save_steps == 0 or step == config.max_steps:
                 steps.save(step)
             if stopping and step < config.max_steps:
-                runtime.checkpoints.wait()
-                runtime.barrier()  # rank 0 has written it: the others' leaving may end it
-                runtime.stop(step)
+                _stop(steps, step, runtime)
+
+
+def _stop(steps: OptimizerSteps, step: int, runtime: Runtime) -> NoReturn:
+    """Leave with a checkpoint of `step`."""
+    if steps.verdicts.saved_at != step:
+        steps.save(step)
+    runtime.checkpoints.wait()
+    runtime.barrier()  # rank 0 has written it: the others' leaving may end it
+    runtime.stop(step)
 
 
 def _evaluate(

@@ -165,6 +165,13 @@ class Runtime:
         if self.halt.asked is not None:
             raise self.halt.asked("stopped before anything was saved", mend="run the same command again")
 
+    def heed(self) -> None:
+        """Raise if any rank is asked to stop, on all of them: in what is done again when the stage goes on. Who has
+        something to save catches it. A collective: call it on every rank, equally often."""
+        if self.stop_requested():
+            kind: type[Halt] = self.halt.asked or Stopped
+            raise kind("stopped while it measured", mend="run the same command again to measure anew")
+
     def stop(self, step: int) -> NoReturn:
         """Raise, after the stage has saved its state at `step`."""
         kind: type[Halt] = self.halt.asked or Stopped

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from pipeline.errors import TrainingError
+from pipeline.errors import Halt, TrainingError
 from pipeline.progress import Bar
 from pipeline.runtime import Runtime
 from pipeline.schedule import Schedule
@@ -49,7 +50,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.bar.start_at(state.global_step)
         if self.owes and self.measure is not None:  # the weights of the checkpoint are there by now
             self.owes = False
-            self._measure(self.measure, state.global_step)
+            if not self._measure(self.measure, state.global_step):  # the checkpoint still owes it
+                self.runtime.stop(state.global_step + self.member * self.plan.steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.is_stopping = self.runtime.stop_requested()
@@ -59,16 +61,22 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_log = True  # the line before it is saved: no figure spans a checkpoint, no NaN is kept
         step = state.global_step
         is_due = bool(self.measure_steps) and step % self.measure_steps == 0 and step < self.plan.steps
-        if self.measure is not None and is_due and not self.is_stopping:
-            self._measure(self.measure, step)
+        if self.measure is not None and is_due and not self.is_stopping and not self._measure(self.measure, step):
+            self.is_stopping = control.should_save = control.should_training_stop = control.should_log = True
         self.owes = is_due and self.is_stopping  # who asks to stop waits for the save alone
 
-    def _measure(self, measure: Callable[[], Mapping[str, float]], step: int) -> None:
-        """A line of figures; neither the run's random numbers nor its speed is touched."""
+    def _measure(self, measure: Callable[[], Mapping[str, float]], step: int) -> bool:
+        """A line of figures; neither the run's random numbers nor its speed is touched. False, and no line, where any
+        rank was asked to stop meanwhile: `measure`, in which no rank waits for another, raises Halt there."""
         start = time.monotonic()
-        with torch.random.fork_rng():
-            self.runtime.metrics.log(step, int(self.plan.tokens[step - 1]), **measure())
+        figures: Mapping[str, float] = {}
+        with torch.random.fork_rng(), suppress(Halt):
+            figures = measure()
         self.began += time.monotonic() - start
+        if self.runtime.stop_requested():
+            return False
+        self.runtime.metrics.log(step, int(self.plan.tokens[step - 1]), **figures)
+        return True
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
         state.log_history.clear()  # metrics.jsonl is the record; this would be written into every checkpoint

@@ -18,8 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifacts import Artifact, Store
+from pipeline.checkpoint import newest_checkpoint
 from pipeline.data.shards import TokenFile
-from pipeline.errors import ConfigError, MachineError, MismatchError, TrainingError
+from pipeline.errors import ConfigError, MachineError, MismatchError, Stopped, TrainingError
+from pipeline.model import held_out
+from pipeline.model.decoding import Decoder
 from pipeline.model.held_out import bits_per_byte, choose_documents
 from pipeline.model.next_token import NextToken
 from pipeline.model.optim import learning_rate_share
@@ -628,3 +631,57 @@ def test_sizes_follow_from_the_depth(train: Any, tokens: Artifact, tmp_path: Pat
     assert [config[name] for name in sizes] == [1, 64, 1, 192, True]
     assert config["max_position_embeddings"] == 32
     assert os.stat(tmp_path / "out" / "model" / "model.safetensors").st_size > 0
+
+
+@pytest.mark.parametrize("where", ["nats", "token", "end"])
+def test_a_stop_in_an_evaluation_leaves_at_once_and_measures_anew(
+    train: Any, tokens: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    """Asked in a batch of held-out rows, at a token of a sample, in a batch of the last evaluation: nothing follows it;
+    a checkpoint of that step is there, though `save_steps` has none at it; and the end is the undisturbed run's."""
+    monkeypatch.setattr(held_out, "TOKENS_A_BATCH", 256)
+    settings = {"max_steps": 6, "eval_steps": 3, "save_steps": 4, "sample_tokens": 6}
+    train(tokens, tmp_path / "calm", **settings)
+
+    here: list[Runtime] = []
+    start, nats, decode_one = Runtime.start, NextToken.nats, Decoder.decode_one
+    after: list[str] = []
+
+    def started(*given: Any, **named: Any) -> Runtime:
+        here.append(start(*given, **named))
+        return here[-1]
+
+    def meets(what: str) -> None:
+        is_end = (tmp_path / "stopped" / "model" / "model.safetensors").exists()
+        if here[-1].halt.asked is not None or (is_end if where == "end" else what == where):
+            here[-1].halt.asked = Stopped
+            after.append(what)
+
+    def met_nats(losses: NextToken, *batch: Any) -> torch.Tensor:
+        meets("nats")
+        return nats(losses, *batch)
+
+    def met_token(decoder: Decoder, ids: torch.Tensor) -> None:
+        meets("token")
+        decode_one(decoder, ids)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Runtime, "start", started)
+        patched.setattr(NextToken, "nats", met_nats)
+        patched.setattr(Decoder, "decode_one", met_token)
+        with pytest.raises(Stopped, match="while it measured" if where == "end" else "stopped at step 3 and saved"):
+            train(tokens, tmp_path / "stopped", **settings)
+    assert after == ["token" if where == "token" else "nats"]
+    kept = newest_checkpoint(tmp_path / "stopped" / "checkpoints")
+    assert kept is not None
+    assert kept.step == (6 if where == "end" else 3)
+
+    train(tokens, tmp_path / "stopped", **settings)
+    assert sha(tmp_path / "stopped/model/model.safetensors") == sha(tmp_path / "calm/model/model.safetensors")
+    timed = ("tokens_per_second", "flops_per_second", "mfu", "seconds", "time")
+    calm, gone_on = (
+        [{name: value for name, value in line.items() if name not in timed} for line in metrics(tmp_path / out)]
+        for out in ("calm", "stopped")
+    )
+    assert gone_on == calm
+    assert [line["step"] for line in calm if "bits_per_byte" in line] == [3, 6]

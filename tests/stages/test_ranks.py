@@ -22,6 +22,7 @@ import math
 import torch
 from torch.distributed.tensor import DTensor
 from pipeline.errors import Stopped
+from pipeline.model.decoding import Decoder
 from pipeline.model.next_token import NextToken
 from pipeline.model.optimizer_steps import OptimizerSteps
 from pipeline.recipe import field
@@ -32,9 +33,11 @@ class SpyConfig(PretrainConfig):
     expected: str = field("", "none, ddp or fsdp", run_only=True)
     stop_at: int = field(0, "x", run_only=True)
     poisoned: int = field(0, "the step whose loss is nan on the last rank", run_only=True)
+    stop_in: str = field("", "nats or token: the last or the first rank is asked to stop there, once", run_only=True)
 
 INPUTS, KIND, SHARDS = pretrain.INPUTS, pretrain.KIND, pretrain.SHARDS
 plain_step, plain_loss = OptimizerSteps.step, NextToken.loss_sum
+plain_nats, plain_decode = NextToken.nats, Decoder.decode_one
 
 def is_cut(tensor):
     return isinstance(tensor, DTensor) and tensor.to_local().numel() < tensor.numel()
@@ -62,6 +65,18 @@ def run(config, inputs, out, runtime):
         (out / f"rank-{runtime.rank}").write_text(str(check(steps, config.expected)))
         if number + 1 == config.stop_at:
             runtime.halt.asked = Stopped
+    def asked_on(rank):
+        assert runtime.halt.asked is None, "it went on"
+        runtime.halt.asked = Stopped if runtime.rank == rank else None
+    def nats(losses, *batch):
+        if config.stop_in == "nats":
+            asked_on(runtime.world_size - 1)
+        return plain_nats(losses, *batch)
+    def decode_one(decoder, ids):
+        if config.stop_in == "token":
+            asked_on(0)
+        plain_decode(decoder, ids)
+    NextToken.nats, Decoder.decode_one = nats, decode_one
     OptimizerSteps.step = step
     return pretrain.run(config, inputs, out, runtime)
 '''
@@ -191,6 +206,25 @@ def test_from_one_process_to_two_and_back_to_one(ranks: Ranks, strategy: str):
     assert moved.figures("loss") == pytest.approx(straight.figures("loss"), abs=1e-4)
     assert distance(straight, moved) < 1e-4
     assert moved.manifest["tokens"] == straight.manifest["tokens"] == 20 * 80 * 32
+
+
+@pytest.mark.parametrize(
+    ("strategy", "where"), [("ddp", "nats"), ("ddp", "token"), ("fsdp", "nats"), ("fsdp", "token")]
+)
+def test_a_stop_of_one_rank_in_an_evaluation_is_one_of_all(ranks: Ranks, strategy: str, where: str):
+    """They leave together with a checkpoint of the evaluation's step, and measure when they go on."""
+    calm = ranks.made("calm", strategy, "max_steps=12")
+    stopped = ranks.run("asked", strategy, "max_steps=12", f"stop_in={where}")
+    assert stopped.code == 75, stopped.stderr
+    assert "stopped at step 10 and saved" in stopped.stderr
+    gone_on = ranks.made("asked", strategy, "max_steps=12")
+    assert gone_on.manifest["resumed_from"] == 10
+    for name, value in calm.weights.items():
+        assert torch.equal(gone_on.weights[name], value), name
+    for one, other in zip(calm.evaluations, gone_on.evaluations, strict=True):
+        assert (one["step"], one["bits_per_byte"], one["sample_1"]) == (
+            other["step"], other["bits_per_byte"], other["sample_1"],
+        )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -79,6 +79,7 @@ def listen(subject: Subject, held_out: HeldOut) -> Said:
             stop_ids=[stop],
             pad_id=stop if subject.tokenizer.pad_token_id is None else subject.tokenizer.pad_token_id,
             batch_size=max(1, 4 * subject.token_budget // longest),
+            tick=subject.tick,
         )
         lengths, ended = written.lengths_B.tolist(), written.is_ended_B.tolist()
     pairs = preference_accuracy.score(subject, held_out.pairs)

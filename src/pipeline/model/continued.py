@@ -62,7 +62,7 @@ def start_from_base(
         model.to(runtime.device)
         with autocast():
             ranks = Ranks(runtime.rank, runtime.world_size)
-            known = measure_base(model, own, tokenizer, valid, length, documents, ranks)
+            known = measure_base(model, own, tokenizer, valid, length, documents, ranks, runtime.heed)
     new = fit_vocabulary(model, own, tokenizer)
     if new:
         runtime.say(f"{new:,} new tokens: rows for them from those of their parts")
@@ -121,6 +121,7 @@ def measure_base(
     length: int,
     documents: int,
     ranks: Ranks,
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """`bits_per_byte/<label>` of the base on each source, held out, the text in its `own` tokens, not the file's.
     A collective."""
@@ -133,7 +134,7 @@ def measure_base(
     is_other = separator != valid.metadata.separator_id or any(pieces(own, tokenizer).values())
     with evaluating(model):
         losses = NextToken(model)
-        return bits_by_source(losses, valid, length, documents, own_ids if is_other else None, separator, ranks)
+        return bits_by_source(losses, valid, length, documents, own_ids if is_other else None, separator, ranks, tick)
 
 
 @torch.no_grad()

@@ -119,6 +119,7 @@ def generate_batch(
     sampling: Sampling,
     uniforms_BT: Tensor | None,
     shared: int = 0,
+    tick: Callable[[], None] = lambda: None,
 ) -> Generation:
     """As `generate`, for rows that go through the model side by side; row b answers prompts[owners[b]]."""
     device, rows = model.device, len(owners)
@@ -142,6 +143,7 @@ def generate_batch(
         if len(going) <= SHRINK_BELOW * len(present_B):
             decoder.keep(going)
             present_B, next_B = present_B[going], next_B[going]
+        tick()
         decoder.decode_one(next_B)
     return written.generation()
 
@@ -160,6 +162,7 @@ def generate(
     stop_strings: Sequence[str] = (),
     decode: Callable[[list[int]], str] | None = None,
     shared: int = 0,
+    tick: Callable[[], None] = lambda: None,
 ) -> Generation:
     """The model's answers to `prompts` (ids, none empty), in their order.
 
@@ -174,6 +177,7 @@ def generate(
     (`stop_strings.before_stop` cuts it). Prompts are not looked at.
     shared: how many tokens all prompts begin with, fewer than the shortest has. They are read once a batch, where the
     architecture allows; what comes out is the same up to float order.
+    tick: called before every further token; may raise.
     """
     assert all(prompts), "an empty prompt leaves nothing to predict from"
     assert (sampling.temperature == 0) == (uniforms_BT is None), "greedy takes no randomness, sampling needs it"
@@ -201,6 +205,7 @@ def generate(
                 sampling=sampling,
                 uniforms_BT=None if uniforms_BT is None else uniforms_BT[chunk],
                 shared=shared if len(distinct) > 1 else 0,
+                tick=tick,
             )
             parts.append(part)
     place = torch.tensor(order).argsort()

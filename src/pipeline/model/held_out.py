@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.data.shards import TokenFile
 from pipeline.data.tokenizers import encode_text
+from pipeline.errors import Halt
 from pipeline.model.build import evaluating
 from pipeline.model.generation import generate
 from pipeline.model.losses import IGNORED
@@ -45,7 +47,11 @@ ALONE = Ranks(0, 1)
 class HeldOut:
     """What a model in training makes of held-out text: the figures of `documents` documents in windows of `length`
     tokens, shared over the ranks, and continuations of `prompts` (see `continuations`) by `sample_tokens` tokens, which
-    rank 0 makes, or all together where they share the model in shards."""
+    rank 0 makes, or all together where they share the model in shards.
+
+    Between batches and tokens `heed` may raise Halt, on all ranks together, and `check_stop` on one that works alone:
+    see Runtime.
+    """
 
     def __init__(
         self,
@@ -59,28 +65,35 @@ class HeldOut:
         documents: int,
         prompts: Sequence[str] | None,
         sample_tokens: int,
+        heed: Callable[[], None] = lambda: None,
+        check_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self.losses, self.valid, self.tokenizer, self.autocast = losses, valid, tokenizer, autocast
         self.ranks = ranks
         self.length, self.documents, self.prompts, self.sample_tokens = length, documents, prompts, sample_tokens
+        self.heed, self.check_stop = heed, check_stop
 
     def look(self) -> tuple[float, dict[str, str]]:
         """(bits per UTF-8 byte, `sample_1`, … -> what the model makes of a prompt, greedily: {} on a rank that makes
-        none). A collective."""
+        none). A collective, which Halt ends on all ranks."""
         model, texts = self.losses.model, []
-        with self.autocast(), evaluating(model):
-            bits = bits_per_byte(self.losses, self.valid, self.length, self.documents, ranks=self.ranks)
-            if self.ranks.is_main or is_sharded(self.losses):
-                with gathered(self.losses):
-                    texts = continuations(
-                        model, self.tokenizer, self.valid, self.prompts, self.sample_tokens, self.length
-                    )
+        with self.autocast(), evaluating(model), gathered(self.losses):  # in shards again, whatever ends it
+            bits = bits_per_byte(self.losses, self.valid, self.length, self.documents, ranks=self.ranks, tick=self.heed)
+            is_shared = is_sharded(self.losses)
+            if self.ranks.is_main or is_shared:
+                tick = self.heed if is_shared else self.check_stop
+                given = (self.prompts, self.sample_tokens, self.length)
+                with suppress(Halt):  # heard again below, by all
+                    texts = continuations(model, self.tokenizer, self.valid, *given, tick=tick)
+            self.heed()
         return bits, {f"sample_{place}": text for place, text in enumerate(texts, 1)}
 
     def by_source(self) -> dict[str, float]:
         """`bits_per_byte/<label>` of each source, over as many documents of its own. A collective."""
         with self.autocast(), evaluating(self.losses.model):
-            return bits_by_source(self.losses, self.valid, self.length, self.documents, ranks=self.ranks)
+            return bits_by_source(
+                self.losses, self.valid, self.length, self.documents, ranks=self.ranks, tick=self.heed
+            )
 
 
 def choose_documents(valid: TokenFile, count: int, source: int | None = None) -> list[int]:
@@ -116,11 +129,12 @@ def bits_by_source(
     ids_of: Ids | None = None,
     separator: int | None = None,
     ranks: Ranks = ALONE,
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """`bits_per_byte/<label>` of each source, over `documents` of its own."""
     return {
         f"bits_per_byte/{source.label}": bits_per_byte(
-            losses, valid, length, documents, source=place, ids_of=ids_of, separator=separator, ranks=ranks
+            losses, valid, length, documents, source=place, ids_of=ids_of, separator=separator, ranks=ranks, tick=tick
         )
         for place, source in enumerate(valid.metadata.sources)
         if source.documents
@@ -138,12 +152,14 @@ def bits_per_byte(
     ids_of: Ids | None = None,
     separator: int | None = None,
     ranks: Ranks = ALONE,
+    tick: Callable[[], None] = lambda: None,
 ) -> float:
     """Bits a UTF-8 byte over `documents` held-out documents, of one source or of all: Σ nats / (ln 2 · Σ bytes).
 
     `ids_of` gives a document's tokens, its separator last, where they are another tokenizer's than the file's;
     `separator` is that one's then. Each of `ranks` scores its share of the rows, in as many forwards as the others, so
-    that they may share the model in shards; the figure is that of all. A collective over several.
+    that they may share the model in shards; the figure is that of all. `tick` is called after each, and may raise. A
+    collective over several.
     """
     chosen = choose_documents(valid, documents, source)
     read = ids_of or valid.document
@@ -159,6 +175,7 @@ def bits_per_byte(
         found = losses.nats(inputs, targets)
         nats += float(found.cpu().double().sum()) if own else 0.0  # Apple's GPUs have no float64
         start = end
+        tick()
     if ranks.world_size > 1:
         over_all = torch.tensor(nats, dtype=torch.float64, device=losses.model.device)
         torch.distributed.all_reduce(over_all)
@@ -179,6 +196,7 @@ def continuations(
     prompts: Sequence[str] | None,
     tokens: int,
     length: int,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Each prompt (the beginnings of two held-out documents where None) with the model's greedy continuation of at most
     `tokens` tokens; none where `tokens` is 0."""
@@ -192,7 +210,8 @@ def continuations(
         rows = [[separator, *encode_text(tokenizer, prompt)] for prompt in prompts]
     rows = [row[: max(1, length - tokens)] for row in rows]
     with evaluating(model):  # no early end: ranks that share a model in shards call it equally often
-        made = generate(model, rows, max_new_tokens=min(tokens, length - 1), stop_ids=[], pad_id=separator).responses()
+        most = min(tokens, length - 1)
+        made = generate(model, rows, max_new_tokens=most, stop_ids=[], pad_id=separator, tick=tick).responses()
     whole = ([*row[1:], *_until(answer, separator)] for row, answer in zip(rows, made, strict=True))
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in whole]
 
