@@ -295,6 +295,57 @@ def test_memory_by_part_by_hand() -> None:
     assert memory_of(model, replace(load, shards=4, checkpointing=True))["bf16 copies"] == 2 * at_once
 
 
+def test_memory_of_a_cpu_is_that_of_its_fullest_moment() -> None:
+    """fp32, two blocks 64 wide, an MLP of 192: a forward's end, beside a copy for a checkpoint or gradients; what lies
+    unused is 0.9 of the blocks below 32 MiB."""
+    model = build_model("llama", shape_of({"depth": 2, "hidden_size": 64}, 128, 1000), {})
+    total = sum(parameter.numel() for parameter in model.parameters())
+    load = Load(8, 128, total, 8.0, bf16=False, checkpointing=False, logits=1024, on_cpu=True, libraries=1e6)
+    activations = memory_of(model, replace(load, on_cpu=False))["activations"]
+    found = memory_of(model, load)
+    assert found == {
+        "libraries": 1e6,
+        "weights": 4 * total,
+        "optimizer": 8 * total,
+        "activations": activations,
+        "logits": 12 * 1024 * 1000,
+        "head's gradient": 2 * 4 * 1000 * 64,
+        "unused heap": pytest.approx(0.9 * activations),
+    }
+    assert memory_of(model, replace(load, accumulates=True)) == {**found, "gradients": 4 * total}
+    one = replace(load, rows=1, length=2, logits=2, copies=True)
+    assert memory_of(model, one) == {
+        **{name: found[name] for name in ("libraries", "weights", "optimizer")},
+        "checkpoint": 12 * total,
+    }
+    assert memory_of(model, replace(one, copies=False))["gradients"] == 4 * total
+    other = memory_of(model, replace(load, logit=16.0))  # TRL's: the head's gradient is autograd's
+    assert (other["logits"], other["head's gradient"]) == (16 * 1024 * 1000, 4 * 1000 * 64)
+    many = memory_of(model, replace(load, rows=512))  # 48 MiB a tensor of the MLP, four a block
+    mapped = 2 * 4 * 512 * 128 * 192 * 4
+    assert many["unused heap"] == pytest.approx(0.9 * (many["activations"] - mapped))
+
+
+def test_what_a_stage_of_a_cpu_counts(road: Path) -> None:
+    """Two chunks of logits and more are three at a time; of rows to train on the answers' share has logits; pretrain
+    copies its checkpoints, where it saves before the end."""
+    cpu = replace(CPU, bf16=False)
+    plain = planned(road, cpu)
+    total = plain["pretrain"].parameters
+    assert total is not None
+    assert plain["pretrain"].memory["logits"] == 12 * 512 * 1000
+    assert planned(road, cpu, "pretrain.per_device_train_batch_size=4")["pretrain"].memory["logits"] == 8 * 512 * 1000
+    tiny = ("pretrain.per_device_train_batch_size=1", "pretrain.context_length=8")
+    saves = planned(road, cpu, *tiny, "pretrain.save_steps=9")
+    assert saves["pretrain"].memory["checkpoint"] == (4 + 4) * total  # Muon's one moment
+    answers = 70 / (35 + 70)
+    row = 2 * round(35 / 3.5 + 70 / 3.5 + 16)
+    assert plain["sft"].memory["logits"] == pytest.approx(16 * 1000 * 4 * row * answers)
+    pair = (70 + 35) / (2 * 35 + 70 + 35)
+    longest = round(2 * ((35 + 70) / 3.5 + 16 + (35 + 35) / 3.5 + 16) / 2)
+    assert plain["dpo"].memory["logits"] == pytest.approx(16 * 1000 * 4 * 2 * longest * pair)
+
+
 BIG = """\
 run: big
 stages:
@@ -410,7 +461,7 @@ def test_adapters_and_a_teacher_are_in_the_plan(road: Path) -> None:
 def test_the_last_blocks_and_four_bits_are_in_the_plan(road: Path) -> None:
     """One block of two, the norm behind it (the head is the embedding, which stays); linear layers in 0.516 bytes."""
     whole, last, small = (
-        planned(road, CPU, *given)["sft"]
+        planned(road, H100, *given)["sft"]
         for given in ((), ("sft.train_last_layers=1",), ("sft.peft={r: 4}", "sft.load_in_4bit=true"))
     )
     linear = 4 * 64 * 64 + 3 * 64 * 192

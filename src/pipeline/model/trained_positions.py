@@ -19,10 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from pipeline.model.losses import SMALL
 from pipeline.model.next_token import has_plain_head
-
-SMALL = 2**26
-"""Logits (256 MB in float32) up to which they are held at once; a larger batch is left to TRL."""
 
 
 def trim_head(model: PreTrainedModel | PeftModel) -> None:

@@ -12,7 +12,7 @@ from pipeline.model.build import count_parameters, flops_per_token
 from pipeline.model.memory import Load, adapter_parameters, memory_of
 from pipeline.plan.site import Estimate, Site
 from pipeline.plan.speed import Work
-from pipeline.plan.training import START
+from pipeline.plan.training import LIBRARIES, START
 from pipeline.rl.logprobs import chunk_of
 from pipeline.rl.revising import principles_in
 from pipeline.rl.scoring import text_in
@@ -54,6 +54,8 @@ def ppo(site: Site, node: Node, found: Estimate) -> Estimate:
         others=total * _copies(site, node, scoring, critics) + judges,
         four_bit=config.load_in_4bit,
         on_cpu=site.device.kind == "cpu",
+        libraries=LIBRARIES["pretrain"],  # no TRL either
+        accumulates=True,  # policy and critic, some rows at a time
     )
     a_token, at_once = flops_per_token(model, round(length)), max(2, round(length))
     written = episodes * config.response_length * a_token / 3  # a step is as long as its longest row

@@ -19,12 +19,12 @@ from pipeline.data.sources import local_files
 from pipeline.graph import Node
 from pipeline.model.build import count_parameters, flops_per_token
 from pipeline.model.freezing import train_last
-from pipeline.model.losses import CHUNK, CPU_CHUNK
+from pipeline.model.losses import CHUNK, CPU_CHUNK, SMALL
 from pipeline.model.memory import Load, adapter_parameters, memory_of
 from pipeline.model.micro_steps import CACHED_TOKENS
 from pipeline.model.scaling import CHINCHILLA, large_batch
-from pipeline.plan.lengths import si
-from pipeline.plan.site import Estimate, Site
+from pipeline.plan.lengths import answer_share, si
+from pipeline.plan.site import SAMPLED_ROWS, Estimate, Site
 from pipeline.plan.speed import Work, head_flops
 from pipeline.recipe import DataEntry
 
@@ -38,6 +38,12 @@ KEPT = (
     "; not counted is what `datasets` keeps of all of it in its cache (about 3 bytes a token as downloaded, "
     "5 unpacked), nothing with `streaming: true`"
 )
+MIB = 2**20
+LIBRARIES = {"pretrain": 335.0 * MIB, "sft": 400.0 * MIB, "reward": 400.0 * MIB, "dpo": 400.0 * MIB}
+"""Bytes of a process that has imported what the stage needs and made its first step, without model and data: the
+interpreter, torch, transformers, and TRL with its data sets (measured on Linux, Python 3.11, torch 2.13)."""
+TRAINED_LOGIT = 16.0
+"""Bytes of a logit in TRL's losses on a CPU: itself, its log-probability, the probability, and their product."""
 BUILT_IN_BYTES = {"pydocs": 30e6, "arithmetic": 1.1e6}
 
 
@@ -95,9 +101,10 @@ def pretrain(site: Site, node: Node, found: Estimate) -> Estimate:
     total, counted = count_parameters(model)
     tokens = float(_steps_tokens(config))
     rows = site.micro_step(node)
-    while site.device.kind == "cpu" and rows % 2 == 0 and rows * config.context_length > CACHED_TOKENS:
+    on_cpu = site.device.kind == "cpu"
+    while on_cpu and rows % 2 == 0 and rows * config.context_length > CACHED_TOKENS:
         rows //= 2  # as the stage does, so that they stay in the cache
-    chunk = CPU_CHUNK if site.device.kind == "cpu" else CHUNK
+    chunk = CPU_CHUNK if on_cpu else CHUNK
     trained, share = _trained(model, config)
     teacher, bf16 = site.size_of(node.inputs.get("teacher")), site.bf16(config)
     load = Load(
@@ -111,7 +118,11 @@ def pretrain(site: Site, node: Node, found: Estimate) -> Estimate:
         others=teacher / 2 if bf16 else teacher,  # held in two bytes each then
         shards=site.shards,
         compiled=bool(config.torch_compile),
-        on_cpu=site.device.kind == "cpu",
+        on_cpu=on_cpu,
+        libraries=LIBRARIES["pretrain"],
+        logit=8.0 if on_cpu and not bf16 and rows * config.context_length <= chunk else None,  # no chunk before it
+        accumulates=rows < config.per_device_train_batch_size * config.gradient_accumulation_steps // site.processes,
+        copies=config.save_steps < config.max_steps,
     )
     best = CHINCHILLA.best_split(6 * counted * tokens)
     notes = [
@@ -168,6 +179,9 @@ def rows(site: Site, node: Node, found: Estimate) -> Estimate:
     on_device = at_once * math.ceil(sides)
     longest = min(config.max_length, round(2 * length))
     teacher, bf16 = site.size_of(node.inputs.get("teacher")), site.bf16(config)
+    on_cpu, logits = site.device.kind == "cpu", 0.0 if is_reward else float(on_device * longest)
+    if on_cpu:  # of trained positions alone there, and so many at once
+        logits = min(logits * answer_share(data[:SAMPLED_ROWS]), SMALL / model.config.get_text_config().vocab_size)
     load = Load(
         on_device,
         longest,
@@ -175,12 +189,15 @@ def rows(site: Site, node: Node, found: Estimate) -> Estimate:
         _moments(config) * (0.5 if config.dtype == "bfloat16" and not config.peft else 1.0),
         bf16,
         config.gradient_checkpointing,
-        logits=0.0 if is_reward else on_device * longest,
+        logits=logits,
         others=teacher / 2 if bf16 else teacher,  # held in two bytes each then
         layers=layers,
         four_bit=getattr(config, "load_in_4bit", False),
         weight=2.0 if config.dtype == "bfloat16" else 4.0,
-        on_cpu=site.device.kind == "cpu",
+        on_cpu=on_cpu,
+        libraries=LIBRARIES[node.stage.type],
+        logit=TRAINED_LOGIT if on_cpu else None,
+        accumulates=config.gradient_accumulation_steps > 1,
     )
     a_token = flops_per_token(model, round(length)) - (head_flops(model) if is_reward else 0.0)
     flops = tokens * (a_token * (share + beside) + 2 * teacher)
