@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from pipeline.runtime import Runtime
 
 
+SMALLEST = 260
+"""Tokens that every trained vocabulary has (`tokenizers.SMALLEST_VOCAB`, which is dear to import)."""
+
+
 class TokenizeConfig(StageConfig):
     """What `tokenize` can be told."""
 
@@ -72,6 +76,15 @@ class TokenizeConfig(StageConfig):
         if count and others.data.get("tokenizer") is None:
             raise ValueError("there is no `tokenizer` to add merges to; name one, or set vocab_size")
         return count
+
+    @field_validator("vocab_size")
+    @classmethod
+    def has_room_for_the_bytes(cls, size: int, others: ValidationInfo) -> int:
+        """Said before a corpus is read. The bytes alone, and a given tokenizer, are as large as they are."""
+        is_trained = others.data.get("tokenizer") is None and others.data.get("algorithm") != "bytes"
+        if is_trained and size < SMALLEST:
+            raise ValueError(f"the 256 bytes and 4 special tokens take {SMALLEST} of it (4096 suits some dozen MB)")
+        return size
 
 
 INPUTS = {"tokenizer": "tokenizer"}

@@ -296,8 +296,8 @@ def test_memory_by_part_by_hand() -> None:
 
 
 def test_memory_of_a_cpu_is_that_of_its_fullest_moment() -> None:
-    """fp32, two blocks 64 wide, an MLP of 192: a forward's end, beside a copy for a checkpoint or gradients; what lies
-    unused is 0.9 of the blocks below 32 MiB."""
+    """fp32, two blocks 64 wide, an MLP of 192: a forward's end or the gradients, beside a copy for a checkpoint; what
+    lies unused is half of the blocks below 32 MiB."""
     model = build_model("llama", shape_of({"depth": 2, "hidden_size": 64}, 128, 1000), {})
     total = sum(parameter.numel() for parameter in model.parameters())
     load = Load(8, 128, total, 8.0, bf16=False, checkpointing=False, logits=1024, on_cpu=True, libraries=1e6)
@@ -310,20 +310,20 @@ def test_memory_of_a_cpu_is_that_of_its_fullest_moment() -> None:
         "activations": activations,
         "logits": 12 * 1024 * 1000,
         "head's gradient": 2 * 4 * 1000 * 64,
-        "unused heap": pytest.approx(0.9 * activations),
+        "unused heap": pytest.approx(0.5 * activations),
     }
     assert memory_of(model, replace(load, accumulates=True)) == {**found, "gradients": 4 * total}
-    one = replace(load, rows=1, length=2, logits=2, copies=True)
-    assert memory_of(model, one) == {
+    one = memory_of(model, replace(load, rows=1, length=2, logits=0, copies=True))
+    assert one == {
         **{name: found[name] for name in ("libraries", "weights", "optimizer")},
+        "gradients": 4 * total,
         "checkpoint": 12 * total,
     }
-    assert memory_of(model, replace(one, copies=False))["gradients"] == 4 * total
     other = memory_of(model, replace(load, logit=16.0))  # TRL's: the head's gradient is autograd's
     assert (other["logits"], other["head's gradient"]) == (16 * 1024 * 1000, 4 * 1000 * 64)
     many = memory_of(model, replace(load, rows=512))  # 48 MiB a tensor of the MLP, four a block
     mapped = 2 * 4 * 512 * 128 * 192 * 4
-    assert many["unused heap"] == pytest.approx(0.9 * (many["activations"] - mapped))
+    assert many["unused heap"] == pytest.approx(0.5 * (many["activations"] - mapped))
 
 
 def test_what_a_stage_of_a_cpu_counts(road: Path) -> None:

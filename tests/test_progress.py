@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import progress
 from pipeline.errors import Interrupted, Stopped
-from pipeline.progress import Metrics, Stop, bar, clock
+from pipeline.progress import Metrics, Stop, bar, clock, figure
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -132,6 +132,12 @@ def test_a_phase_that_fails_is_not_called_done(capsys: pytest.CaptureFixture[str
 )
 def test_clock(seconds: float, text: str):
     assert clock(seconds) == text
+
+
+def test_counts_are_written_in_full():
+    found = [figure(value) for value in (4096.0, 16384.0, 2152601.0, 4.170312, 2.39e13, -12345.6)]
+    assert found == ["4096", "16,384", "2,152,601", "4.17", "2.39e+13", "-12,346"]
+    assert figure(4.170312, 6) == "4.17031"
 
 
 @pytest.fixture

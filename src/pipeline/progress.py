@@ -190,6 +190,11 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
+def figure(value: float, digits: int = 4) -> str:
+    """`516,206`, `4.17` or `2.39e+13`: counts in full, else so many significant digits."""
+    return f"{value:,.0f}" if 10_000 <= abs(value) < 1e10 else f"{value:.{digits}g}"
+
+
 def _compact(value: float) -> str:
     if isinstance(value, float) and (abs(value) < 1e-3 and value != 0):
         return f"{value:.1e}"

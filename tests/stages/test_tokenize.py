@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline import artifacts
@@ -14,7 +15,7 @@ from pipeline.artifacts import Artifact
 from pipeline.data import extend
 from pipeline.data.shards import TokenFile
 from pipeline.data.sources import share
-from pipeline.data.tokenizers import CHATML, encode_text, load_tokenizer, train_bytes
+from pipeline.data.tokenizers import CHATML, SMALLEST_VOCAB, encode_text, load_tokenizer, train_bpe, train_bytes
 from pipeline.errors import ConfigError, DataError, MachineError, Stopped
 from pipeline.hashes import tokenizer_hash
 from pipeline.runtime import Runtime
@@ -201,7 +202,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     out, corpus = tmp_path / "out", str(write(tmp_path / "corpus.jsonl", documents(200)))
     given = model_folder(tmp_path / "given", CHATML, train_bytes())
     cases: list[tuple[Callable[[], object], type[Exception], str, int]] = [
-        (lambda: run(out, corpus, vocab_size=259), ConfigError, "no room for the 256 bytes", 2),
+        (lambda: train_bpe(iter(()), 259), ConfigError, "no room for the 256 bytes", 2),
         (lambda: run(out, corpus, vocab_size=50_000), ConfigError, r"make only \d+ different tokens", 2),
         (lambda: run(out, str(write(tmp_path / "e.jsonl", ["", " "]))), DataError, "no text in the data", 1),
         (lambda: run(out, corpus, added_tokens=("Ġking",)), ConfigError, "'Ġking' is an ordinary token", 2),
@@ -218,6 +219,14 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda folder: usage._replace(free=100))
     with pytest.raises(MachineError, match="writing the token files needs"):
         run(out, corpus)
+
+
+def test_a_vocabulary_without_room_is_refused_before_anything_is_read() -> None:
+    assert tokenize.SMALLEST == SMALLEST_VOCAB
+    with pytest.raises(ValidationError, match="the 256 bytes and 4 special tokens take 260 of it"):
+        tokenize.TokenizeConfig(data="x", vocab_size=259)
+    for more in ({"algorithm": "bytes"}, {"tokenizer": "./base"}):
+        assert tokenize.TokenizeConfig(data="x", vocab_size=259, **more).vocab_size == 259
 
 
 def test_a_wish_to_stop_is_heard_between_documents(tmp_path: Path) -> None:

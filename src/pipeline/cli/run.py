@@ -16,7 +16,7 @@ from pipeline.cli.session import Session
 from pipeline.errors import ConfigError
 from pipeline.launch import rank_from_outside, run_stage, wait_line, world_size_from_outside
 from pipeline.lineage import Standing, brief, inputs_of, survey
-from pipeline.progress import clock
+from pipeline.progress import clock, figure
 from pipeline.reading import meant
 from pipeline.tracking import check_packages
 
@@ -181,7 +181,7 @@ def _made(standing: Standing) -> str:
 
 
 def _figures(artifact: Artifact) -> str:
-    shown = [f"{key} {value:.4g}" for key, value in artifact.manifest["metrics"].items() if key != "flops"]
+    shown = [f"{key} {figure(value)}" for key, value in artifact.manifest["metrics"].items() if key != "flops"]
     return "  ".join(shown[:4])
 
 

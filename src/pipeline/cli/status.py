@@ -15,7 +15,7 @@ from pipeline.cli.session import Session, artifacts_root, open_session
 from pipeline.cli.tree import tree
 from pipeline.errors import ArtifactError
 from pipeline.lineage import Standing, brief, survey
-from pipeline.progress import clock
+from pipeline.progress import clock, figure
 
 KEY_FIGURES = {
     "tokenize": ("vocab_size", "train_tokens", "bytes_per_token"),
@@ -135,7 +135,7 @@ def _note(row: Mapping[str, Any]) -> str:
     keys = [key for key in KEY_FIGURES.get(row["type"], ()) if key in metrics]
     if row["type"] == "eval":
         return f"{len(metrics):,} figures" if metrics else ""
-    return "  ".join(f"{key} {_number(metrics[key])}" for key in keys or [k for k in metrics if k != "flops"][:3])
+    return "  ".join(f"{key} {figure(metrics[key])}" for key in keys or [k for k in metrics if k != "flops"][:3])
 
 
 def _at_work(running: Mapping[str, Any]) -> str:
@@ -143,10 +143,6 @@ def _at_work(running: Mapping[str, Any]) -> str:
     at = "no step yet" if step is None else f"at step {step:,}, written {clock(seconds)} ago"
     other = "" if running["is_planned"] else ", with other values than the recipe has now"
     return f"{at}, by {running['by']}{other}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _print_rows(session: Session, rows: Mapping[str, Mapping[str, Any]], commands: Sequence[str]) -> None:
@@ -206,7 +202,7 @@ def _print_artifact(artifact: Artifact) -> None:
         print(f"  kept         {record['time']}: {record['why']}")
     print(f"  took         {clock(manifest['seconds'])} on {manifest['device']}, {manifest['processes']} process(es)")
     for name, value in manifest["metrics"].items():
-        print(f"  {name:<28} {value:.6g}")
+        print(f"  {name:<28} {figure(value, 6)}")
     size = sum(file["bytes"] for file in manifest["files"].values())
     print(f"  {len(manifest['files'])} files, {size / 1e6:,.1f} MB")
 
