@@ -180,6 +180,11 @@ def test_a_folder_that_is_no_model_is_refused(folder: Path):
     error = refused(folder, ROAD.replace("init: pretrain", "init: ./empty"), kind=MissingInputError)
     assert error.what == f"`init`: {folder}/empty is no model folder: it has neither manifest.json nor config.json"
     assert line(error) == 7
+    assert not error.mend
+    (folder / "empty" / "small.gguf").write_bytes(b"GGUF")
+    for name in ("empty", "empty/small.gguf"):
+        error = refused(folder, ROAD.replace("init: pretrain", f"init: ./{name}"), kind=MissingInputError)
+        assert error.mend == "a GGUF file is converted into such a folder once: docs/base-models.md"
 
 
 def test_a_name_that_may_be_a_hub_name_gets_both_mends(folder: Path):

@@ -258,7 +258,10 @@ def outside_model(path: Path) -> Artifact:
         mend = f"llmpipe export {path} --to merged --out {path}-merged, and name that folder"
         raise MissingInputError("an adapter without the model it stands on", where=str(path), mend=mend)
     if not (path / "config.json").exists():
-        raise MissingInputError("no model folder: it has neither manifest.json nor config.json", where=str(path))
+        is_gguf = path.suffix == ".gguf" or any(path.glob("*.gguf"))
+        mend = "a GGUF file is converted into such a folder once: docs/base-models.md" if is_gguf else ""
+        what = "no model folder: it has neither manifest.json nor config.json"
+        raise MissingInputError(what, where=str(path), mend=mend)
     architectures = json.loads((path / "config.json").read_text()).get("architectures") or [""]
     kind = "reward-model" if architectures[0].endswith("ForSequenceClassification") else "causal-lm"
     return Artifact(str(path), path, kind, content_hash(path), {})
