@@ -151,12 +151,21 @@ class Warm(Cli):
         answer: dict[str, Any] = json.loads(self.server.stdout.readline())
         return answer
 
-    def start(self, *args: object, env: dict[str, str] | None = None, code: str | None = None) -> Running:
-        """Start the command and don't wait for it; with `code` a piece of Python in its place."""
+    def start(
+        self, *args: object, env: dict[str, str] | None = None, code: str | None = None, given: str | None = None
+    ) -> Running:
+        """Start the command and don't wait for it; with `code` a piece of Python in its place. `given` is piped in."""
         self.count += 1
         log = str(self.logs / str(self.count))
         folder = self.folder if code is None else Path(__file__).parents[1]
-        request = {"args": [*map(str, args)], "cwd": str(folder), "env": env or {}, "log": log, "code": code}
+        request = {
+            "args": [*map(str, args)],
+            "cwd": str(folder),
+            "env": env or {},
+            "log": log,
+            "code": code,
+            "given": given,
+        }
         pid = int(self._ask(request)["pid"])
         return Running(pid, log, lambda: self._ask({"wait": pid})["code"])
 

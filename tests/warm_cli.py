@@ -4,6 +4,7 @@ Reads one JSON object a line on stdin and answers with one a line on stdout:
 
     {"args": [...], "cwd": "...", "env": {...}, "log": "..."}    starts `llmpipe args`   -> {"pid": 123}
     {"code": "...", …}                                            runs Python instead, as `python -c code args`
+    {"given": "...", …}                                           is piped in; else there is no stdin
     {"wait": 123}                                                 has it ended?          -> {"code": 0}, null while not
 
 The child leads a process group of its own, so that a test can kill the whole of it. Its stdout and stderr go to
@@ -34,7 +35,9 @@ from pipeline.cli.stages import STAGES, load_stage
 from pipeline.fingerprint import code_parts
 
 
-def start(args: list[str], cwd: str, env: dict[str, str], log: str, code: str | None = None) -> int:
+def start(
+    args: list[str], cwd: str, env: dict[str, str], log: str, code: str | None = None, given: str | None = None
+) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     logs = {1: os.open(f"{log}.out", flags), 2: os.open(f"{log}.err", flags)}
     pid = os.fork()
@@ -46,7 +49,7 @@ def start(args: list[str], cwd: str, env: dict[str, str], log: str, code: str | 
     os.setpgid(0, 0)
     os.chdir(cwd)
     os.environ.update(env)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY) if given is None else filled_pipe(given), 0)
     for descriptor, file in logs.items():
         os.dup2(file, descriptor)
     status = 1
@@ -69,6 +72,14 @@ def start(args: list[str], cwd: str, env: dict[str, str], log: str, code: str | 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def filled_pipe(text: str) -> int:
+    """The end to read of a pipe with so much in it, which is closed at the other."""
+    end, other = os.pipe()
+    os.write(other, text.encode())
+    os.close(other)
+    return end
 
 
 def quick_rate(device: torch.device, size: int, bf16: bool, seconds: float) -> float:

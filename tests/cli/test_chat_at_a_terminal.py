@@ -15,6 +15,7 @@ import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,16 +131,14 @@ def test_two_models_in_columns_commands_and_ctrl_c(folders: list[Path]) -> None:
     assert terminal.ends_at("/quit\n") == 0
 
 
-def test_two_models_in_a_pipe(folders: list[Path]) -> None:
+def test_two_models_in_a_pipe(warm: Any, folders: list[Path]) -> None:
     """What is piped in is the prompt; the same command says the same again, with its figures where asked for."""
     names = [str(folder) for folder in folders]
-    command = [sys.executable, "-m", "pipeline", "chat", *names, "--max-new-tokens", "5", "-t", "0.8", "--seed", "3"]
+    command = ["chat", *names, "--max-new-tokens", "5", "-t", "0.8", "--seed", "3"]
 
     def piped(*flags: str) -> str:
-        done = subprocess.run(
-            [*command, *flags], input="say\nhello\n", capture_output=True, text=True, timeout=PATIENCE, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        done = warm.start(*command, *flags, given="say\nhello\n").wait()
+        assert done.code == 0, done.stderr
         return done.stdout
 
     found = json.loads(piped("--json"))
