@@ -82,13 +82,16 @@ ANY = {
         "first_k_dense_replace": 1, "max_position_embeddings": 32,
     },
     "mamba2": {**TINY_LAYERS, "head_dim": 16, "num_heads": 4, "state_size": 8, "n_groups": 1, "chunk_size": 16},
+    "xglm": {  # counts its positions from behind the pad token, which is the tokenizer's when it is loaded too
+        "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 2, "max_position_embeddings": 64,
+    },
     "qwen3_next": {
         **TINY_LAYERS, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
         "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
     },
 }  # fmt: skip
-"""Every preset, and four families by their own fields with no code of ours."""
+"""Every preset, and five families by their own fields with no code of ours."""
 
 
 @pytest.mark.parametrize("architecture", ANY)
