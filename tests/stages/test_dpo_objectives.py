@@ -304,7 +304,7 @@ def test_stopped_it_goes_on_to_the_same_bits(
     dpo.run(settings, {"init": init}, out, here)
     stopped, here = runtime("stopped")
     steps = iter(range(100))
-    monkeypatch.setattr(here, "stop_requested", lambda: next(steps) == 2)
+    monkeypatch.setattr(here, "stop_requested", lambda: next(steps) == 3)
     with pytest.raises(Stopped):
         dpo.run(settings, {"init": init}, stopped, here)
     stopped, here = runtime("stopped")
