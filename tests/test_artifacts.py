@@ -179,6 +179,7 @@ with Store(Path(sys.argv[1])).hold("run", "sft", print):
 """
 
 
+@pytest.mark.slow
 def test_a_lock_is_waited_for_and_freed_by_its_holders_death(store: Store):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(store.root)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None

@@ -91,6 +91,7 @@ def test_imports_run_one_way(file: Path):
 UNKNOWN = {"data": {"model", "rl", "evals"}, "model": {"rl", "evals"}, "rl": {"evals"}}
 
 
+@pytest.mark.slow
 def test_data_models_and_rl_know_nothing_of_evaluations_and_data_nothing_of_models():
     for file in CHECKED:
         module = module_of(file)
@@ -137,6 +138,7 @@ def loaded_after(code: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_configs_and_inputs_of_stages_need_nothing_heavy():
     code = """
 from pathlib import Path
@@ -148,11 +150,13 @@ for name in STAGES:
     assert loaded_after(code) == []
 
 
+@pytest.mark.slow
 def test_the_command_line_needs_nothing_heavy():
     modules = [module_of(file) for file in SOURCES if file.parent.name == "cli" and file.stem not in ("ranks", "chat")]
     assert loaded_after("\n".join(f"import {name}" for name in modules)) == []
 
 
+@pytest.mark.slow
 def test_nothing_imports_a_private_name_of_another_module():
     for file in SOURCES:
         for node in ast.walk(parsed(file)):

@@ -106,6 +106,7 @@ def test_a_failing_stage_says_what_where_and_the_mend(warm: Any, acts: Path):
     assert begun(acts, "second") is None
 
 
+@pytest.mark.slow
 def test_a_fault_names_its_line_and_shows_the_rest_when_asked(warm: Any, acts: Path):
     done = warm(*do("crash"))
     line = 1 + ACT[: ACT.index('{}["key"]')].count("\n")
@@ -141,6 +142,7 @@ def test_a_signal_stops_a_stage_that_looks(warm: Any, acts: Path, number: int, c
     assert begun(acts) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_nothing_follows_a_stage_that_heard_too_late(warm: Any, acts: Path, number: int, code: int, group: bool):
@@ -173,6 +175,7 @@ def test_a_signal_while_torch_is_imported(cli: Any, acts: Path, number: int, cod
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_signal_while_waiting_for_another_process(warm: Any, acts: Path):
     told: list[str] = []
     with Store(acts.parent).hold("acts", "first", told.append):
@@ -185,6 +188,7 @@ def test_a_signal_while_waiting_for_another_process(warm: Any, acts: Path):
     assert told == []
 
 
+@pytest.mark.slow
 def test_the_stage_ends_with_its_launcher(warm: Any, acts: Path):
     at_work = warm.start(*do("wait"))
     at_work.wait_for(lambda: begun(acts) is not None)
@@ -216,6 +220,7 @@ def test_failing_ranks_end_all_with_one_message(warm: Any, acts: Path, where: st
     assert "SIGKILL" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_stops_all_ranks(warm: Any, acts: Path, number: int, code: int):
     at_work = warm.start(*do("wait"), "--num-processes", "2")

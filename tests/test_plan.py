@@ -85,6 +85,7 @@ def test_ppo_counts_what_scores(road: Path) -> None:
         assert (found.peak > one.peak) == (forwards > 5)
 
 
+@pytest.mark.slow
 def test_ppo_without_a_critic_and_with_adapters(road: Path) -> None:
     """GRPO: no critic's forward, update, weights; adapters: two thirds of an update, one model beside the policy."""
     ppo = planned(road)["ppo"]
@@ -101,6 +102,7 @@ def test_ppo_without_a_critic_and_with_adapters(road: Path) -> None:
     assert parts[2]["optimizer"] < 0.5 * parts[0]["optimizer"]
 
 
+@pytest.mark.slow
 def test_ppo_with_fewer_models_on_the_device(road: Path) -> None:
     """One trunk for policy and critic; the reference and the reward model away, one of them back at a time."""
     card = replace(CPU, name="a card", kind="cuda")
@@ -119,6 +121,7 @@ def test_ppo_with_fewer_models_on_the_device(road: Path) -> None:
     assert copies(card, "ppo.offload=true", "ppo.algorithm=grpo") == 2
 
 
+@pytest.mark.slow
 def test_every_stage_by_hand(road: Path) -> None:
     """Two blocks 64 wide, V 1000: N, tokens, FLOPs and seconds worked out here."""
     found = planned(road)
@@ -149,6 +152,7 @@ def test_every_stage_by_hand(road: Path) -> None:
     assert planned(road, CPU, "tokenize.algorithm=bytes")["pretrain"].parameters == total - (1000 - 260) * 64
 
 
+@pytest.mark.slow
 def test_the_disk_of_tokenize_by_hand(road: Path) -> None:
     """Ids of two bytes up to 65,536 tokens and of four above; of the hub what pretrain reads; of packed text thrice."""
     assert planned(road)["tokenize"].disk == pytest.approx(1.1 * 20_000 * 2)
@@ -186,6 +190,7 @@ def test_text_by_the_tokens_of_another_run(trained: Path) -> None:
     assert [site.bytes_a_token() for site in sites] == [3.5, 4.5]
 
 
+@pytest.mark.slow
 def test_sample_by_hand(road: Path) -> None:
     """Prompts once, answers in full; a reward model reads both again for every answer. Its rows are not there yet."""
     more = "  sample: {reward: reward, prompts: 30, response_length: 16, keep: pairs}\n"
@@ -205,6 +210,7 @@ def test_sample_by_hand(road: Path) -> None:
     assert found["again"].notes == ("not estimated: its rows are written by sample, which has not run",)
 
 
+@pytest.mark.slow
 def test_eval_by_hand(road: Path) -> None:
     """Rows of 35 + 70 bytes, pairs of 35 + 70 and 35 + 35: what each model reads, and 5 prompts answered twice."""
     rows, pairs = (
@@ -326,6 +332,7 @@ def test_memory_of_a_cpu_is_that_of_its_fullest_moment() -> None:
     assert many["unused heap"] == pytest.approx(0.5 * (many["activations"] - mapped))
 
 
+@pytest.mark.slow
 def test_what_a_stage_of_a_cpu_counts(road: Path) -> None:
     """Two chunks of logits and more are three at a time; of rows to train on the answers' share has logits; pretrain
     copies its checkpoints, where it saves before the end."""
@@ -358,6 +365,7 @@ stages:
 """
 
 
+@pytest.mark.slow
 def test_what_would_fit_fits_with_the_same_global_batch(road: Path) -> None:
     """1.1 B on 80 GiB: not with 64 rows a micro-step; the advice, followed, fits."""
     recipe = road.with_name("big.yaml")
@@ -381,6 +389,7 @@ def test_what_would_fit_fits_with_the_same_global_batch(road: Path) -> None:
     assert "a smaller model" in planned(recipe, replace(H100, memory=8 * 2**30))["pretrain"].notes[-1]
 
 
+@pytest.mark.slow
 def test_a_process_has_the_rows_that_the_stage_gives_it(road: Path) -> None:
     """64 rows x 8 micro-steps over 8 processes: each has a whole micro-step of 64 rows; 8 x 64 are 8 rows of it."""
     recipe = road.with_name("big.yaml")
@@ -402,6 +411,7 @@ def test_a_process_has_the_rows_that_the_stage_gives_it(road: Path) -> None:
         assert ppo.work[2].rows == here, "a forward's responses are not shared, but no more than the process's own"
 
 
+@pytest.mark.slow
 def test_shards_over_the_processes_are_advised_where_they_fit(road: Path) -> None:
     """8 B over eight processes of 80 GiB: 16 bytes a parameter are too much for one, an eighth of them is not."""
     recipe = road.with_name("huge.yaml")
@@ -415,6 +425,7 @@ def test_shards_over_the_processes_are_advised_where_they_fit(road: Path) -> Non
     assert "does not fit" not in " ".join(cut.notes)
 
 
+@pytest.mark.slow
 def test_a_base_fits_a_small_card_as_the_plan_says(road: Path) -> None:
     """110 M with LoRA, frozen weights in fp32, bf16, four bits: on a card that holds just so much, that is the advice,
     and taken literally it fits."""
@@ -439,6 +450,7 @@ def test_a_base_fits_a_small_card_as_the_plan_says(road: Path) -> None:
         assert not any("does not fit" in note for note in tuned(card, *overrides).notes)
 
 
+@pytest.mark.slow
 def test_adapters_and_a_teacher_are_in_the_plan(road: Path) -> None:
     """Going on from a base with LoRA: two thirds of the FLOPs and the adapters' moments; a teacher's forward beside."""
     plain = planned(road)["pretrain"]
@@ -458,6 +470,7 @@ def test_adapters_and_a_teacher_are_in_the_plan(road: Path) -> None:
     assert beside.memory["weights"] == alone.memory["weights"] + 2 * teacher
 
 
+@pytest.mark.slow
 def test_the_last_blocks_and_four_bits_are_in_the_plan(road: Path) -> None:
     """One block of two, the norm behind it (the head is the embedding, which stays); linear layers in 0.516 bytes."""
     whole, last, small = (
@@ -474,6 +487,7 @@ def test_the_last_blocks_and_four_bits_are_in_the_plan(road: Path) -> None:
     assert small.memory["weights"] == pytest.approx(4 * (total - 2 * linear) + 0.516 * 2 * linear)
 
 
+@pytest.mark.slow
 def test_label_by_hand(road: Path) -> None:
     """40 pairs of 70 and 35 bytes to prompts of 35: both sides through a reward model; by a judge in both orders."""
     more = "  label: {data: pairs.jsonl, reward: reward}\n"
@@ -581,6 +595,7 @@ def test_units_and_lengths() -> None:
     assert mean_length([{"messages": messages}], 3.5) == 20 / 3.5 + 15 / 3.5 + 16
 
 
+@pytest.mark.slow
 def test_the_device_is_measured() -> None:
     found = measure_device(0.05)
     assert found.flops_per_second > 1e8
@@ -626,6 +641,7 @@ def test_a_device_that_is_not_here() -> None:
             known_device(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "hours", "count"), [("gpt2-124m", 0.75, 124.4e6), ("llama-1b", 18.9, 1.2358e9)])
 def test_the_large_recipes_fit_eight_gpus(recipe: str, hours: float, count: float, tmp_path: Path) -> None:
     """40 % of the peak of eight H100: 6 N D and attention are 8.6e18 and 2.15e20 FLOPs."""
@@ -723,6 +739,7 @@ def test_an_empty_store_has_nothing_to_say(tmp_path: Path) -> None:
 ADDED = ("tokenize.added_merges=40", 'tokenize.added_tokens=["<|tool|>", "<|pad|>"]')  # the second is there already
 
 
+@pytest.mark.slow
 def test_the_vocabulary_of_a_given_tokenizer(road: Path) -> None:
     """From a folder that holds nothing but a tokenizer, and through another tokenize stage."""
     train_bytes().save_pretrained(road.parent / "bytes")  # 256 bytes and 4 specials

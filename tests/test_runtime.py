@@ -74,6 +74,7 @@ def test_fewer_processes_than_asked_for_are_refused(tmp_path: Path):
         Runtime.start(tmp_path, seed=0, threads=1, world_size=2)
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_one_that_works_alone_for_hours():
     """Of a real process group; torch's own patience is half an hour, and ten minutes with GPUs."""
     script = """

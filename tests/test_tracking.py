@@ -163,6 +163,7 @@ def test_what_is_refused_with_its_line(tmp_path: Path, value: str, what: str):
     assert line(error) == 2
 
 
+@pytest.mark.slow
 def test_a_package_that_is_missing_is_told_before_anything_runs(warm: Any, tiny: Path):
     missing = next(name for name, needed in PACKAGES.items() if not any(map(importlib.util.find_spec, needed)))
     done = warm("run", "tiny.yaml", "--set", f"track={missing}")

@@ -151,6 +151,7 @@ def test_nothing_is_asked_at_a_terminal(line: Line, monkeypatch: pytest.MonkeyPa
         run(line, prompt=None)
 
 
+@pytest.mark.slow
 def test_the_command_itself(line: Line, warm: Any, tmp_path: Path) -> None:
     done = warm("blame", "tiny/dpo", "-p", "open the door", "--json", "--rows", "0", "--artifacts", line.store.root)
     assert done.code == 0, done.stderr

@@ -71,6 +71,7 @@ def count(path):
 """
 
 
+@pytest.mark.slow
 def test_a_stage_of_ones_own_works_from_the_start(warm: Any, tokenized: Path):
     warm.write("deep/count.py", MINE)
     warm.write("deep/helper.py", HELPER)

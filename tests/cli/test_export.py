@@ -203,6 +203,7 @@ def test_forms_and_names_go_together(base: Path, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
 
+@pytest.mark.slow
 def test_a_gguf_is_written_and_compared(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gguf", reason="the extra gguf is not installed")
     notes = export(Store(tmp_path), str(base), to="gguf", out=tmp_path / "m.gguf", base=None)

@@ -139,6 +139,7 @@ def test_lone_answers_are_learnt_from_and_their_prompts_evaluated_on(warm: Any):
     assert ("dpo", "greedy") in measured
 
 
+@pytest.mark.slow
 def test_what_is_refused(warm: Any):
     for options, words in (
         ((), "neither --data nor --base"),

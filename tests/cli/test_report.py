@@ -38,6 +38,7 @@ def test_the_help_names_the_defaults(warm: Any):
         assert f"[default: ({default}" in shown
 
 
+@pytest.mark.slow
 def test_where_it_is_written(warm: Any, trained: Path):
     out = warm.folder / "pages" / "tiny.html"
     done = warm("report", "tiny", "--out", out, "--price", "7")

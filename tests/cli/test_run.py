@@ -13,6 +13,7 @@ def sha(folder: Path, run: str = "tiny") -> str:
     return str(manifest["files"]["model/model.safetensors"]["sha256"])
 
 
+@pytest.mark.slow
 def test_a_second_run_does_nothing_and_says_why(cli: Any, trained: Path):
     done = cli("run", "tiny.yaml")
     assert done.code == 0
@@ -24,6 +25,7 @@ def test_a_second_run_does_nothing_and_says_why(cli: Any, trained: Path):
     assert "next        llmpipe chat tiny/pretrain" in lines
 
 
+@pytest.mark.slow
 def test_results_are_json_on_stdout_and_progress_is_on_stderr(warm: Any, tiny: Path, made: Path):
     done = warm("run", "tiny.yaml", "--json")
     assert done.code == 0, done.stderr
@@ -38,10 +40,12 @@ def test_results_are_json_on_stdout_and_progress_is_on_stderr(warm: Any, tiny: P
     assert sha(warm.folder) == sha(made)  # the same bits in another folder
 
 
+@pytest.mark.slow
 def test_quiet_says_nothing(cli: Any, trained: Path):
     assert cli("run", "tiny.yaml", "--quiet") == (0, "", "")
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(warm: Any, trained: Path):
     before = sorted(warm.folder.rglob("*"))
     changed = ("--set", "pretrain.learning_rate=0.001")
@@ -58,6 +62,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(warm: Any, trained: 
     assert warm("run", "tiny.yaml", "--dry-run", *changed).stdout == done.stdout  # nothing was blessed
 
 
+@pytest.mark.slow
 def test_run_until_and_one_stage(warm: Any, tiny: Path):
     done = warm("run", "tiny.yaml", "--until", "tokenize")
     assert done.code == 0, done.stderr
@@ -112,6 +117,7 @@ def test_what_was_kept_and_is_forced_is_made_anew(warm: Any, trained: Path):
     assert json.loads(warm("status", "tiny.yaml", "--json").stdout)["stages"][1]["state"] == "stale"
 
 
+@pytest.mark.slow
 def test_the_artifacts_root_by_flag_and_environment(warm: Any, tiny: Path):
     until = ("run", "tiny.yaml", "--until", "tokenize", "--quiet")
     assert warm(*until, "--artifacts", "here").code == 0
@@ -157,6 +163,7 @@ def test_a_bad_row_ends_the_run_with_its_file_and_line(warm: Any, tiny: Path):
     assert f"error: {warm.folder}/corpus.jsonl:17: field `text` is missing" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_recipe_may_lie_elsewhere(warm: Any, tiny: Path):
     (warm.folder / "deep").mkdir()
     shutil.move(tiny, warm.folder / "deep" / "tiny.yaml")
@@ -166,6 +173,7 @@ def test_the_recipe_may_lie_elsewhere(warm: Any, tiny: Path):
     assert (warm.folder / "artifacts" / "tiny" / "tokenize").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argument", ["--help", "-h"])
 def test_help_lists_the_commands(cli: Any, argument: str):
     done = cli(argument)
@@ -174,6 +182,7 @@ def test_help_lists_the_commands(cli: Any, argument: str):
         assert f" {command} " in done.stdout
 
 
+@pytest.mark.slow
 def test_no_command_shows_the_help(cli: Any):
     done = cli()
     assert "Usage" in done.stdout + done.stderr
@@ -188,6 +197,7 @@ stages:
 """
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_an_artifact_and_of_a_folder_with_nothing_else(warm: Any, tokenized: Path):
     made = tokenized.parent / "artifacts" / "tiny" / "tokenize"
     alone = tokenized.parent / "alone"

@@ -36,6 +36,7 @@ def test_what_is_missing_and_what_comes_next(warm: Any, tokenized: Path):
     assert "next: llmpipe run tiny.yaml   (pretrain)" in warm("status", "tiny.yaml").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("assignments", "reasons"),
     [
@@ -101,6 +102,7 @@ def test_the_code_that_computes_a_stage_counts(cli: Any, trained: Path, checkout
     assert reasons() == [["code: stages/tokenize.py"], ["code: pipeline/model/losses.py", "input: tokens (tokenize)"]]
 
 
+@pytest.mark.slow
 def test_keep_blesses_on_the_record(warm: Any, trained: Path):
     changed = ("--set", "pretrain.learning_rate=0.001")
     assert warm("run", "tiny.yaml", "--keep", "pretrain", *changed).code == 0
@@ -143,6 +145,7 @@ def test_changed_bytes_are_found(warm: Any, trained: Path):
         assert "model/model.safetensors: bytes changed" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_unfinished_stage_is_shown_and_collected(warm: Any, tokenized: Path):
     done = warm("run", "tiny.yaml", "--set", "pretrain.learning_rate=1e30", "--set", "pretrain.warmup_steps=0")
     assert done.code == 1, done.stderr

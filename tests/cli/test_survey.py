@@ -80,6 +80,7 @@ def test_stages_that_read_rows_otherwise(stage: str, answers: list[str], recipe:
     assert list(json.loads(shown.stdout)["tokens"]["figures"]) == ["prompt", *answers, "row"]
 
 
+@pytest.mark.slow
 def test_a_member_and_a_round_are_looked_at_by_their_names(recipe: Path, warm: Any) -> None:
     text = recipe.read_text().replace("max_length: 40, ", "matrix: {max_length: [40, 50]}, ")
     block = "  repeat: {times: 2, stages: {dpo: {init: pretrain, data: pairs.jsonl}}}\n"

@@ -79,6 +79,7 @@ def test_yamls_cannot_give_two_tasks_one_name(folder: Path):
     assert found.value.where.endswith(":8")
 
 
+@pytest.mark.slow
 def test_the_rows_count_by_their_content_and_the_folder_not_by_its_place(folder: Path, tmp_path: Path):
     def planned(root: Path) -> str:
         os.symlink(folder / "chat", root / "chat")

@@ -73,6 +73,7 @@ def test_a_plan_has_a_line_a_stage(toy: Any):
     assert [row["stage"] for row in json.loads(toy("plan", "r.yaml", "--json").stdout)["stages"]] == NAMES
 
 
+@pytest.mark.slow
 def test_a_name_on_the_command_line_is_what_it_is_in_the_recipe(toy: Any):
     def dry(*options: str) -> list[str]:
         return runs(toy("run", "r.yaml", "--dry-run", "--json", *options))

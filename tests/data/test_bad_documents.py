@@ -59,6 +59,7 @@ def looked_through(entry: DataEntry, crew: Crew | None, parts: int = 13) -> Surv
     return survey
 
 
+@pytest.mark.slow
 def test_one_more_than_are_allowed_is_the_error_and_every_other_row_is_read(
     places: list[str], tmp_path: Path, crew: Crew | None
 ) -> None:

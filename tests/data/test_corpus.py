@@ -78,6 +78,7 @@ def test_weights_repeat_what_the_tokenizer_sees_not_what_is_written(tmp_path: Pa
     assert 0.4 < sum(count == 2 for count in times.values()) / len(times) < 0.6
 
 
+@pytest.mark.slow
 def test_pydocs_brings_its_own_division() -> None:
     train, held_out = divided([DataEntry(source="pydocs", limit=200)])
     assert len(train) == len(held_out) == 200  # the limit is of each side

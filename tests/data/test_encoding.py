@@ -144,6 +144,7 @@ def script(folder: Path, tmp_path: Path, which: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_and_an_interrupt_of_the_whole_group(folder: Path, tmp_path: Path) -> None:
     """What is the parent's to handle does not reach the workers, and they do not import the parent's script."""
     running = script(folder, tmp_path, "twenty")
@@ -155,6 +156,7 @@ def test_a_script_without_a_main_guard_and_an_interrupt_of_the_whole_group(folde
     assert [line for line in lines if line != "heard"] == [f"{number} {ids}" for number in range(20)]
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed(folder: Path, tmp_path: Path) -> None:
     """Their stderr is the parent's: the pipe is at its end when the last of them is gone."""
     running = script(folder, tmp_path, "endless")
@@ -229,6 +231,7 @@ def test_gpt2s_own_pre_tokenisation_is_known(tmp_path: Path) -> None:
     assert encoder.fast is not None, choice
 
 
+@pytest.mark.slow
 def test_a_digit_a_token_before_gpt2s_pre_tokenisation_is_one_regex(tmp_path: Path) -> None:
     """SmolLM2's and StarCoder's. Every other mixture of digits, spaces and letters is a way for it to go wrong."""
     steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -244,6 +247,7 @@ def test_a_digit_a_token_before_gpt2s_pre_tokenisation_is_one_regex(tmp_path: Pa
     assert encoder.fast is None
 
 
+@pytest.mark.slow
 def test_what_is_a_digit_is_the_same_in_both_engines() -> None:
     """Over all of Unicode: a `tokenizers` that knows a newer one needs its new digits in NUMERIC."""
     every = "".join(f"a{chr(code)}" for code in range(0x110000) if not 0xD800 <= code < 0xE000)

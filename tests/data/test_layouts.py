@@ -279,6 +279,7 @@ print(json.dumps([row["prompt"][0]["content"] for row in read_rows(entries, "pro
 """
 
 
+@pytest.mark.slow
 def test_weights_choose_the_same_rows_in_every_run_and_rank(tmp_path: Path) -> None:
     files = []
     for name in "abc":

@@ -46,6 +46,7 @@ def three() -> list[Windows]:
     return [Windows(np.arange(n) + 1000 * i, 10, i) for i, n in enumerate((1000, 500, 250))]
 
 
+@pytest.mark.slow
 def test_each_source_is_read_in_its_own_order_and_epochs() -> None:
     sources = three()
     mixture = Mixture(sources, [Phase((3000, 1500, 500))], seed=3)
@@ -82,6 +83,7 @@ def test_a_second_phase_goes_on_where_the_first_left_each_source() -> None:
     assert mixture.drawn(110) == [40, 50, 20]
 
 
+@pytest.mark.slow
 def test_the_order_does_not_depend_on_the_batches() -> None:
     mixture = Mixture(three(), [Phase((1500, 900, 300)), Phase((0, 100, 400))], seed=0)
     whole = mixture.take(range(mixture.count)).rows_BT

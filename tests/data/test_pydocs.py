@@ -80,6 +80,7 @@ def by_name(entries: tuple[Entry, ...]) -> dict[str, Entry]:
     return {entry.name: entry for entry in entries}
 
 
+@pytest.mark.slow
 def test_entries_of_a_package_that_cannot_be_imported():
     found = by_name(pydocs.harvest())
     pack = found["fakebox.tools.pack"]
@@ -99,6 +100,7 @@ def test_entries_of_a_package_that_cannot_be_imported():
     }  # no private, inner, aliased or tested thing; nothing of the broken file  # fmt: skip
 
 
+@pytest.mark.slow
 def test_c_functions_have_signature_and_sentence():
     found = by_name(pydocs.harvest())
     assert found["math.sqrt"].signature == "(x, /)"
@@ -140,6 +142,7 @@ def test_first_sentence(doc, sentence, rest):
     assert harvest.first_sentence(doc) == (sentence, rest)
 
 
+@pytest.mark.slow
 def test_held_out_sentences_stand_in_no_training_view():
     held_out = {harvest.normalise(e.sentence) for e in pydocs.harvest() if e.is_held_out and e.sentence}
     assert len(held_out) > 60
@@ -226,6 +229,7 @@ def test_corrupt_cache_is_built_again(small, harm):
     assert cache.read_bytes() == good
 
 
+@pytest.mark.slow
 def test_progress_counts_to_the_end_and_can_stop_it(small):
     seen: list[tuple[int, int]] = []
     pydocs.harvest(lambda done, total: seen.append((done, total)))
@@ -242,6 +246,7 @@ def test_progress_counts_to_the_end_and_can_stop_it(small):
     assert list((small / "cache").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_instruction_rows():
     rows = {row["messages"][0]["content"]: row["messages"] for row in pydocs.instruction_rows("all")}
     sentences = [messages[1]["content"] for messages in rows.values()]
@@ -252,6 +257,7 @@ def test_instruction_rows():
     assert all(question.startswith("What does `") for question in held_out)
 
 
+@pytest.mark.slow
 def test_preference_kinds():
     rows = list(pydocs.preference_rows("train"))
     said = [(row["kind"], row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows]
@@ -269,6 +275,7 @@ def test_preference_kinds():
             assert rejected.startswith(f"{chosen} ")
 
 
+@pytest.mark.slow
 def test_length_tells_nothing_of_another_functions_sentence():
     rows = [row for row in pydocs.preference_rows("train") if row["kind"] == "other"]
     gaps = [len(row["chosen"][0]["content"]) - len(row["rejected"][0]["content"]) for row in rows]
@@ -278,6 +285,7 @@ def test_length_tells_nothing_of_another_functions_sentence():
     assert sum(abs(gap) > 6 for gap in gaps) / len(gaps) < 0.1
 
 
+@pytest.mark.slow
 def test_questions():
     asked = pydocs.questions("train", 800)
     true = {f"What does `{e.name}` do?": e.sentence for e in pydocs.harvest()}

@@ -57,6 +57,7 @@ def test_what_is_no_error_of_ours_ends_the_worker() -> None:
         alone.submit(print, int, "seven").result()
 
 
+@pytest.mark.slow
 def test_a_crew_ends_in_the_middle_of_work() -> None:
     with Crew(1) as alone:
         sleeping = alone.submit(print, sleep, 600)

@@ -153,6 +153,7 @@ def shared_requests(vocab: int) -> list[Request]:
     return [*made, Request(alone, (1, 2), 20), Request(made[0].prompt[:24], (3,), 24), Request(alone[:3], (4, 5), 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token_budget", [1, 40, 100_000])
 def test_a_shared_beginning_changes_nothing(chat_subject: Subject, token_budget: int) -> None:
     asked = shared_requests(len(chat_subject.tokenizer))

@@ -98,6 +98,7 @@ def test_greedy_is_the_greedy_of_transformers(architecture: str, monkeypatch: py
     assert len({tuple(answer) for answer in expected}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", TINY)
 @pytest.mark.parametrize("batch_size", [64, 5])
 def test_samples_that_share_a_prompt_are_those_of_prompts_apart(architecture: str, batch_size: int):
@@ -132,6 +133,7 @@ def test_samples_that_share_a_prompt_are_those_of_prompts_apart(architecture: st
         assert read_apart == 4 * passed[0]  # 20 rows against 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", TINY)
 @pytest.mark.parametrize(("batch_size", "group"), [(64, 1), (5, 1), (64, 2)])
 def test_what_all_prompts_begin_with_is_read_once(
@@ -197,6 +199,7 @@ def test_rows_stop_each_at_its_own_stop_token():
     assert (result.logprobs_BT[after_BT] == 0).all()
 
 
+@pytest.mark.slow
 def test_the_batch_does_not_change_what_a_row_says(monkeypatch: pytest.MonkeyPatch):
     """Sampled answers are the same in one batch, in small ones, and whether ended rows leave or stay."""
     model, prompts = tiny("llama"), ragged_prompts(20)
@@ -359,6 +362,7 @@ def test_keys_in_the_dtype_of_the_products_change_nothing():
     torch.testing.assert_close(decoder.logits_BV.float(), expected_BV.float(), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_stream_is_generate_without_the_stop_token():
     model, prompt = tiny("llama"), [5, 9, 17]
     for seed in range(6):
@@ -409,6 +413,7 @@ def conversation(model: PreTrainedModel, heard: Heard | None) -> tuple[list[list
     return said, first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", TINY)
 def test_what_was_heard_is_not_read_again_and_changes_nothing(architecture: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(decoding, "BLOCK", 8)  # prompts end in the middle of a block and at its end

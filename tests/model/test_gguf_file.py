@@ -51,6 +51,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "options"), MODELS)
 def test_what_is_read_back_says_the_same(tmp_path: Path, architecture: str, options: dict[str, Any]):
     folder = made(tmp_path, architecture, **options)
@@ -91,6 +92,7 @@ def test_llama_cpp_says_the_same(tmp_path: Path, architecture: str, options: dic
     assert theirs.token_eos() == tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 def test_a_qwen3_of_other_heads_says_how_it_is_read(tmp_path: Path):
     folder = made(tmp_path, "qwen3")
     write_gguf(folder, tmp_path / "m.gguf", "f32", "m")
@@ -106,6 +108,7 @@ def test_rows_of_a_head_are_paired():
     assert paired(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
+@pytest.mark.slow
 def test_a_file_of_other_weights_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = made(tmp_path, "llama")
     monkeypatch.setattr("pipeline.model.gguf_file.paired", lambda rows, heads: rows)
@@ -114,6 +117,7 @@ def test_a_file_of_other_weights_is_found_out(tmp_path: Path, monkeypatch: pytes
         read_back(folder, tmp_path / "m.gguf", "f32")
 
 
+@pytest.mark.slow
 def test_types_round_and_the_file_shrinks(tmp_path: Path):
     folder = made(tmp_path, "llama")
     sizes = {}

@@ -72,6 +72,7 @@ def greedy(model: PreTrainedModel, prompt: list[int], new: int) -> list[int]:
     return row[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_any_length_side_by_side_are_those_alone(family: str, tmp_path: Path) -> None:
     model = tiny(family, tmp_path)

@@ -67,6 +67,7 @@ def test_the_interval_widens_with_the_disagreement_of_the_runs_and_holds_the_tru
     assert 1.5 < widths[1] / widths[0] < 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("alpha", "beta", "least"), [(ALPHA, BETA, 0.9), (0.28, 0.30, 0.75)])
 def test_the_interval_holds_the_truth_in_most_draws(alpha: float, beta: float, least: float) -> None:
     """Six runs up to 8 M parameters on a law with noise, a hundred times; a run of ten times the largest's FLOPs."""

@@ -29,6 +29,7 @@ def compared(root: Path, a: str = "a", b: str = "b") -> str:
     return comparison_of(read_run(Store(root), a), read_run(Store(root), b), 2.5)
 
 
+@pytest.mark.slow
 def test_what_differs(tmp_path: Path):
     write(tmp_path, "a", 0.1, 0.30)
     write(tmp_path, "b", 0.2, 0.33, seconds=90.5)
@@ -56,6 +57,7 @@ def test_what_differs(tmp_path: Path):
     assert text == compared(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_runs_on_cpus_have_no_cost(tmp_path: Path):
     write(tmp_path, "a", 0.1, 0.30)
     write(tmp_path, "b", 0.1, 0.30)
@@ -64,6 +66,7 @@ def test_two_runs_on_cpus_have_no_cost(tmp_path: Path):
     assert comparison_of(*runs, 2.0).count('data-label="cost, ') == 6  # three stages of each
 
 
+@pytest.mark.slow
 def test_other_questions_are_not_paired(tmp_path: Path):
     write(tmp_path, "a", 0.1, 0.30)
     write(tmp_path, "b", 0.1, 0.33, prompt=[{"role": "user", "content": "And `g`?"}])

@@ -80,6 +80,7 @@ def test_the_numbers_are_the_manifests(whole: Path, text: str):
     assert {model: float(found.values("data-value", data_model=model)[0] or 0) for model in results} == results
 
 
+@pytest.mark.slow
 def test_a_cpu_has_no_price_but_one_that_is_given(root: Path):
     text = page_of(read_run(Store(root), "demo"), None)
     assert "an hour" not in text
@@ -115,6 +116,7 @@ def page_text(root: Path) -> str:
     return page_of(read_run(Store(root), "demo"), 2.0)
 
 
+@pytest.mark.slow
 def test_it_loads_nothing_and_the_same_artifacts_make_the_same_bytes(root: Path, text: str):
     assert text == page_text(root)
     assert not re.search(r"https?://(?!www\.w3\.org)", text)
@@ -159,6 +161,7 @@ def test_a_run_without_an_evaluation(tmp_path: Path):
     assert len(found.figures()) == 1
 
 
+@pytest.mark.slow
 def test_an_unfinished_run(root: Path):
     rows = training(3, loss=lambda i: 1 / i)
     folder = write_stage(root, "late", metrics=rows, config={"init": "sft", "max_steps": 50}, unfinished=True)
@@ -208,6 +211,7 @@ def test_the_rounds_of_a_repeat_are_drawn_over_the_rounds(tmp_path: Path):
     assert re.findall(r">([\d.]+)</text>", below) == ["1", "2", "3"]  # there is no round 1.5
 
 
+@pytest.mark.slow
 def test_a_kept_blame_is_shown_in_colours_and_escaped(root: Path):
     manifest = json.loads((root / "demo" / "dpo" / "manifest.json").read_text())
     row = {
@@ -244,6 +248,7 @@ def test_a_kept_blame_is_shown_in_colours_and_escaped(root: Path):
     assert "Correlation, not cause." in found.text
 
 
+@pytest.mark.slow
 def test_a_reward_model_that_no_evaluation_asked_shows_its_own_calibration(tmp_path: Path):
     from pipeline.evals.calibration import Bin, figure
 
@@ -277,6 +282,7 @@ matched,dpo,ppo,kl,greedy,gold,-0.25,-0.35,-0.15,100,,,1
 """
 
 
+@pytest.mark.slow
 def test_means_and_differences_of_variants(tmp_path: Path):
     root = tmp_path / "artifacts"
     write_evaluation(root, [result("dpo@beta=0.1", "greedy", "gold", 0.2, 0.1)], [])

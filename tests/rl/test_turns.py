@@ -148,6 +148,7 @@ def tiny() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.slow
 def test_a_row_depends_on_no_other_and_none_outgrows_the_context():
     """The model's own turns: all together, one by one, and where the context lets fewer be written side by side."""
     model, steps = tiny(), []

@@ -65,6 +65,7 @@ def losses(name: str, chosen: torch.Tensor, rejected: torch.Tensor, lengths: tup
     return (chosen / lengths[0] - rejected / lengths[1] - 1 / (2 * 0.1)) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo"])
 def test_the_step_is_trls_and_the_equation(
     init: Any, runtime: Any, config: Any, lines: Any, preferences: Path, tmp_path: Path, loss: str
@@ -120,6 +121,7 @@ def test_the_step_is_trls_and_the_equation(
     assert ours[0] == pytest.approx({"sigmoid": 0.693147, "hinge": 1.0, "ipo": 25.0}[loss], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns_and_says_what_it_cost(init: Any, runtime: Any, config: Any, lines: Any) -> None:
     out, here = runtime("learns")
     figures = dpo.run(config(max_steps=60, learning_rate=3e-3, save_steps=100), {"init": init}, out, here)
@@ -133,6 +135,7 @@ def test_it_learns_and_says_what_it_cost(init: Any, runtime: Any, config: Any, l
     assert all(not torch.equal(before[name], after[name]) for name in before), "every parameter moves"
 
 
+@pytest.mark.slow
 def test_kl_of_a_model_from_itself_is_zero(init: Any, runtime: Any, config: Any) -> None:
     out, here = runtime("still")
     figures = dpo.run(config(max_steps=1, learning_rate=1e-30), {"init": init}, out, here)
@@ -140,6 +143,7 @@ def test_kl_of_a_model_from_itself_is_zero(init: Any, runtime: Any, config: Any)
     assert figures["margin"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_lora_has_the_init_as_reference_and_is_merged(init: Any, runtime: Any, config: Any, lines: Any) -> None:
     out, here = runtime("lora")
     dpo.run(config(peft=PeftConfig(r=2)), {"init": init}, out, here)
@@ -171,6 +175,7 @@ def test_stopped_it_goes_on_to_the_same_bits_from_the_kept_reference(
     assert (stopped / weights).read_bytes() == (out / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_equal_sides_and_unknown_losses_are_refused(init: Any, runtime: Any, tmp_path: Path, config: Any) -> None:
     rows = tmp_path / "rows.jsonl"
     question = [{"role": "user", "content": "What does the cat say?"}]

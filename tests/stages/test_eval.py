@@ -177,6 +177,7 @@ def test_items_behind_the_figures(whole: Path) -> None:
     assert prompts["sft"] == prompts["ppo"]
 
 
+@pytest.mark.slow
 def test_batches_do_not_count(house: dict[str, Artifact], whole: Path, tmp_path: Path) -> None:
     measure(house, tmp_path, token_budget=50)
     for ours, theirs in zip(rows(tmp_path), rows(whole), strict=True):
@@ -196,6 +197,7 @@ class StopAfter:
         return Stopped if self.looks < 0 else None
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_gives_the_same_bytes(
     house: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +239,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(
     assert len(rows(out, "metrics")) == 1
 
 
+@pytest.mark.slow
 def test_a_model_equals_itself(house: dict[str, Artifact], tmp_path: Path) -> None:
     """The baseline under another name: nothing differs, every comparison is a tie."""
     found = measure(house | {"twin": replace(house["sft"], fingerprint="twin")}, tmp_path, models=("twin",))
@@ -277,6 +280,7 @@ def test_prompts_without_answers_are_refused(house: dict[str, Artifact], tmp_pat
         measure(house, tmp_path / "out", data=(DataEntry(source=str(tmp_path / "asked.jsonl")),), held_out=0.5)
 
 
+@pytest.mark.slow
 def test_a_list_is_one_row_of_the_reward_model_and_a_policys_pairs(house: dict[str, Artifact], tmp_path: Path) -> None:
     """Held out are lists of three and ties: a list's three pairs are one row and its answers count once; ties are of
     ece and nll alone, and of no policy's."""
@@ -336,6 +340,7 @@ def test_a_task_that_cannot_be_done_is_refused(
         measure(house, tmp_path, **fields)
 
 
+@pytest.mark.slow
 def test_win_rates_by_the_reward_model(house: dict[str, Artifact], tmp_path: Path) -> None:
     """A model against its like is a half; turned round, wins are losses and the scores change sides. Without a judge it
     is measured where it is asked for alone."""
@@ -406,6 +411,7 @@ def test_exact_match_is_measured_where_it_is_told_how(house: dict[str, Artifact]
         assert item["correct"] == float(item["ended"] and item["answer"].split() == item["reference"].split())
 
 
+@pytest.mark.slow
 def test_members_of_a_matrix_are_averaged_and_compared(house: dict[str, Artifact], tmp_path: Path) -> None:
     """Two variants of two seeds, each variant two times the same two models: the difference is that of the models."""
     own = {f"ppo@beta={beta}@seed={seed}": house[("sft", "ppo")[seed]] for beta in (1, 2) for seed in (0, 1)}

@@ -54,6 +54,7 @@ def label(parts: Parts, out: Path, data: tuple[DataEntry, ...], **values: Any) -
     return rows_in(out), figures
 
 
+@pytest.mark.slow
 def test_by_a_reward_model_as_it_scores_one_row_alone(parts: Parts, tmp_path: Path):
     data = answered(tmp_path, prompts=5)
     rows, figures = label(parts, tmp_path / "run", (data,), reward="model", pairs="all", batch_size=4)
@@ -114,6 +115,7 @@ def rules(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_by_a_judge_as_it_compares_one_pair_alone(parts: Parts, tmp_path: Path, judge: Artifact):
     data, constitution = answered(tmp_path), rules(tmp_path)
     values: dict[str, Any] = {"judge": judge, "constitution": constitution, "pairs": "all"}
@@ -160,6 +162,7 @@ class Chooser(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_by_a_judge_behind_an_address(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Chooser)

@@ -57,6 +57,7 @@ def test_a_price_on_kl_holds_the_policy_back(parts: Parts, tmp_path: Path):
     assert kls[1] < 0.5 * kls[0]
 
 
+@pytest.mark.slow
 def test_a_step_against_a_reward_model(parts: Parts, tmp_path: Path):
     """The first step's figures from an independent reading of what the stage must have done."""
     done = run(parts, tmp_path)
@@ -84,6 +85,7 @@ def test_a_step_against_a_reward_model(parts: Parts, tmp_path: Path):
     assert lines[1]["kl"] != 0.0
 
 
+@pytest.mark.slow
 def test_scores_are_the_reward_models_of_prompt_and_response(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -135,6 +137,7 @@ def naive_step(
     return loss, 0.1 * value_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_grad_norm", [1e6, 1e-3])
 def test_a_whole_step_is_the_naive_one(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_grad_norm: float
@@ -171,6 +174,7 @@ def test_a_whole_step_is_the_naive_one(
 # ---- what leaves it unmoved ----
 
 
+@pytest.mark.slow
 def test_a_constant_reward_without_kl_leaves_policy_and_critic_where_they_were(parts: Parts, tmp_path: Path):
     """Reward 0, values 0: advantages of 0 whiten to 0, and no weight moves by a bit."""
     done = run(parts, tmp_path, reward="zero", kl_coef=0.0, missing_eos_rule="keep")
@@ -190,6 +194,7 @@ def test_a_constant_that_is_not_zero_leaves_the_policy_too(parts: Parts, tmp_pat
     assert done.checkpoint()["critic.score.weight"].any()  # the critic learns the constant
 
 
+@pytest.mark.slow
 def test_without_updates_kl_and_ratio_stay(parts: Parts, tmp_path: Path):
     done = run(parts, tmp_path, learning_rate=1e-30)
     assert all(abs(line["kl"]) < 1e-6 and line["clip_fraction"] == 0 for line in done.lines())
@@ -198,6 +203,7 @@ def test_without_updates_kl_and_ratio_stay(parts: Parts, tmp_path: Path):
 # ---- exactness ----
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_gives_the_same_bits(parts: Parts, tmp_path: Path):
     values = {
         "total_episodes": 6 * 16, "num_ppo_epochs": 2, "num_mini_batches": 2, "adaptive_kl": True, "save_steps": 4,
@@ -214,6 +220,7 @@ def test_stopped_and_resumed_gives_the_same_bits(parts: Parts, tmp_path: Path):
     assert len({line["kl_coef"] for line in whole.lines()}) == 6
 
 
+@pytest.mark.slow
 def test_what_follows_the_last_checkpoint_is_done_again_alike(parts: Parts, tmp_path: Path):
     """As after kill -9: metrics and a half-written checkpoint past the last whole one go."""
     values = {"total_episodes": 4 * 16, "save_steps": 2}
@@ -229,6 +236,7 @@ def test_what_follows_the_last_checkpoint_is_done_again_alike(parts: Parts, tmp_
     assert resumed.lines() == whole.lines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 64), (16, 3)])
 def test_microbatches_do_not_count(parts: Parts, tmp_path: Path, sizes: tuple[int, int]):
     """One row at a time or all, the gradient of a token weighs the same."""
@@ -243,6 +251,7 @@ def test_microbatches_do_not_count(parts: Parts, tmp_path: Path, sizes: tuple[in
         assert left == pytest.approx(right, abs=1e-4, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(parts: Parts, tmp_path: Path):
     runs = [run(parts, tmp_path / str(i), seed=seed, total_episodes=16) for i, seed in enumerate((1, 1, 2))]
     assert same(runs[0].policy(), runs[1].policy())
@@ -329,6 +338,7 @@ def test_two_processes_give_one_processs_numbers(parts: Parts, tmp_path: Path, w
 # ---- options ----
 
 
+@pytest.mark.slow
 def test_adaptive_kl_follows_its_equation(parts: Parts, tmp_path: Path):
     done = run(
         parts, tmp_path, total_episodes=5 * 16, adaptive_kl=True, adaptive_kl_target=0.5, adaptive_kl_horizon=100
@@ -340,6 +350,7 @@ def test_adaptive_kl_follows_its_equation(parts: Parts, tmp_path: Path):
         assert following["kl_coef"] == pytest.approx(line["kl_coef"] * (1 + error * 16 / 100))
 
 
+@pytest.mark.slow
 def test_target_kl_ends_a_steps_updates(parts: Parts, tmp_path: Path):
     values: dict[str, Any] = {"num_ppo_epochs": 4, "num_mini_batches": 2, "total_episodes": 16}
     free = run(parts, tmp_path / "free", **values)
@@ -459,6 +470,7 @@ def test_what_is_not_finite_is_refused(parts: Parts, tmp_path: Path):
     refused(parts, tmp_path, TrainingError, "not finite", learning_rate=1e30)
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_init(parts: Parts, tmp_path: Path):
     """KL logged in the last step, measured again with the models as saved and the init."""
     done = run(parts, tmp_path, total_episodes=2 * 16, learning_rate=1e-2)
@@ -470,6 +482,7 @@ def test_the_reference_is_the_init(parts: Parts, tmp_path: Path):
     assert done.lines()[1]["kl"] != 0
 
 
+@pytest.mark.slow
 def test_every_field_and_figure_is_in_the_docs(parts: Parts, tmp_path: Path):
     text = (Path(__file__).parents[2] / "docs/ppo.md").read_text()
     groups = {"num_generations": 4, "dynamic_sampling": True, "eval_steps": 1, "held_out": 0.3, "gold": "reward"}

@@ -33,6 +33,7 @@ def test_the_reward_on_held_out_prompts_rises(parts: Parts, tmp_path: Path):
     assert last["best_step"] > 0
 
 
+@pytest.mark.slow
 def test_without_updates_the_policy_is_its_start(parts: Parts, tmp_path: Path):
     """Half the rate of wins, no KL, the same marks every time: prompts and random numbers are the same."""
     found = evaluations(run(parts, tmp_path, **EVALUATED, learning_rate=1e-30).lines())
@@ -55,6 +56,7 @@ def test_evaluations_change_no_bit_of_the_training(parts: Parts, tmp_path: Path)
     assert same(evaluated.policy(), without.policy())
 
 
+@pytest.mark.slow
 def test_a_fifth_of_the_run_unless_set(parts: Parts, tmp_path: Path):
     values = {**EVALUATED, "eval_steps": None, "total_episodes": 11 * 16}
     assert [line["step"] for line in evaluations(run(parts, tmp_path, **values).lines())] == [3, 6, 9, 11]
@@ -63,6 +65,7 @@ def test_a_fifth_of_the_run_unless_set(parts: Parts, tmp_path: Path):
 DOWN: dict[str, Any] = {**EVALUATED, "eval_steps": 1, "missing_eos_rule": "keep", "total_episodes": 6 * 16}
 
 
+@pytest.mark.slow
 def test_the_run_ends_early_and_the_best_is_written(parts: Parts, tmp_path: Path):
     """A rate of zero never makes it better: the start stays the best, is written, and the run ends after two."""
     values = {**DOWN, "learning_rate": 1e-30, "load_best_model_at_end": True, "early_stopping_patience": 2}

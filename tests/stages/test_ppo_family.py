@@ -115,6 +115,7 @@ DYNAMIC: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_dynamic_sampling_trains_on_groups_that_differ(parts: Parts, tmp_path: Path):
     lines = run(parts, tmp_path, **DYNAMIC).lines()
     assert max(line["sampling_rounds"] for line in lines) > 1
@@ -164,6 +165,7 @@ def test_answers_that_are_cut_off_can_be_left_out(parts: Parts, tmp_path: Path):
         assert same(done.policy(), start(parts))
 
 
+@pytest.mark.slow
 def test_a_constant_reward_moves_nothing(parts: Parts, tmp_path: Path):
     """Every group's advantages are 0: by no bit, whatever the constant."""
     for algorithm in ("dr_grpo", "grpo", "rloo"):
@@ -173,6 +175,7 @@ def test_a_constant_reward_moves_nothing(parts: Parts, tmp_path: Path):
         assert all(line["varying_groups"] == 0 for line in done.lines())
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_and_merged(parts: Parts, tmp_path: Path):
     """LoRA against a reward model: policy and critic move by their adapters alone, what is written is a whole model."""
     peft = PeftConfig(r=4, lora_alpha=8)
@@ -192,6 +195,7 @@ def test_adapters_are_trained_and_merged(parts: Parts, tmp_path: Path):
     assert len(load_tokenizer(done.out / "model"))
 
 
+@pytest.mark.slow
 def test_with_adapters_the_scores_are_the_reward_models(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The critic stands on the reward model: scoring sees neither its adapters nor its head, in any step."""
     spy = Spy(monkeypatch)

@@ -69,6 +69,7 @@ def test_what_is_put_away_is_brought_for_its_phase(
     assert offloaded.lines() == usual.lines()
 
 
+@pytest.mark.slow
 def test_on_a_cpu_it_does_nothing(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     moved = []
     original = torch.nn.Module.to

@@ -163,6 +163,7 @@ def test_a_sum_of_every_kind_of_term(parts: Parts, tmp_path: Path, monkeypatch: 
     assert all(-1 < score <= 0 for score in figures["reward_repetition"].tolist())
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_its_members(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """mean - std and min of the members, each scored by a term of its own on the same answers."""
     spy = Spy(monkeypatch)
@@ -180,6 +181,7 @@ def test_an_ensemble_is_its_members(parts: Parts, tmp_path: Path, monkeypatch: p
         assert figures["reward_worst"][row].item() == min(scores)
 
 
+@pytest.mark.slow
 def test_one_reward_model_as_a_term_is_the_reward_model(parts: Parts, tmp_path: Path):
     """The same bits, critic included; only the term's figure comes on top. Half of it is another reward and critic."""
     plain = run(parts, tmp_path / "plain", "reward")
@@ -236,6 +238,7 @@ def test_stopped_and_resumed_with_terms_gives_the_same_bits(parts: Parts, tmp_pa
     assert same(Done(tmp_path / "whole", {}).policy(), Done(tmp_path / "parts", {}).policy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "terms",
     [
@@ -285,6 +288,7 @@ class Grader(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_a_judge_behind_an_address(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its mean and the share of replies without a grade are logged; such an answer scores 0."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -220,6 +220,7 @@ def test_two_processes_give_one_processs_numbers(parts: Parts, tmp_path: Path, w
     assert furthest(one.policy(), two.policy()) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_reward_model_kept_apart(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The critic starts at zero in the reward's own units, though that model's normaliser is (0.3, 0.7)."""
     seen: list[tuple[Experience, Objective]] = []

@@ -70,6 +70,7 @@ def test_with_a_constant_reward_it_is_pretraining(parts: Parts, tokens: Artifact
         torch.testing.assert_close(done.checkpoint()[f"policy.{name}"], parameter.detach(), atol=3e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_resumes_at_its_place_in_the_text(parts: Parts, tokens: Artifact, tmp_path: Path):
     values = {**WITH_TEXT, "reward": "vowels", "num_mini_batches": 2, "total_episodes": 64}
     whole = run(parts, tmp_path / "whole", tokens=tokens, **values)

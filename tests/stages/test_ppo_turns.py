@@ -87,6 +87,7 @@ def test_what_is_paid_after_the_tools_reply_is_learnt(talking: Parts, tmp_path: 
     assert all(line["clip_fraction"] == 0 for line in lines)  # ratio 1 on the policy's tokens
 
 
+@pytest.mark.slow
 def test_the_reward_and_the_reward_model_read_the_whole_conversation(
     talking: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -95,6 +96,7 @@ def test_the_reward_and_the_reward_model_read_the_whole_conversation(
     assert {"eval_reward", "eval_win_rate", "turns"} <= done.lines()[0].keys()
 
 
+@pytest.mark.slow
 def test_max_turns_of_one_is_no_conversation(talking: Parts, tmp_path: Path):
     """The environment is never asked, and all is as without it."""
     plain = talk(talking, tmp_path / "plain", environment=None)

@@ -134,6 +134,7 @@ def test_adapters_are_sent_added_in(parts: Parts):
         assert sent[name].equal(start[name]) == ("proj" not in name)
 
 
+@pytest.mark.slow
 def test_answers_come_back_with_their_log_probs(parts: Parts, vllm: Installed):
     engine, policy = engine_of(parts), moved(parts)
     engine.sync(policy)

@@ -94,6 +94,7 @@ ANY = {
 """Every preset, and five families by their own fields with no code of ours."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ANY)
 def test_any_causal_model_of_transformers_trains_and_loads(
     train: Any, architecture: str, tokens: Artifact, tmp_path: Path
@@ -253,6 +254,7 @@ def test_the_first_loss_is_that_of_a_model_that_knows_nothing(train: Any, tokens
 # The same, however it is split.
 
 
+@pytest.mark.slow
 def test_accumulated_micro_steps_are_one_batch(train: Any, tokens: Artifact, tmp_path: Path):
     same = {"max_steps": 12, "adam_epsilon": 1e-3}  # Adam without it makes steps of noise
     train(tokens, tmp_path / "1x8", per_device_train_batch_size=8, gradient_accumulation_steps=1, **same)
@@ -528,6 +530,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Any:
     return poison
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_stepped_over_as_many_as_allowed(
     train: Any, tokens: Artifact, tmp_path: Path, poisoned: Any, capsys: pytest.CaptureFixture[str]
 ):
@@ -592,6 +595,7 @@ def test_sizes_that_cannot_be_are_refused(
         train(tokens, tmp_path / "out", **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2.0), ("muon", None)])
 def test_a_disk_that_will_be_full_is_told_ahead(
     train: Any, tokens: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, moments: float | None
@@ -636,6 +640,7 @@ def test_sizes_follow_from_the_depth(train: Any, tokens: Artifact, tmp_path: Pat
     assert os.stat(tmp_path / "out" / "model" / "model.safetensors").st_size > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["nats", "token", "end"])
 def test_a_stop_in_an_evaluation_leaves_at_once_and_measures_anew(
     train: Any, tokens: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str

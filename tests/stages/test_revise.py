@@ -95,6 +95,7 @@ def test_rounds_are_those_of_a_naive_loop(parts: Parts, talker: Artifact, tmp_pa
     assert figures["changed"] == figures["rounds_revised"] == 1.0
 
 
+@pytest.mark.slow
 def test_pairs_and_demonstrations_are_what_the_next_stages_take(parts: Parts, talker: Artifact, tmp_path: Path):
     rows, _ = revise(parts, tmp_path / "all", talker)
     pairs, _ = revise(parts, tmp_path / "pairs", talker, keep="revised")
@@ -185,6 +186,7 @@ def test_behind_an_address(parts: Parts, tmp_path: Path, url: str):
     assert figures["rounds_no_fault"] > 0
 
 
+@pytest.mark.slow
 def test_what_would_not_be_kept_is_not_criticised(parts: Parts, tmp_path: Path, url: str):
     shared: dict[str, Any] = {"unfinished": "leave_out", "stop_strings": ("the",), "prompts": 19, "num_generations": 2}
     kept, _ = sample(parts, tmp_path / "plain", **shared)

@@ -51,6 +51,7 @@ def pairs(tokenizer: Any, preferences: Path, held_out: Any = None) -> list[dict[
     return rows
 
 
+@pytest.mark.slow
 def test_the_step_is_trls_and_the_equation(
     init: Any, runtime: Any, config: Any, lines: Any, preferences: Path, tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def test_pad_equal_to_eos_trains_the_same_model(
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_lora_trains_the_head_too_and_is_merged(init: Any, runtime: Any, config: Any, tmp_path: Path) -> None:
     out, here = runtime("lora")
     reward.run(config(peft=PeftConfig(r=2)), {"init": init}, out, here)

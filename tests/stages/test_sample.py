@@ -69,6 +69,7 @@ def test_best_of_n_is_that_of_a_naive_loop(parts: Parts, tmp_path: Path, samplin
     assert figures["kl_bound"] == kl_bound(3)
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_the_next_stage_takes(parts: Parts, tmp_path: Path):
     for keep, layout, count in (("all", "messages", 60), ("pairs", "preference", 20), ("reference", "preference", 60)):
         out = tmp_path / keep
@@ -98,6 +99,7 @@ def test_one_reward_of_two_terms_is_its_sum(parts: Parts, tmp_path: Path):
     assert figures["score"] == pytest.approx(figures["reward_vowels"] + 0.5 * figures["reward_length"])
 
 
+@pytest.mark.slow
 def test_greedy_is_one_answer(parts: Parts, tmp_path: Path):
     rows, figures = sample(parts, tmp_path, temperature=0.0, num_generations=1)
     assert figures["answers"] == len(rows) == 20
@@ -105,6 +107,7 @@ def test_greedy_is_one_answer(parts: Parts, tmp_path: Path):
     assert {row["messages"][-1]["content"] for row in rows} <= {row["messages"][-1]["content"] for row in other}
 
 
+@pytest.mark.slow
 def test_stopped_between_parts_it_goes_on(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, _ = sample(parts, tmp_path / "whole", reward="vowels")
     answered = []
@@ -229,6 +232,7 @@ def test_nothing_to_ask_or_to_keep(
     assert "ppo" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_prompts_that_eval_measures_with_are_named(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     monkeypatch.setattr(Runtime, "say", lambda runtime, text: said.append(text))
@@ -239,6 +243,7 @@ def test_prompts_that_eval_measures_with_are_named(parts: Parts, tmp_path: Path,
         assert any("not to train on" in text for text in said) == (split == "held_out")
 
 
+@pytest.mark.slow
 def test_what_is_held_out_is_not_there(parts: Parts, tmp_path: Path):
     with pytest.raises(ConfigError, match="no held-out row"):
         sample(parts, tmp_path, split="held_out")

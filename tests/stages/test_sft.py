@@ -118,6 +118,7 @@ def test_refuses_a_model_without_chat_template(model_folder: Path, tmp_path: Pat
     assert "im_start" in AutoTokenizer.from_pretrained(out / "model").chat_template
 
 
+@pytest.mark.slow
 def test_the_step_is_trls_and_the_equations(init: Any, runtime: Any, config: Any, lines: Any, tmp_path: Path) -> None:
     """The logged losses of three steps, against raw SFTTrainer and against a loop of ten lines."""
     settings = config(max_steps=3, held_out=0.0, warmup_steps=0.0, max_grad_norm=1e9)
@@ -198,6 +199,7 @@ def test_every_parameter_moves_and_accumulation_is_a_batch(init: Any, runtime: A
         torch.testing.assert_close(parameter, found["parts"][name], rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_lora_is_merged_into_a_plain_folder(init: Any, runtime: Any, config: Any) -> None:
     out, here = runtime("lora")
     sft.run(config(peft=PeftConfig(r=4), max_steps=3), {"init": init}, out, here)
@@ -271,6 +273,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(init: Any, run
         assert json.loads(path.read_text())["step"] <= 2
 
 
+@pytest.mark.slow
 def test_stopped_it_saves_and_goes_on_to_the_same_bits(
     init: Any, runtime: Any, config: Any, lines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

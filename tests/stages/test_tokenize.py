@@ -104,6 +104,7 @@ def test_the_tokenizer_never_sees_held_out_text(tmp_path: Path) -> None:
     assert not any("zy" in token for token in tokens)
 
 
+@pytest.mark.slow
 def test_the_same_bits_whatever_the_processes(tmp_path: Path) -> None:
     corpus = str(write(tmp_path / "corpus.jsonl", documents(400)))
     run(tmp_path / "a", corpus)
@@ -127,6 +128,7 @@ def test_one_book_gives_its_last_tenth(tmp_path: Path) -> None:
     assert train.endswith(".\n")
 
 
+@pytest.mark.slow
 def test_pydocs_is_divided_as_pydocs_says(tmp_path: Path) -> None:
     from pipeline.data import pydocs
 

@@ -124,6 +124,7 @@ def broken_off(monkeypatch: pytest.MonkeyPatch, name: str, after: int, out: Path
             run(out, data)
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_said_and_the_bytes_are_the_same(
     data: list[str], calm: Calm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +153,7 @@ def test_what_is_kept_is_said_and_the_bytes_are_the_same(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["", ".index", ".bytes"])
 def test_a_torn_write_behind_what_was_saved_is_dropped_and_a_lost_one_begins_anew(
     suffix: str,
@@ -183,6 +185,7 @@ def test_a_torn_write_behind_what_was_saved_is_dropped_and_a_lost_one_begins_ane
     assert hashes(out) == calm.hashes
 
 
+@pytest.mark.slow
 def test_other_data_begins_anew(
     data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +199,7 @@ def test_other_data_begins_anew(
     assert hashes(out) == hashes(tmp_path / "calm")
 
 
+@pytest.mark.slow
 def test_data_that_change_between_the_passes_are_refused(
     data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +220,7 @@ def test_data_that_change_between_the_passes_are_refused(
     assert hashes(out) == hashes(tmp_path / "calm")
 
 
+@pytest.mark.slow
 def test_workers_that_read_for_themselves_write_the_same_and_one_that_is_killed_loses_nothing_that_was_saved(
     data: list[str], calm: Calm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,6 +282,7 @@ def test_a_stop_in_the_middle_is_saved(
     assert hashes(out) == calm.hashes
 
 
+@pytest.mark.slow
 def test_bad_rows_are_left_out_in_both_readings_under_any_processes_and_after_a_kill(
     data: list[str], calm: Calm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
