@@ -69,6 +69,24 @@ def test_it_is_the_plain_loops_figure(
     assert found == pytest.approx(naive(model, valid, choose_documents(valid, documents)), rel=1e-5)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_batch_is_of_so_many_tokens_with_its_padding(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many short rows before some long ones: none of these is dealt out at the short ones' number."""
+    monkeypatch.setattr(held_out, "TOKENS_A_BATCH", 100)
+    rows = [np.zeros(length) for length in [2] * 70 + [3] * 5 + [60] * 4 + [99, 100, 101, 300]]
+    batches, left = [], rows
+    while left:
+        count = held_out.rows_at_once(left, ranks)
+        batches.append(left[:count])
+        left = left[count:]
+    assert [row for batch in batches for row in batch] == rows
+    for batch in batches:
+        shares = [batch[rank::ranks] for rank in range(ranks)]
+        assert all(len(share) <= 1 or len(share) * len(batch[-1]) <= 100 for share in shares)
+    sizes = [len(batch) for batch in batches]
+    assert sizes == {1: [50, 25, *[1] * 8], 2: [70, 4, 2, 2, 2, 2, 1], 3: [75, 3, 3, 2]}[ranks]
+
+
 def test_a_uniform_model_needs_the_logarithm_of_its_vocabulary(model: LlamaForCausalLM, valid: TokenFile):
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()

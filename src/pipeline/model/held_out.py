@@ -109,6 +109,17 @@ def windows(document: Any, separator: int, length: int) -> list[np.ndarray[Any, 
     return [stream[start : start + length + 1] for start in range(0, len(stream) - 1, length)]
 
 
+def rows_at_once(rows: Sequence[np.ndarray[Any, Any]], ranks: int) -> int:
+    """How many of these rows, sorted by length, go through the model at once: as many a rank as make TOKENS_A_BATCH
+    with their padding, one at least."""
+    share = 1
+    while (
+        share * ranks < len(rows) and (share + 1) * len(rows[min((share + 1) * ranks, len(rows)) - 1]) <= TOKENS_A_BATCH
+    ):
+        share += 1
+    return share * ranks
+
+
 def padded(rows: list[np.ndarray[Any, Any]]) -> tuple[Tensor, Tensor]:
     """(inputs, targets), both [rows, longest]; right-padded, targets IGNORED there (the mask is causal)."""
     longest = max(map(len, rows)) - 1
@@ -168,8 +179,7 @@ def bits_per_byte(
     rows.sort(key=len)
     nats, start = 0.0, 0
     while start < len(rows):
-        share = max(1, TOKENS_A_BATCH // len(rows[min(start + 16, len(rows) - 1)]))
-        end = start + share * ranks.world_size
+        end = start + rows_at_once(rows[start:], ranks.world_size)
         own = rows[start + ranks.rank : end : ranks.world_size]
         inputs, targets = (part.to(losses.model.device) for part in padded(own or rows[:1]))
         found = losses.nats(inputs, targets)
